@@ -1,0 +1,75 @@
+"""All operations, by family. Importing this package fills ``Op.registry``."""
+
+from tilewright.ir.ops.attention import Append, Attend, Attention
+from tilewright.ir.ops.conv import AdaptiveAvgPool, AvgPool, Conv, MaxPool, Resize
+from tilewright.ir.ops.core import ArgMax, CumSum, Full, Iota, Reduce, SizeOf, Sort, TopK
+from tilewright.ir.ops.elementwise import *  # noqa: F403
+from tilewright.ir.ops.elementwise import __all__ as _elementwise
+from tilewright.ir.ops.kernel import Call
+from tilewright.ir.ops.moe import Experts
+from tilewright.ir.ops.movement import (
+    Broadcast,
+    Concat,
+    Gather,
+    GatherND,
+    Pad,
+    Reshape,
+    ScatterAlong,
+    ScatterND,
+    Slice,
+    TakeAlong,
+    Transpose,
+)
+from tilewright.ir.ops.nn import (
+    Embedding,
+    GatedLinear,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Matmul,
+    RmsNorm,
+    Rope,
+    Softmax,
+)
+
+__all__ = [
+    "AdaptiveAvgPool",
+    "Append",
+    "ArgMax",
+    "Attend",
+    "Attention",
+    "AvgPool",
+    "Broadcast",
+    "Call",
+    "Concat",
+    "Conv",
+    "CumSum",
+    "Embedding",
+    "Experts",
+    "Full",
+    "GatedLinear",
+    "Gather",
+    "GatherND",
+    "GroupNorm",
+    "Iota",
+    "LayerNorm",
+    "Linear",
+    "Matmul",
+    "MaxPool",
+    "Pad",
+    "Reduce",
+    "Reshape",
+    "Resize",
+    "RmsNorm",
+    "Rope",
+    "ScatterAlong",
+    "ScatterND",
+    "SizeOf",
+    "Slice",
+    "Softmax",
+    "Sort",
+    "TakeAlong",
+    "TopK",
+    "Transpose",
+    *_elementwise,
+]

@@ -1,0 +1,168 @@
+"""``nn.attention`` and the ``kv`` operations. Layout everywhere: batch, sequence, heads, size of a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tilewright.ir.core import Env, Op, Value
+from tilewright.ir.ops import numerics as num
+from tilewright.ir.ops.shapes import expect_dim, expect_rank
+from tilewright.ir.types import Dim, DType, KVType, Type, as_dim, product
+
+
+def visible(queries: Any, keys: Any, causal: bool, window: int, window_right: int, chunk: int) -> Any:
+    """Which keys (positions ``[T]``) a query (positions ``[..., S]``) attends to: bool ``[..., S, T]``.
+
+    ``window > 0`` keeps keys above ``query - window``, ``window_right > 0`` those below ``query + window_right``,
+    ``chunk > 0`` those of the query's own chunk.
+    """
+    q, k = np.asarray(queries)[..., :, None], np.asarray(keys)
+    keep = np.ones(np.broadcast_shapes(q.shape, k.shape), bool)
+    if causal:
+        keep &= k <= q
+    if window > 0:
+        keep &= k > q - window
+    if window_right > 0:
+        keep &= k < q + window_right
+    if chunk > 0:
+        keep &= k // chunk == q // chunk
+    return keep
+
+
+def attend(q: Any, k: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: float, softcap: float) -> Any:
+    """Scaled dot-product attention in f32: q ``[B, S, Hq, D]``, k, v ``[B, T, Hkv, ...]``, keep and bias ``[B|1, Hq|1, S, T]``.
+
+    ``softcap`` bounds scores by ``softcap * tanh(score / softcap)`` (Gemma 2); ``sinks`` ``[Hq]`` adds one score a head to
+    the denominator alone (gpt-oss). A query that sees no key gives zeros.
+    """
+    group = q.shape[2] // k.shape[2]
+    kk, vv = (np.repeat(num.wide(x), group, axis=2).transpose(0, 2, 1, 3) for x in (k, v))
+    scores = num.wide(q).transpose(0, 2, 1, 3) @ kk.transpose(0, 1, 3, 2) * np.float32(scale)
+    if softcap > 0:
+        scores = softcap * np.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + num.wide(bias)
+    scores = np.where(keep, scores, -np.inf)
+    if sinks is not None:
+        column = np.broadcast_to(num.wide(sinks).reshape(1, -1, 1, 1), (*scores.shape[:3], 1))
+        weights = num.softmax(np.concatenate([scores, column], -1))[..., :-1]
+    else:
+        weights = num.softmax(scores)
+    return np.ascontiguousarray((weights @ vv).transpose(0, 2, 1, 3)).astype(q.dtype)
+
+
+class Attention(Op):
+    """Attention of q ``[B, S, Hq, D]`` over k ``[B, T, Hkv, D]``, v ``[B, T, Hkv, Dv]`` -> ``[B, S, Hq, Dv]``; Hkv divides Hq.
+
+    Positions are aligned to the end: query i stands at ``i + T - S``. ``mask`` (bool, true attends) and ``bias`` (float,
+    added to the scaled scores) broadcast to ``[B, Hq, S, T]``; ``padding`` ``[B, T]`` (bool) is true for real keys.
+    See :func:`visible` for causal, windows and chunk, :func:`attend` for sinks and softcap.
+    """
+
+    name = "nn.attention"
+    q: Value
+    k: Value
+    v: Value
+    mask: Value | None = None
+    bias: Value | None = None
+    sinks: Value | None = None
+    padding: Value | None = None
+    scale: float = 1.0
+    causal: bool = False
+    window: int = -1
+    window_right: int = -1
+    chunk: int = 0
+    softcap: float = 0.0
+
+    def infer(self) -> tuple[Type, ...]:
+        for what, x in (("q", self.q), ("k", self.k), ("v", self.v)):
+            expect_rank(self, what, x.shape, 4)
+        expect_dim(self, "k, size of a head", self.k.shape[3], self.q.shape[3])
+        for axis in range(3):
+            expect_dim(self, f"v, axis {axis}", self.v.shape[axis], self.k.shape[axis])
+        _expect_groups(self, self.q.shape[2], self.k.shape[2])
+        self.expect(self.mask is None or self.mask.dtype is DType.bool, "the mask must be bool")
+        if self.padding is not None:
+            expect_rank(self, "padding", self.padding.shape, 2)
+            self.expect(self.padding.dtype is DType.bool, "padding must be bool")
+        return (self.q.tensor.with_shape((*self.q.shape[:3], self.v.shape[3])),)
+
+    def evaluate(
+        self, env: Env, q: Any, k: Any, v: Any, mask: Any, bias: Any, sinks: Any, padding: Any
+    ) -> Any:
+        s, t = q.shape[1], k.shape[1]
+        where = np.arange(s) + t - s
+        keep = visible(where, np.arange(t), self.causal, self.window, self.window_right, self.chunk)
+        keep = keep if mask is None else keep & mask
+        keep = keep if padding is None else keep & padding[:, None, None, :]
+        return attend(q, k, v, keep, bias, sinks, self.scale, self.softcap)
+
+    def flops(self) -> Dim:
+        b, s, h, d = self.q.shape
+        return as_dim(2 * product((b, s, h, self.k.shape[1])) * (d + self.v.shape[3]))
+
+
+def _expect_groups(op: Op, heads: Dim, kv_heads: Dim) -> None:
+    fits = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
+    op.expect(fits, f"{heads} query heads do not divide over {kv_heads} key heads")
+
+
+class Append(Op):
+    """The cache with k ``[B, S, H, D]``, v ``[B, S, H, Dv]`` written to slots ``start[b] .. start[b] + S``."""
+
+    name = "kv.append"
+    has_effect = True
+    cache: Value
+    k: Value
+    v: Value
+    start: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        kv = self.cache.cache
+        for what, x, size in (("k", self.k, kv.dim), ("v", self.v, kv.vdim)):
+            expect_rank(self, what, x.shape, 4)
+            expect_dim(self, f"{what}, heads", x.shape[2], kv.heads)
+            expect_dim(self, f"{what}, size of a head", x.shape[3], size)
+        expect_rank(self, "start", self.start.shape, 1)
+        return (kv,)
+
+    def evaluate(self, env: Env, cache: Any, k: Any, v: Any, start: Any) -> Any:
+        out = (cache[0].copy(), cache[1].copy())
+        for b, at in enumerate(start):
+            for store, new in zip(out, (k, v)):
+                store[b, at : at + new.shape[1]] = new[b].astype(store.dtype)
+        return out
+
+
+class Attend(Op):
+    """Causal attention of q ``[B, S, Hq, D]`` over a cache: query s of sequence b stands at ``start[b] + s``."""
+
+    name = "kv.attend"
+    q: Value
+    cache: Value
+    start: Value
+    bias: Value | None = None
+    sinks: Value | None = None
+    scale: float = 1.0
+    window: int = -1
+    chunk: int = 0
+    softcap: float = 0.0
+
+    def infer(self) -> tuple[Type, ...]:
+        kv: KVType = self.cache.cache
+        expect_rank(self, "q", self.q.shape, 4)
+        expect_dim(self, "q, size of a head", self.q.shape[3], kv.dim)
+        _expect_groups(self, self.q.shape[2], kv.heads)
+        return (self.q.tensor.with_shape((*self.q.shape[:3], kv.vdim)),)
+
+    def evaluate(self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any) -> Any:
+        where = start[:, None] + np.arange(q.shape[1])
+        keep = visible(where, np.arange(cache[0].shape[1]), True, self.window, -1, self.chunk)
+        return attend(q, *cache, keep[:, None], bias, sinks, self.scale, self.softcap)
+
+    def flops(self) -> Dim:
+        b, s, h, d = self.q.shape
+        kv = self.cache.cache
+        return as_dim(product((b, s, h)) * kv.length * (d + kv.vdim))

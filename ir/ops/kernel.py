@@ -1,0 +1,29 @@
+"""``kernel``: calls of fused regions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.ir.core import Env, Op, Value
+from tilewright.ir.types import Type
+
+
+class Call(Op):
+    """Run the kernel function ``callee`` on the operands; results have ``types``, in the order the kernel returns them.
+
+    A result that is a cache is the operand cache, changed in place.
+    """
+
+    name = "kernel.call"
+    has_effect = True
+    args: tuple[Value, ...]
+    callee: str
+    types: tuple[Type, ...]
+
+    def infer(self) -> tuple[Type, ...]:
+        return self.types
+
+    def evaluate(self, env: Env, *args: Any) -> Any:
+        if env.call is None:
+            self.fail("no functions to call")
+        return tuple(env.call(self.callee, args))

@@ -1,0 +1,247 @@
+"""Types: element types, symbolic dimensions, tensors and KV caches."""
+
+from __future__ import annotations
+
+import ast
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import sympy
+
+Dim: TypeAlias = "int | sympy.Expr"
+Shape: TypeAlias = "tuple[Dim, ...]"
+
+
+class DType(enum.Enum):
+    """Element type of a tensor; the value is its name in the text form."""
+
+    f64 = "f64"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    i64 = "i64"
+    i32 = "i32"
+    i16 = "i16"
+    i8 = "i8"
+    u8 = "u8"
+    bool = "bool"
+
+    @property
+    def np(self) -> np.dtype[Any]:
+        """The NumPy type that holds one element (bf16 through ml_dtypes)."""
+        return _NUMPY[self]
+
+    @property
+    def size(self) -> int:
+        """Bytes an element."""
+        return self.np.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        return self in (DType.f64, DType.f32, DType.f16, DType.bf16)
+
+    @property
+    def is_int(self) -> bool:
+        return not self.is_float and self is not DType.bool
+
+    @classmethod
+    def of(cls, dtype: Any) -> DType:
+        """The DType of a NumPy type; raises KeyError with the list of those that exist."""
+        found = _FROM_NUMPY.get(np.dtype(dtype))
+        if found is None:
+            raise KeyError(f"no element type for numpy {np.dtype(dtype)}; there are {', '.join(d.value for d in cls)}")
+        return found
+
+
+_NUMPY: dict[DType, np.dtype[Any]] = {
+    DType.f64: np.dtype(np.float64),
+    DType.f32: np.dtype(np.float32),
+    DType.f16: np.dtype(np.float16),
+    DType.bf16: np.dtype(ml_dtypes.bfloat16),
+    DType.i64: np.dtype(np.int64),
+    DType.i32: np.dtype(np.int32),
+    DType.i16: np.dtype(np.int16),
+    DType.i8: np.dtype(np.int8),
+    DType.u8: np.dtype(np.uint8),
+    DType.bool: np.dtype(np.bool_),
+}
+_FROM_NUMPY = {v: k for k, v in _NUMPY.items()}
+
+
+@cache
+def sym(name: str) -> sympy.Symbol:
+    """The symbolic dimension ``name`` (upper case letters, digits, ``_``): a positive integer."""
+    if not name.isascii() or not name[:1].isupper() or name != name.upper():
+        raise ValueError(f"a symbolic dimension is written in upper case, got {name!r}")
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def as_dim(value: Any) -> Dim:
+    """``value`` as an int when it is one, else as a simplified sympy expression."""
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, str):
+        return parse_dim(value)
+    return int(value) if value.is_Integer else value
+
+
+_BINARY: dict[type, Any] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.FloorDiv: lambda a, b: sympy.floor(a / b),
+    ast.Mod: lambda a, b: sympy.Mod(a, b),
+}
+
+
+def parse_dim(text: str) -> Dim:
+    """Read an expression over ``+ - * // % max min`` and upper case symbols; raises ValueError."""
+    def walk(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int(v)):
+                return sympy.Integer(v)
+            case ast.Name(id=name):
+                return sym(name)
+            case ast.UnaryOp(op=ast.USub(), operand=x):
+                return -walk(x)
+            case ast.BinOp(left=a, op=op, right=b) if type(op) in _BINARY:
+                return _BINARY[type(op)](walk(a), walk(b))
+            case ast.Call(func=ast.Name(id=("max" | "min") as f), args=args) if args:
+                return (sympy.Max if f == "max" else sympy.Min)(*map(walk, args))
+        raise ValueError(f"not a dimension expression: {text!r}")
+
+    try:
+        return as_dim(walk(ast.parse(text.strip(), mode="eval").body))
+    except (SyntaxError, RecursionError, ZeroDivisionError, TypeError, OverflowError) as error:
+        raise ValueError(f"not a dimension expression: {text!r}") from error
+
+
+def dim_text(dim: Dim) -> str:
+    """The text of a dimension: ``896``, ``S`` or an expression such as ``floor-div`` written ``S//2``."""
+    if isinstance(dim, int) or dim.is_Symbol:
+        return str(dim)
+    return _expr_text(dim)
+
+
+def _expr_text(e: Any) -> str:
+    if e.is_Integer or e.is_Symbol:
+        return str(e)
+    if isinstance(e, sympy.floor):
+        num, den = sympy.fraction(sympy.together(e.args[0]))
+        return f"({_expr_text(num)}//{_expr_text(den)})"
+    if isinstance(e, sympy.Mod):
+        return f"({_expr_text(e.args[0])}%{_expr_text(e.args[1])})"
+    if isinstance(e, (sympy.Max, sympy.Min)):
+        name = "max" if isinstance(e, sympy.Max) else "min"
+        return f"{name}({', '.join(map(_expr_text, e.args))})"
+    if e.is_Add:
+        return "(" + "+".join(map(_expr_text, e.as_ordered_terms())).replace("+-", "-") + ")"
+    if e.is_Mul:
+        factors = e.as_ordered_factors()
+        if factors[0] == -1:
+            return "-" + _expr_text(sympy.Mul(*factors[1:]))
+        if any(f.is_Rational and not f.is_Integer for f in factors):
+            num, den = sympy.fraction(e)
+            return f"({_expr_text(num)}//{_expr_text(den)})"
+        return "*".join(map(_expr_text, factors))
+    if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+        return "*".join([_expr_text(e.base)] * int(e.exp))
+    raise ValueError(f"dimension expression without a text form: {e!r}")
+
+
+def eval_dim(dim: Dim, env: Mapping[str, int]) -> int:
+    """The value of ``dim`` with its symbols taken from ``env``; KeyError names an unbound symbol."""
+    if isinstance(dim, int):
+        return dim
+    value = dim.subs({s: env[str(s)] for s in dim.free_symbols})
+    return int(value)
+
+
+def dim_symbols(dims: Sequence[Dim]) -> set[str]:
+    """Names of the symbols in ``dims``."""
+    return {str(s) for d in dims if not isinstance(d, int) for s in d.free_symbols}
+
+
+def product(dims: Sequence[Dim]) -> Dim:
+    """Number of elements of a shape."""
+    total: Any = 1
+    for d in dims:
+        total = total * d
+    return as_dim(total)
+
+
+def same_dim(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions are equal for every value of their symbols."""
+    if a == b:
+        return True
+    if isinstance(a, int) and isinstance(b, int):
+        return False
+    return bool(sympy.expand(a - b) == 0)
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A dense row-major tensor; no strides, value semantics."""
+
+    shape: Shape
+    dtype: DType
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(map(as_dim, self.shape)))
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def elements(self) -> Dim:
+        return product(self.shape)
+
+    @property
+    def bytes(self) -> Dim:
+        return as_dim(self.elements * self.dtype.size)
+
+    def with_shape(self, shape: Sequence[Dim]) -> TensorType:
+        return TensorType(tuple(shape), self.dtype)
+
+    def with_dtype(self, dtype: DType) -> TensorType:
+        return TensorType(self.shape, dtype)
+
+    def __str__(self) -> str:
+        return f"tensor<{''.join(_dim_item(d) + 'x' for d in self.shape)}{self.dtype.value}>"
+
+
+def _dim_item(dim: Dim) -> str:
+    text = dim_text(dim)
+    if isinstance(dim, int) or dim.is_Symbol or text.startswith("("):
+        return text
+    return f"({text})"
+
+
+@dataclass(frozen=True)
+class KVType:
+    """The cache of one attention layer: K ``[B, length, heads, dim]``, V ``[B, length, heads, vdim]``.
+
+    ``length`` is the capacity in tokens; the batch is that of the session that runs it.
+    """
+
+    heads: int
+    dim: int
+    vdim: int
+    length: int
+    dtype: DType
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return (
+            f"kv<heads={self.heads}, dim={self.dim}, vdim={self.vdim}, length={self.length}, "
+            f"dtype={self.dtype.value}, layout={self.layout}>"
+        )
+
+
+Type: TypeAlias = TensorType | KVType
