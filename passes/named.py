@@ -1,0 +1,25 @@
+"""Named pipelines and recipes: plain text, so that an artifact can say exactly what was run.
+
+An entry may name other entries; ``Pipeline.parse`` expands them.
+"""
+
+from __future__ import annotations
+
+NAMED: dict[str, str] = {
+    # the graph alone, with nothing fused
+    "clean": "canonicalize,fold,canonicalize,cse,dce",
+    # rope before attention: the heads' transposes around rope meet attention's own and cancel in canonicalize;
+    # gate-up before qkv: qkv would take the pair for linears that share an input
+    "fusions": "fuse-norm,fuse-rope,fuse-attention,canonicalize,cse,dce,fuse-gate-up,fuse-qkv,canonicalize,cse,dce",
+    # the cache comes before kernels are cut, since it rewrites attention, and after qkv, which it reads through
+    "cache": "kv-layout,canonicalize,cse,dce",
+    "kernels": "fuse,plan-memory",
+    # every op its own kernel
+    "O0": "canonicalize,dce,kv-layout,fuse{mode=single},plan-memory",
+    "O1": "clean,cache,kernels",
+    "O2": "clean,fusions,cache,kernels",
+    "O3": "O2",
+    "w8a16": "clean,fusions,quantize{scheme=w8a16},cache,kernels",
+}
+
+DEFAULT = "O2"
