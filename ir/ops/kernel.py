@@ -11,7 +11,8 @@ from tilewright.ir.types import Type
 class Call(Op):
     """Run the kernel function ``callee`` on the operands; results have ``types``, in the order the kernel returns them.
 
-    A result that is a cache is the operand cache, changed in place.
+    A result that is a cache is the operand cache, changed in place. ``slots`` is where memory planning puts each result:
+    ``n >= 0`` is slot n of the arena, ``-1 - i`` is output i of the function, ``()`` is not planned yet.
     """
 
     name = "kernel.call"
@@ -19,8 +20,10 @@ class Call(Op):
     args: tuple[Value, ...]
     callee: str
     types: tuple[Type, ...]
+    slots: tuple[int, ...] = ()
 
     def infer(self) -> tuple[Type, ...]:
+        self.expect(len(self.slots) in (0, len(self.types)), f"{len(self.slots)} slots for {len(self.types)} results")
         return self.types
 
     def evaluate(self, env: Env, *args: Any) -> Any:
