@@ -1,0 +1,134 @@
+"""From the arguments of a call to the buffers and dims of a program, with every check before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.errors import InputError
+from tilewright.runtime.manifest import DTYPES, DimSpec, EntrySpec, StateSpec, TensorSpec
+from tilewright.runtime.memory import as_aligned
+
+Array = np.ndarray[Any, Any]
+
+
+def bind(entry: EntrySpec, inputs: Mapping[str, Any], where: str) -> tuple[list[Array], dict[str, int]]:
+    """The input arrays in manifest order, aligned and row-major, and the size of every dim. Raises InputError."""
+    _check_names(entry, inputs, where)
+    arrays = [_to_array(spec, inputs[spec.name], f"{where}({spec.name})") for spec in entry.inputs]
+    dims = _bind_dims(entry, arrays, where)
+    for spec, array in zip(entry.inputs, arrays):
+        _check_values(spec, array, f"{where}({spec.name})")
+    return [as_aligned(array) for array in arrays], dims
+
+
+def _check_names(entry: EntrySpec, inputs: Mapping[str, Any], where: str) -> None:
+    known = [spec.name for spec in entry.inputs]
+    unknown = [name for name in inputs if name not in known]
+    missing = [name for name in known if name not in inputs]
+    if unknown:
+        raise InputError(f"{where}({unknown[0]})", f"one of the inputs {known}", "an unknown input")
+    if missing:
+        raise InputError(f"{where}({missing[0]})", f"all of the inputs {known}", "nothing for it")
+
+
+def _to_array(spec: TensorSpec, value: Any, where: str) -> Array:
+    expected = DTYPES[spec.dtype]
+    if hasattr(value, "dtype"):
+        array = np.asarray(value)
+    else:
+        array = _from_python(value, spec, where)
+    if array.dtype != expected:
+        raise InputError(where, f"dtype {expected}", f"dtype {array.dtype}", "convert it with .astype")
+    if array.ndim != len(spec.shape):
+        raise InputError(where, f"shape {_shape_text(spec.shape)}", f"shape {_shape_text(array.shape)}")
+    return array
+
+
+def _from_python(value: Any, spec: TensorSpec, where: str) -> Array:
+    """Lists and numbers, where no kind changes: truth values, integers that fit, any number for a float input."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(where, "an array or nested lists of equal lengths", f"unequal lengths ({error})") from error
+    dtype = DTYPES[spec.dtype]
+    kinds = "b" if spec.dtype == "bool" else "iu" if spec.dtype[0] in "iu" else "iuf"
+    if array.size and array.dtype.kind not in kinds:
+        raise InputError(where, f"values of dtype {dtype}", f"values of dtype {array.dtype}")
+    if array.size and kinds == "iu":
+        info = np.iinfo(dtype)
+        if array.min() < info.min or array.max() > info.max:
+            raise InputError(where, f"values from {info.min} to {info.max}", f"{array.min()} to {array.max()}")
+    return array.astype(dtype)
+
+
+def _bind_dims(entry: EntrySpec, arrays: Sequence[Array], where: str) -> dict[str, int]:
+    ranges = {dim.name: dim for dim in entry.dims}
+    sizes: dict[str, int] = {}
+    origin: dict[str, str] = {}
+    for spec, array in zip(entry.inputs, arrays):
+        for axis, (extent, size) in enumerate(zip(spec.shape, array.shape)):
+            place = f"{where}({spec.name})"
+            shapes = (f"shape {_shape_text(spec.shape)}", f"shape {_shape_text(array.shape)}")
+            if isinstance(extent, int) and size != extent:
+                raise InputError(place, *shapes)
+            if not isinstance(extent, str):
+                continue
+            if size != sizes.setdefault(extent, size):
+                raise InputError(place, f"{shapes[0]} with {extent}={sizes[extent]} as in {origin[extent]}", shapes[1])
+            origin.setdefault(extent, f"axis {axis} of {spec.name}")
+            _check_range(ranges[extent], size, f"{place}, axis {axis}")
+    return sizes
+
+
+def _check_range(dim: DimSpec, size: int, where: str) -> None:
+    if not dim.min <= size <= dim.max:
+        raise InputError(where, f"{dim.name} from {dim.min} to {dim.max}", f"{dim.name}={size}",
+                         "compile with another range of the dim to allow it" if size > 0 else "")
+
+
+def _check_values(spec: TensorSpec, array: Array, where: str) -> None:
+    if array.size == 0 or (spec.low is None and spec.high is None):
+        return
+    low, high = array.min(), array.max()
+    if (spec.low is not None and low < spec.low) or (spec.high is not None and high > spec.high):
+        limits = f"{'' if spec.low is None else spec.low}..{'' if spec.high is None else spec.high}"
+        raise InputError(where, f"values in {limits}", f"values in {low}..{high}")
+
+
+def _shape_text(shape: Sequence[int | str | None]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def resolve(extent: int | str | None, dims: Mapping[str, int]) -> int | None:
+    """The number that an extent stands for; None for an expression."""
+    return dims[extent] if isinstance(extent, str) else extent
+
+
+def check_states(
+    entry: EntrySpec, inputs: Mapping[str, Array], dims: Mapping[str, int], states: Sequence[StateSpec], batch: int,
+    where: str,
+) -> None:  # fmt: skip
+    """Keeps the call inside the states: sequences within the session's batch, tokens within the capacity.
+
+    The capacity is checked for entries of the generation convention (``ids`` [B, S] written from ``start`` [B]).
+    """
+    count = resolve(entry.batch, dims)
+    if count is not None and count > batch:
+        raise InputError(f"{where}, batch", f"at most {batch} sequences, the session's batch", str(count),
+                         f"make the session with batch={count}")
+    ids, start, last = inputs.get("ids"), inputs.get("start"), inputs.get("last")
+    if ids is None or ids.ndim != 2:
+        return
+    if start is not None and start.size:
+        capacity = min(state.length for state in states)
+        first, end = int(start.min()), int(start.max()) + ids.shape[1]
+        if first < 0 or end > capacity:
+            raise InputError(f"{where}(start)", f"positions in 0..{capacity - 1}, the capacity of the KV states",
+                             f"positions in {first}..{end - 1}", "shorten the text or compile with a larger capacity")
+    if last is not None and last.size and not (last.min() >= 0 and last.max() < ids.shape[1]):
+        raise InputError(f"{where}(last)", f"values in 0..{ids.shape[1] - 1}", f"values in {last.min()}..{last.max()}")
+
+

@@ -1,0 +1,296 @@
+"""``manifest.json``: what an artifact holds and how its entries are called. Frozen dataclasses, strictly read.
+
+    {"format": "tilewright-artifact", "version": 1, "checksum": ..., "target": {...}, "entries": {...},
+     "states": [...], "meta": {...}, "files": {"kernels.so": {"bytes": n, "xxh3_128": hex}, ...}}
+
+``checksum`` is the xxh3_128 of the rest in canonical form (sorted keys, no spaces).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import xxhash
+
+from tilewright.runtime.errors import ArtifactVersionError, DamagedArtifactError, ManifestError
+from tilewright.runtime.jsonread import Node, parse
+
+FORMAT = "tilewright-artifact"
+VERSION = 1
+KERNELS = "kernels.so"
+WEIGHTS = "weights.safetensors"
+REQUIRED_FILES = (KERNELS, WEIGHTS)
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "f64": np.dtype(np.float64),
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "i64": np.dtype(np.int64),
+    "i32": np.dtype(np.int32),
+    "i16": np.dtype(np.int16),
+    "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+
+Extent = int | str | None
+"""One item of a shape: a number, the name of a dim, or None (an expression, known only when the program says)."""
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FEATURE = re.compile(r"[a-z0-9][a-z0-9.\-_]*")
+_HEX = re.compile(r"[0-9a-f]{32}")
+_LARGEST = 2**53
+"""Numbers beyond this are not exact in every JSON reader; no size comes near it."""
+
+
+@dataclass(frozen=True)
+class DimSpec:
+    """A symbolic dim of an entry and the sizes (both included) that it was compiled for."""
+
+    name: str
+    min: int
+    max: int
+
+    @staticmethod
+    def read(node: Node) -> DimSpec:
+        node.fields("name", "min", "max")
+        low = node["min"].integer(1, _LARGEST)
+        return DimSpec(node["name"].string(_IDENTIFIER), low, node["max"].integer(low, _LARGEST))
+
+    def json(self) -> dict[str, Any]:
+        return {"name": self.name, "min": self.min, "max": self.max}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: ``low`` and ``high`` (both included) bound the values of an integer input, when given."""
+
+    name: str
+    dtype: str
+    shape: tuple[Extent, ...]
+    low: int | None = None
+    high: int | None = None
+
+    @staticmethod
+    def read(node: Node) -> TensorSpec:
+        node.fields("name", "dtype", "shape", optional=("low", "high"))
+        dtype = node["dtype"].choice(DTYPES)
+        shape = tuple(_read_extent(item) for item in node["shape"].items())
+        low, high = (node[key].integer(-_LARGEST, _LARGEST) if key in node else None for key in ("low", "high"))
+        return TensorSpec(node["name"].string(_IDENTIFIER), dtype, shape, low, high)
+
+    def json(self) -> dict[str, Any]:
+        bounds = {"low": self.low, "high": self.high}
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)} | {
+            key: value for key, value in bounds.items() if value is not None
+        }
+
+
+@dataclass(frozen=True)
+class EntrySpec:
+    """An entry point. ``batch`` is the extent (a dim or a number) that counts the sequences of the states which the
+    entry reads and writes, or None when it touches no state."""
+
+    dims: tuple[DimSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch: int | str | None
+
+    @staticmethod
+    def read(node: Node) -> EntrySpec:
+        node.fields("dims", "inputs", "outputs", "batch")
+        entry = EntrySpec(
+            tuple(DimSpec.read(item) for item in node["dims"].items()),
+            tuple(TensorSpec.read(item) for item in node["inputs"].items()),
+            tuple(TensorSpec.read(item) for item in node["outputs"].items()),
+            _read_extent(node["batch"]),
+        )
+        entry._check(node)
+        return entry
+
+    def _check(self, node: Node) -> None:
+        dims = node["dims"].unique(d.name for d in self.dims)
+        node["inputs"].unique(t.name for t in self.inputs)
+        node["outputs"].unique(t.name for t in self.outputs)
+        bound = {extent for tensor in self.inputs for extent in tensor.shape if isinstance(extent, str)}
+        used = bound | {extent for tensor in self.outputs for extent in tensor.shape if isinstance(extent, str)}
+        if isinstance(self.batch, str):
+            used.add(self.batch)
+        if used - dims:
+            raise node.error(f"the dims {sorted(used - dims)} are used and not declared; declared: {sorted(dims)}")
+        if dims - bound:
+            raise node["dims"].error(f"no input has the dims {sorted(dims - bound)}, so no call can bind them")
+        if any(extent is None for tensor in self.inputs for extent in tensor.shape):
+            raise node["inputs"].error("null in the shape of an input; only outputs may have it")
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "dims": [d.json() for d in self.dims],
+            "inputs": [t.json() for t in self.inputs],
+            "outputs": [t.json() for t in self.outputs],
+            "batch": self.batch,
+        }
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A KV cache: bytes of K and of V for one sequence, and its capacity in tokens."""
+
+    name: str
+    dtype: str
+    k_bytes: int
+    v_bytes: int
+    length: int
+
+    @staticmethod
+    def read(node: Node) -> StateSpec:
+        node.fields("name", "dtype", "k_shape_bytes_per_sequence", "v_shape_bytes_per_sequence", "length")
+        return StateSpec(
+            node["name"].string(),
+            node["dtype"].choice(DTYPES),
+            node["k_shape_bytes_per_sequence"].integer(0, _LARGEST),
+            node["v_shape_bytes_per_sequence"].integer(0, _LARGEST),
+            node["length"].integer(1, _LARGEST),
+        )
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "k_shape_bytes_per_sequence": self.k_bytes,
+            "v_shape_bytes_per_sequence": self.v_bytes,
+            "length": self.length,
+        }
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What the code was compiled for: the target's text and the CPU features (LLVM spelling) that it may use."""
+
+    text: str
+    features: tuple[str, ...] = ()
+
+    @staticmethod
+    def read(node: Node) -> TargetSpec:
+        node.fields("text", "features")
+        return TargetSpec(node["text"].string(), tuple(f.string(_FEATURE) for f in node["features"].items()))
+
+    def json(self) -> dict[str, Any]:
+        return {"text": self.text, "features": list(self.features)}
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """A file of the artifact: its size and the xxh3_128 of its bytes."""
+
+    bytes: int
+    xxh3_128: str
+
+    @staticmethod
+    def read(node: Node) -> FileSpec:
+        node.fields("bytes", "xxh3_128")
+        return FileSpec(node["bytes"].integer(0, _LARGEST), node["xxh3_128"].string(_HEX))
+
+    def json(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "xxh3_128": self.xxh3_128}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of ``manifest.json``. Codegen fills everything but ``files``, which the writer adds."""
+
+    target: TargetSpec
+    entries: dict[str, EntrySpec]
+    states: tuple[StateSpec, ...] = ()
+    meta: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileSpec] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "target": self.target.json(),
+            "entries": {name: entry.json() for name, entry in self.entries.items()},
+            "states": [state.json() for state in self.states],
+            "meta": dict(self.meta),
+            "files": {name: file.json() for name, file in self.files.items()},
+        }
+
+    def to_text(self) -> str:
+        """The text of ``manifest.json``. Raises ManifestError where ``from_text`` would refuse it."""
+        data = self.json()
+        text = json.dumps(data | {"checksum": _checksum(data)}, indent=1) + "\n"
+        Manifest.from_text(text, "the manifest to save")
+        return text
+
+    @staticmethod
+    def from_text(text: str | bytes, where: str = "manifest.json") -> Manifest:
+        """Reads and checks a manifest. Raises ArtifactVersionError, DamagedArtifactError or ManifestError."""
+        data = parse(text, where)
+        node = Node(data, where)
+        if "format" not in node or node["format"].value != FORMAT:
+            raise node.error(f'"format" must be "{FORMAT}"; this is not an artifact made by tilewright')
+        _check_version(node["version"])
+        stored = node["checksum"].string(_HEX)
+        del data["checksum"]
+        if _checksum(data) != stored:
+            raise DamagedArtifactError(f"{where}: its contents do not have the checksum that it states; it was "
+                                       "edited or damaged after it was saved. Compile or copy the artifact again")
+        return _read_manifest(node)
+
+
+def _read_extent(node: Node) -> Extent:
+    if node.value is None:
+        return None
+    if isinstance(node.value, str):
+        return node.string(_IDENTIFIER)
+    return node.integer(0, _LARGEST)
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()))
+
+
+def _check_version(node: Node) -> None:
+    version = node.integer(1, _LARGEST)
+    if version == VERSION:
+        return
+    remedy = "use a newer tilewright, or compile" if version > VERSION else "compile"
+    raise ArtifactVersionError(f"{node.where}: the artifact has version {version} and this tilewright reads version "
+                               f"{VERSION}; {remedy} the model again with this one")
+
+
+def _read_manifest(node: Node) -> Manifest:
+    node.fields("format", "version", "target", "entries", "states", "meta", "files")
+    entries = {key: EntrySpec.read(item) for key, item in node["entries"].members(_IDENTIFIER)}
+    states = tuple(StateSpec.read(item) for item in node["states"].items())
+    node["states"].unique(state.name for state in states)
+    for name, entry in entries.items():
+        if entry.batch is not None and not states:
+            raise node["entries"][name]["batch"].error("set, but the artifact has no states; use null")
+    files = {key: FileSpec.read(item) for key, item in node["files"].members()}
+    for name in files:
+        _check_file_name(name, node["files"])
+    missing = [name for name in REQUIRED_FILES if name not in files]
+    if missing:
+        raise node["files"].error(f"the files {missing} are not listed; every artifact has them")
+    meta = {key: item.string() for key, item in node["meta"].members()}
+    return Manifest(TargetSpec.read(node["target"]), entries, states, meta, files)
+
+
+def _check_file_name(name: str, node: Node) -> None:
+    parts = name.split("/")
+    if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise node.error(f"{name!r} is not a relative path inside the artifact")
+
+
+__all__ = [
+    "DTYPES", "KERNELS", "WEIGHTS", "DimSpec", "EntrySpec", "Extent", "FileSpec", "Manifest", "ManifestError",
+    "StateSpec", "TargetSpec", "TensorSpec",
+]  # fmt: skip

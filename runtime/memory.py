@@ -1,0 +1,69 @@
+"""Memory that programs work in: 64-byte aligned arrays and zeroed pages that cost nothing until touched."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 64
+_HUGE = 2 << 20
+
+
+def pages(count: int, huge: bool = False) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """``count`` zero bytes in private pages of their own, given back when the array goes. Raises MemoryError."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        mapping = mmap.mmap(-1, max(count, 1), flags=flags)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"cannot map {count} bytes for a session; use a smaller batch, chunk or capacity") from error
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        _advise(mapping, mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
+
+
+def _advise(mapping: mmap.mmap, advice: int) -> None:
+    try:
+        mapping.madvise(advice)
+    except OSError:
+        return  # advice only: kernels without huge pages refuse it
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """An uninitialised row-major array whose first byte is 64-byte aligned."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def as_aligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """``array`` itself when it is row-major and aligned, else a copy that is."""
+    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    copy = aligned(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+class Arena:
+    """Scratch memory of a session: grows to the largest call so far, never holds two blocks at once."""
+
+    def __init__(self) -> None:
+        self._block: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self._block is None else self._block.size
+
+    def reserve(self, count: int) -> int:
+        """The address of at least ``count`` bytes; what was there before is lost when it grows."""
+        if self._block is None or self._block.size < count:
+            self._block = None
+            self._block = pages(-(-count // _HUGE) * _HUGE, huge=True)
+        return self._block.ctypes.data
+
+    def release(self) -> None:
+        self._block = None

@@ -1,0 +1,197 @@
+"""A session: the memory and threads to run the entries of a program, and the state (KV caches) between the calls."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tilewright.runtime.binding import bind, check_states, resolve
+from tilewright.runtime.errors import InputError, ProgramError, SessionError, program_failure
+from tilewright.runtime.host import default_threads
+from tilewright.runtime.manifest import DTYPES, EntrySpec
+from tilewright.runtime.memory import Arena, aligned, pages
+
+if TYPE_CHECKING:
+    from tilewright.runtime.generation import Step
+    from tilewright.runtime.loader import Program
+
+Array = np.ndarray[Any, Any]
+
+
+class Session:
+    """Runs the entries of a program: ``session("forward", x=array) -> {"y": array}``.
+
+    ``threads``: in all, the caller's included; default: the physical cores this process may use. ``batch``: the most
+    sequences that the KV states hold. Calls from several threads run one after another. Memory: the arena of the
+    largest call so far, and the touched pages of ``batch`` sequences of KV states. Close it, or use it in ``with``.
+    """
+
+    def __init__(self, program: Program, threads: int | None = None, batch: int = 1) -> None:
+        _check_positive("threads", threads)
+        _check_positive("batch", batch)
+        _check_batch(program, batch)
+        self.program = program
+        self.threads = threads or program.threads or default_threads()
+        self.batch = batch
+        self._library = program.library
+        self._lock = threading.Lock()
+        self._arena = Arena()
+        self._states: list[Array] | None = None
+        self._lease = threading.Lock()
+        self._lease_thread: int | None = None
+        pool = self._library.pool_create(self.threads)
+        if not pool:
+            raise MemoryError(f"cannot start {self.threads} threads; make the session with fewer")
+        self._pool: int | None = pool
+        self._finalizer = weakref.finalize(self, self._library.pool_destroy, pool)
+        self._finalizer.atexit = False  # a daemon thread may still be running a region then
+
+    def __call__(self, entry: str, /, **inputs: Any) -> dict[str, Array]:
+        """Runs ``entry`` and returns its outputs by name, in arrays of their own.
+
+        Inputs are arrays of the exact dtype, or numbers and nested lists. Raises InputError before anything runs,
+        ProgramError when the program fails, SessionError after ``close``.
+        """
+        spec = self.entry(entry)
+        arrays, dims = bind(spec, inputs, entry)
+        if spec.batch is not None:
+            by_name = {tensor.name: array for tensor, array in zip(spec.inputs, arrays)}
+            check_states(spec, by_name, dims, self.program.manifest.states, self.batch, entry)
+        with self._lock:
+            if self._pool is None:
+                raise SessionError("the session is closed; make another one from its program")
+            return self._run(entry, spec, arrays, [dims[dim.name] for dim in spec.dims])
+
+    def entry(self, name: str) -> EntrySpec:
+        """The signature of an entry. Raises InputError, listing those that exist."""
+        entries = self.program.manifest.entries
+        if name not in entries:
+            raise InputError("entry", f"one of {list(entries)}", repr(name))
+        return entries[name]
+
+    def _run(self, entry: str, spec: EntrySpec, arrays: Sequence[Array], sizes: Sequence[int]) -> dict[str, Array]:
+        dims = (ctypes.c_int64 * max(1, len(sizes)))(*sizes)
+        arena_bytes, shapes = self._ask_sizes(entry, spec, dims)
+        _check_shapes(entry, spec, shapes, sizes)
+        # Fresh arrays: the caller keeps them. The allocator hands the same pages back once they are dropped.
+        outputs = [aligned(shape, DTYPES[tensor.dtype]) for tensor, shape in zip(spec.outputs, shapes)]
+        code = self._library.run[entry](
+            self._pool,
+            dims,
+            _addresses(arrays),
+            _addresses(outputs),
+            _addresses(self._state_buffers() if spec.batch is not None else []),
+            self.program.weights.address,
+            self._arena.reserve(arena_bytes),
+        )
+        if code:
+            raise program_failure(entry, code)
+        return {tensor.name: output for tensor, output in zip(spec.outputs, outputs)}
+
+    def _ask_sizes(self, entry: str, spec: EntrySpec, dims: Any) -> tuple[int, list[tuple[int, ...]]]:
+        ranks = [len(tensor.shape) for tensor in spec.outputs]
+        answer = (ctypes.c_int64 * (1 + sum(ranks)))()
+        self._library.sizes[entry](dims, answer)
+        values = iter(answer)
+        arena_bytes = next(values)
+        return arena_bytes, [tuple(next(values) for _ in range(rank)) for rank in ranks]
+
+    def _state_buffers(self) -> list[Array]:
+        if self._states is None:
+            specs = self.program.manifest.states
+            self._states = [pages(size * self.batch) for spec in specs for size in (spec.k_bytes, spec.v_bytes)]
+        return self._states
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]] | Array, max_new_tokens: int, *,
+        callback: Callable[[int, list[int | None]], object] | None = None, **options: Any,
+    ) -> list[list[int]]:  # fmt: skip
+        """The new tokens of each prompt: see ``tilewright.runtime.generation.generate``."""
+        from tilewright.runtime.generation import generate
+
+        return generate(self, prompts, max_new_tokens, callback=callback, **options)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]] | Array, max_new_tokens: int, **options: Any
+    ) -> Iterator[Step]:
+        """Tokens as they come: see ``tilewright.runtime.generation.stream``."""
+        from tilewright.runtime.generation import stream
+
+        return stream(self, prompts, max_new_tokens, **options)
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Keeps the states for one generation. Others wait; a second one in the same thread raises SessionError."""
+        thread = threading.get_ident()
+        if self._lease_thread == thread and self._lease.locked():
+            raise SessionError("another generation of this thread has not ended on this session; close its iterator "
+                               "first, or make a second session from the program")
+        with self._lease:
+            self._lease_thread = thread
+            try:
+                yield
+            finally:
+                self._lease_thread = None
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes held: ``arena``, and ``states`` (reserved; only touched pages are resident)."""
+        states = self._states or []
+        return {"arena": self._arena.bytes, "states": sum(state.size for state in states)}
+
+    def reset(self) -> None:
+        """Forgets the states and gives all memory back; the next call starts from zeros."""
+        with self._lock:
+            self._arena.release()
+            self._states = None
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back. Waits for a running call; safe to repeat."""
+        with self._lock:
+            self._pool = None
+            self._finalizer()
+            self._arena.release()
+            self._states = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _addresses(arrays: Sequence[Array]) -> Any:
+    return (ctypes.c_void_p * max(1, len(arrays)))(*(array.ctypes.data for array in arrays))
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is None and name == "threads":
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(name, "an integer >= 1", repr(value))
+
+
+def _check_batch(program: Program, batch: int) -> None:
+    for name, entry in program.manifest.entries.items():
+        limits = {dim.name: dim.max for dim in entry.dims}
+        limit = resolve(entry.batch, limits)
+        if limit is not None and batch > limit:
+            raise InputError("batch", f"at most {limit}, what entry {name!r} was compiled for", str(batch),
+                             "compile with a larger range of the dim, or use several sessions")
+
+
+def _check_shapes(entry: str, spec: EntrySpec, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> None:
+    """The program must agree with its manifest about the outputs: the runtime allocates by the one, callers read the
+    other."""
+    dims = {dim.name: size for dim, size in zip(spec.dims, sizes)}
+    for tensor, shape in zip(spec.outputs, shapes):
+        known = [resolve(extent, dims) for extent in tensor.shape]
+        if any(size < 0 or (want is not None and size != want) for want, size in zip(known, shape)):
+            raise ProgramError(f"entry {entry!r} announces the shape {list(shape)} for its output {tensor.name!r}, "
+                               f"the manifest says {list(tensor.shape)}; compile the artifact again")
