@@ -66,8 +66,7 @@ class Kernel:
         kinds = [mlir_type("index")] * scalars + [_memref(dtype) for _, dtype in self._buffer_specs]
         with ir.InsertionPoint(self.module.body):
             function = func.FuncOp(self.name, (kinds, []))
-        pairs = [[ir.StringAttr.get(text) for text in pair] for pair in self._code_attributes()]
-        function.attributes["passthrough"] = ir.ArrayAttr.get([ir.ArrayAttr.get(pair) for pair in pairs])
+        self._decorate(function)
         self._entry = function.add_entry_block()
         self._scopes.enter_context(ir.InsertionPoint(self._entry))
         values = [Val(argument, "index") for argument in self._entry.arguments[:scalars]]
@@ -75,6 +74,11 @@ class Kernel:
         self.dims = dict(zip(self._dim_names, values[2:]))
         pairs = zip(self._entry.arguments[scalars:], self._buffer_specs)
         self.buffers = tuple(Buffer(argument, dtype) for argument, (_, dtype) in pairs)
+
+    def _decorate(self, function: func.FuncOp, extra: Sequence[str] = ()) -> None:
+        flags = [ir.StringAttr.get(name) for name in extra]
+        pairs = [[ir.StringAttr.get(text) for text in pair] for pair in self._code_attributes()]
+        function.attributes["passthrough"] = ir.ArrayAttr.get([*(ir.ArrayAttr.get(pair) for pair in pairs), *flags])
 
     def _code_attributes(self) -> list[tuple[str, str]]:
         target = self.target
@@ -122,6 +126,27 @@ class Kernel:
         """``then()`` or ``otherwise()``, as the scalar bool picks; both give values of the same types, or None."""
         return _branch(condition, then, otherwise)
 
+    @contextmanager
+    def function(self, name: str, buffers: Sequence[Buffer], numbers: int) -> Iterator[Function]:
+        """An inner function, written in the block and then called: code that several places share.
+
+            with k.function("dot", (x, y), numbers=2) as dot:
+                x, y = dot.buffers
+                start, count = dot.numbers
+                ...
+            dot((x, y), (0, n))
+        """
+        kinds = [buffer.memory.type for buffer in buffers] + [mlir_type("index")] * numbers
+        with ir.InsertionPoint(self.module.body):
+            op = func.FuncOp(f"{self.name}.{name}", (kinds, []), visibility="private")
+        op.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
+        self._decorate(op, ["noinline"])
+        outer, self._entry = self._entry, op.add_entry_block()
+        with ir.InsertionPoint(self._entry):
+            yield Function(op, buffers)
+            func.return_([])
+        self._entry = outer
+
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def scratch(self, count: int, dtype: str) -> Buffer:
@@ -164,27 +189,42 @@ class Loop:
         return [Val(value, like.dtype, like.lanes) for value, like in zip(values, self._carry)]
 
 
+class Function:
+    """What ``Kernel.function`` yields: inside, its ``buffers`` and ``numbers`` (indices); afterwards, a callable."""
+
+    def __init__(self, op: func.FuncOp, like: Sequence[Buffer]) -> None:
+        self._op = op
+        arguments = op.entry_block.arguments
+        self.buffers = tuple(Buffer(memory, buffer.dtype) for memory, buffer in zip(arguments, like))
+        self.numbers = tuple(Val(number, "index") for number in list(arguments)[len(like):])
+
+    def __call__(self, buffers: Sequence[Buffer], numbers: Sequence[Val | int]) -> None:
+        """Call it; the buffers are whole (their ``at`` offset must be passed as a number)."""
+        operands = [buffer.memory for buffer in buffers] + [_index(number).ir for number in numbers]
+        func.CallOp([], ir.FlatSymbolRefAttr.get(self._op.name.value), operands)
+
+
 class Buffer:
     """Flat memory of one dtype, optionally seen from an offset. A bool is stored as one byte, 0 or 1."""
 
     def __init__(self, memory: ir.Value, dtype: str, offset: Val | None = None) -> None:
-        self._memory, self.dtype, self._offset = memory, dtype, offset
+        self.memory, self.dtype, self._offset = memory, dtype, offset
 
     def at(self, offset: Val | int) -> Buffer:
         """The same memory, with indices counted from ``offset``."""
-        return Buffer(self._memory, self.dtype, self._place(offset))
+        return Buffer(self.memory, self.dtype, self._place(offset))
 
     def load(self, index: Val | int, lanes: int = 0, mask: Val | None = None) -> Val:
         """``lanes`` consecutive elements (0 = one scalar); lanes that ``mask`` turns off read as zero, untouched."""
         place = [self._place(index).ir]
         stored = "i8" if self.dtype == "bool" else self.dtype
         if not lanes:
-            value = Val(memref.load(self._memory, place), stored)
+            value = Val(memref.load(self.memory, place), stored)
         elif mask is None:
-            value = Val(vector.load(mlir_type(stored, lanes), self._memory, place), stored, lanes)
+            value = Val(vector.load(mlir_type(stored, lanes), self.memory, place), stored, lanes)
         else:
             zero = constant(0, stored, lanes)
-            value = Val(vector.maskedload(zero.ir.type, self._memory, place, mask.ir, zero.ir), stored, lanes)
+            value = Val(vector.maskedload(zero.ir.type, self.memory, place, mask.ir, zero.ir), stored, lanes)
         return value.ne(0) if self.dtype == "bool" else value
 
     def store(self, value: Val, index: Val | int, mask: Val | None = None, stream: bool = False) -> None:
@@ -195,17 +235,17 @@ class Buffer:
             value = value.to("i8")
         place = [self._place(index).ir]
         if not value.lanes:
-            memref.store(value.ir, self._memory, place)
+            memref.store(value.ir, self.memory, place)
         elif mask is not None:
-            vector.maskedstore(self._memory, place, mask.ir, value.ir)
+            vector.maskedstore(self.memory, place, mask.ir, value.ir)
         elif stream:
-            vector.store(value.ir, self._memory, place, nontemporal=True, alignment=value.lanes * SIZES[value.dtype])
+            vector.store(value.ir, self.memory, place, nontemporal=True, alignment=value.lanes * SIZES[value.dtype])
         else:
-            vector.store(value.ir, self._memory, place)
+            vector.store(value.ir, self.memory, place)
 
     def prefetch(self, index: Val | int, locality: int = 3, write: bool = False) -> None:
         """Ask for the cache line of an element; it may lie past the end. Locality 3 is all caches, 0 is use once."""
-        memref.prefetch(self._memory, [self._place(index).ir], write, locality, True)
+        memref.prefetch(self.memory, [self._place(index).ir], write, locality, True)
 
     def _place(self, index: Val | int) -> Val:
         index = _index(index)

@@ -5,7 +5,8 @@ is written with integers (round to nearest even; a NaN stays a NaN). There is no
 loaded, converted to f32, and converted back before they are stored.
 """
 
-from torch_mlir.dialects import arith
+from torch_mlir import ir
+from torch_mlir.dialects import arith, vector
 
 from tilewright.codegen.mlir.value import BITS, FLOATS, UNSIGNED, Val, constant, mlir_type
 
@@ -45,7 +46,8 @@ def round_to_bf16(value: Val) -> Val:
     from tilewright.codegen.mlir.builder import Kernel
 
     if Kernel.current().target.has_bf16_dot and value.lanes:
-        return Val(arith.truncf(mlir_type("bf16", value.lanes), value.ir), "bf16", value.lanes)
+        bfloat = ir.VectorType.get([value.lanes], ir.BF16Type.get())
+        return Val(vector.bitcast(mlir_type("bf16", value.lanes), arith.truncf(bfloat, value.ir)), "bf16", value.lanes)
     bits = value.bitcast("i32")
     odd = bits.shift_right_logical(16) & 1
     rounded = (bits + odd + 0x7FFF).shift_right_logical(16)

@@ -22,8 +22,12 @@ Number = int | float
 
 
 def mlir_type(dtype: str, lanes: int = 0) -> ir.Type:
-    """The MLIR type of ``lanes`` elements of ``dtype`` (0 lanes = scalar)."""
-    floats = {"f64": ir.F64Type, "f32": ir.F32Type, "f16": ir.F16Type, "bf16": ir.BF16Type}
+    """The MLIR type of ``lanes`` elements of ``dtype`` (0 lanes = scalar).
+
+    A bf16 is carried as its 16 bits: LLVM's own bfloat turns plain shuffles and loads into conversion calls on targets
+    without bf16 instructions.
+    """
+    floats = {"f64": ir.F64Type, "f32": ir.F32Type, "f16": ir.F16Type}
     if dtype in floats:
         element = floats[dtype].get()
     elif dtype == "index":
@@ -36,18 +40,31 @@ def mlir_type(dtype: str, lanes: int = 0) -> ir.Type:
 def constant(value: Number, dtype: str = "index", lanes: int = 0) -> Val:
     """A literal, splat over ``lanes``."""
     element = mlir_type(dtype)
-    make = ir.FloatAttr.get if dtype in FLOATS else ir.IntegerAttr.get
-    attribute = make(element, float(value) if dtype in FLOATS else int(value))
+    attribute = _literal(value, dtype)
     if not lanes:
         return Val(arith.constant(element, attribute), dtype)
     kind = mlir_type(dtype, lanes)
     return Val(arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, attribute)), dtype, lanes)
 
 
+def _literal(value: Number, dtype: str) -> ir.Attribute:
+    if dtype == "bf16":
+        bits = struct.unpack("<I", struct.pack("<f", value))[0]
+        return ir.IntegerAttr.get(mlir_type(dtype), bits + 0x7FFF + (bits >> 16 & 1) >> 16)
+    make = ir.FloatAttr.get if dtype in FLOATS else ir.IntegerAttr.get
+    return make(mlir_type(dtype), float(value) if dtype in FLOATS else int(value))
+
+
 def intrinsic(name: str, dtype: str, lanes: int, *args: Val) -> Val:
     """Call an LLVM intrinsic by its full name, e.g. ``llvm.x86.avx512bf16.dpbf16ps.512``."""
-    result = llvm.call_intrinsic(mlir_type(dtype, lanes), name, [arg.ir for arg in args], [], [])
+    result = llvm.call_intrinsic(mlir_type(dtype, lanes), name, [_as_argument(arg) for arg in args], [], [])
     return Val(result, dtype, lanes)
+
+
+def _as_argument(value: Val) -> ir.Value:
+    if value.dtype != "bf16":
+        return value.ir
+    return vector.bitcast(ir.VectorType.get([value.lanes], ir.BF16Type.get()), value.ir)
 
 
 class Val:
@@ -256,9 +273,11 @@ class Val:
 
     def bitcast(self, dtype: str) -> Val:
         """The same bits as ``dtype``; the lane count changes when the widths differ."""
-        if not self.lanes:
-            return Val(arith.bitcast(mlir_type(dtype), self.ir), dtype)
         lanes = self.lanes * BITS[self.dtype] // BITS[dtype]
+        if mlir_type(dtype, lanes) == self.ir.type:
+            return Val(self.ir, dtype, lanes)
+        if not lanes:
+            return Val(arith.bitcast(mlir_type(dtype), self.ir), dtype)
         return Val(vector.bitcast(mlir_type(dtype, lanes), self.ir), dtype, lanes)
 
     def to(self, dtype: str) -> Val:
@@ -304,9 +323,8 @@ def shuffle(a: Val, b: Val, lanes: Sequence[int]) -> Val:
 
 def iota(lanes: int, dtype: str = "i32") -> Val:
     """The vector 0, 1, 2, ..."""
-    kind, element = mlir_type(dtype, lanes), mlir_type(dtype)
-    make = ir.FloatAttr.get if dtype in FLOATS else ir.IntegerAttr.get
-    numbers = [make(element, float(i) if dtype in FLOATS else i) for i in range(lanes)]
+    kind = mlir_type(dtype, lanes)
+    numbers = [_literal(i, dtype) for i in range(lanes)]
     return Val(arith.constant(kind, ir.DenseElementsAttr.get(numbers, kind)), dtype, lanes)
 
 

@@ -1,0 +1,160 @@
+"""Schedules: how a kernel is cut and ordered, without changing what it computes.
+
+A schedule is a frozen dataclass whose fields are knobs with a declared domain; the space of schedules follows from the
+declarations, and so does the text form ``linear{tile_m=6 tile_v=4 ...}`` that parses back. Constraints that tie knobs
+together, or to the target, stand beside them as methods marked with ``@constraint``.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.text import format_call, parse_call
+
+
+class ScheduleError(ValueError):
+    """A schedule that is not in its space."""
+
+
+def knob(default: Any, domain: Sequence[Any]) -> Any:
+    """A field of a schedule: its default and the values it may take."""
+    if default not in domain:
+        raise ScheduleError(f"default {default} is not in the domain {tuple(domain)}")
+    return field(default=default, metadata={"domain": tuple(domain)})
+
+
+def constraint(check: Callable[[Any, CpuTarget], str | None]) -> Any:
+    """Mark a method ``(self, target) -> reason | None`` as a constraint: a reason refuses the schedule."""
+    check.is_constraint = True  # type: ignore[attr-defined]
+    return check
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Base of all schedules; a subclass sets ``name`` and declares knobs."""
+
+    name: ClassVar[str]
+    registry: ClassVar[dict[str, type["Schedule"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Schedule.registry[cls.name] = cls
+
+    @classmethod
+    def domains(cls) -> dict[str, tuple[Any, ...]]:
+        """Every knob with its values, in order of declaration."""
+        return {f.name: f.metadata["domain"] for f in fields(cls)}
+
+    @classmethod
+    def default(cls, target: CpuTarget) -> Self:
+        """A good schedule without measuring."""
+        return cls()
+
+    @classmethod
+    def space(cls, target: CpuTarget) -> "Space":
+        """All schedules that are valid on ``target``."""
+        return Space(cls, target)
+
+    def validate(self, target: CpuTarget) -> Self:
+        """This schedule; ScheduleError names the knob outside its domain or the constraint that fails."""
+        for key, domain in self.domains().items():
+            if getattr(self, key) not in domain:
+                raise ScheduleError(f"{self.name}: {key}={getattr(self, key)} is not one of {list(domain)}")
+        if reason := self.refusal(target):
+            raise ScheduleError(f"{self.text} on {target}: {reason}")
+        return self
+
+    def refusal(self, target: CpuTarget) -> str | None:
+        """Why the combination of knobs cannot run on ``target``, or None."""
+        checks = [check for check in vars(type(self)).values() if hasattr(check, "is_constraint")]
+        return next((reason for check in checks if (reason := check(self, target))), None)
+
+    @property
+    def text(self) -> str:
+        """Canonical text with every knob; ``parse_schedule`` gives an equal schedule back."""
+        return format_call(self.name, {key: getattr(self, key) for key in self.domains()})
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Space:
+    """The valid schedules of one class on one target: iterable, with the size of the full product at hand."""
+
+    def __init__(self, kind: type[Schedule], target: CpuTarget) -> None:
+        self.kind, self.target = kind, target
+
+    @property
+    def product(self) -> int:
+        """How many combinations there are before constraints."""
+        size = 1
+        for domain in self.kind.domains().values():
+            size *= len(domain)
+        return size
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Any]:
+        domains = self.kind.domains()
+        for values in itertools.product(*domains.values()):
+            schedule = self.kind(**dict(zip(domains, values)))
+            if schedule.refusal(self.target) is None:
+                yield schedule
+
+
+def parse_schedule(text: str) -> Schedule:
+    """The schedule that ``text`` names; knobs left out take their defaults."""
+    name, given = parse_call(text)
+    kind = Schedule.registry.get(name)
+    if kind is None:
+        raise ScheduleError(f"unknown schedule {name!r}; known: {', '.join(sorted(Schedule.registry))}")
+    domains = kind.domains()
+    values = {}
+    for key, word in given.items():
+        if key not in domains:
+            raise ScheduleError(f"{name} has no knob {key!r}; its knobs: {', '.join(domains)}")
+        matches = [value for value in domains[key] if format_call("", {"": value}) == format_call("", {"": word})]
+        if not matches:
+            raise ScheduleError(f"{name}: {key}={word} is not one of {list(domains[key])}")
+        values[key] = matches[0]
+    return kind(**values)
+
+
+def registers(target: CpuTarget) -> int:
+    """Vector registers: 32 with AVX-512, otherwise 16."""
+    return 32 if target.vector_bits == 512 else 16
+
+
+@dataclass(frozen=True)
+class LinearSchedule(Schedule):
+    """``x @ weight.T``: register tile of ``tile_m`` rows by ``tile_v`` vectors, blocks of rows and of K around it."""
+
+    name: ClassVar[str] = "linear"
+    tile_m: int = knob(6, (1, 2, 4, 5, 6, 8, 12, 14))
+    tile_v: int = knob(4, (1, 2, 3, 4, 6))
+    block_m: int = knob(96, (24, 48, 96, 144, 192, 240))
+    block_k: int = knob(1024, (128, 256, 512, 1024, 2048, 4096))
+    unroll: int = knob(4, (1, 2, 4, 8))
+    prefetch: int = knob(2048, (0, 512, 1024, 2048, 4096, 8192))
+
+    @classmethod
+    def default(cls, target: CpuTarget) -> Self:
+        return cls() if target.vector_bits == 512 else cls(tile_m=6, tile_v=2)
+
+    @constraint
+    def fits_registers(self, target: CpuTarget) -> str | None:
+        needed = self.tile_m * self.tile_v + min(self.tile_v, 2) + 1
+        have = registers(target)
+        return f"a tile needs {needed} vector registers of {have}" if needed > have else None
+
+
+@dataclass(frozen=True)
+class AttentionSchedule(Schedule):
+    """Attention: queries and keys of one tile, and how far ahead the cache is fetched (in key blocks)."""
+
+    name: ClassVar[str] = "attention"
+    tile_q: int = knob(8, (1, 2, 4, 8, 16))
+    tile_k: int = knob(64, (32, 64, 128))
+    prefetch: int = knob(1, (0, 1, 2, 4))
