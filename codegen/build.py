@@ -1,0 +1,215 @@
+"""Module -> files of an artifact: kernels compiled, weights packed, program written, everything linked.
+
+    weights   file -> ``Weight.load`` -> ``pack`` -> weights.safetensors, one at a time
+    kernels   kernel function -> emitter -> object; equal kernels were already made one by fusion
+    program   ``Program.text`` -> program.c -> linked with the objects and the thread pool into kernels.so
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilewright.codegen.cache import cache_layout
+from tilewright.codegen.emitters import choose, pack, packed_spec
+from tilewright.codegen.kernel import Emitter, KernelCode
+from tilewright.codegen.link import link
+from tilewright.codegen.program import Program, behind, entry_dims
+from tilewright.codegen.schedule import Schedule
+from tilewright.codegen.target import CpuTarget
+from tilewright.ir import Dim, Function, Module, State, Value, Weight, canonical, dim_text, ops, print_module
+from tilewright.runtime.artifact import (
+    ArtifactWriter,
+    DimSpec,
+    EntrySpec,
+    Extent,
+    Manifest,
+    StateSpec,
+    TargetSpec,
+    TensorSpec,
+    WeightSpec,
+    native_sources,
+    plan_weights,
+)
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``."""
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel in the compile report."""
+
+    name: str
+    operations: str
+    workload: str
+    backend: str
+    schedule: str
+    code_bytes: int
+    seconds: float
+    calls: int
+
+
+@dataclass
+class BuildReport:
+    """What building did: a row a kernel, and bytes of weights by how they are stored."""
+
+    kernels: list[KernelRow] = field(default_factory=list)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Build:
+    """One build of ``module`` for ``target``. ``schedules`` overrides the default schedule of kernels by name."""
+
+    module: Module
+    target: CpuTarget
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    progress: Progress = lambda stage, done, total: None
+    report: BuildReport = field(default_factory=BuildReport)
+
+    def write(self, out: ArtifactWriter, meta: Mapping[str, str]) -> Manifest:
+        """Put all files but the report into ``out``; gives the manifest to commit it with.
+
+        Raises CodegenError when a kernel cannot be lowered or the tool chain fails.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            codes = self.timed("kernels", lambda: self.compile_kernels(Path(folder)))
+            offsets = self.timed("weights", lambda: self.write_weights(out, codes))
+            source = Program(self.module, codes, offsets).text()
+            out.add("program.c", source)
+            self.timed("link", lambda: self.link(Path(folder), codes, out))
+        out.add("ir.twir", print_module(self.module))
+        return self.manifest(meta)
+
+    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        self.report.seconds[stage] = time.perf_counter() - start
+        return result
+
+    def compile_kernels(self, folder: Path) -> dict[str, KernelCode]:
+        calls: dict[str, int] = {}
+        for op in self.module.ops(ops.Call):
+            assert isinstance(op, ops.Call)
+            calls[op.callee] = calls.get(op.callee, 0) + 1
+        codes = {}
+        for i, name in enumerate(calls):
+            self.progress("kernels", i, len(calls))
+            codes[name] = self.compile_kernel(self.module.functions[name], calls[name])
+            (folder / f"{name}.o").write_bytes(codes[name].object)
+        self.progress("kernels", len(calls), len(calls))
+        return codes
+
+    def compile_kernel(self, kernel: Function, calls: int) -> KernelCode:
+        start = time.perf_counter()
+        emitter: Emitter = choose(kernel, self.target)
+        schedule = self.schedules.get(kernel.name) or emitter.default_schedule(kernel, self.target)
+        code = emitter.emit(kernel, schedule, self.target, f"tw_{kernel.name}")
+        names = " ".join(op.name for op in kernel.body[:-1])
+        seconds = time.perf_counter() - start
+        row = KernelRow(kernel.name, names, canonical(kernel), emitter.name, str(schedule), len(code.object), seconds, calls)
+        self.report.kernels.append(row)
+        return code
+
+    def write_weights(self, out: ArtifactWriter, codes: Mapping[str, KernelCode]) -> dict[tuple[str, str], int]:
+        """Pack and store every weight in each layout that a kernel wants; gives offsets by (weight, packing)."""
+        wanted = self.wanted_weights(codes)
+        keys = {(w.name, p): f"{w.name}|{p}" if p else w.name for w, p in wanted}
+        specs = [WeightSpec(keys[w.name, p], *packed_spec(w.tensor, p)) for w, p in wanted]
+        plan = plan_weights(specs)
+        with out.weights(plan) as stream:
+            for i, ((weight, packing), spec) in enumerate(zip(wanted, specs)):
+                self.progress("weights", i, len(wanted))
+                stream.write(spec.name, pack(weight.load(), packing))
+                release(weight)
+                kind = packing.split("{")[0] or "plain"
+                self.report.weight_bytes[kind] = self.report.weight_bytes.get(kind, 0) + spec.bytes
+        self.progress("weights", len(wanted), len(wanted))
+        return {key: plan.offsets[name] for key, name in keys.items()}
+
+    def wanted_weights(self, codes: Mapping[str, KernelCode]) -> list[tuple[Weight, str]]:
+        found: dict[tuple[Weight, str], None] = {}
+        for function in self.module.entries():
+            for op in function.walk(ops.Call):
+                assert isinstance(op, ops.Call)
+                for i, value in enumerate(map(behind, op.args)):
+                    if isinstance(value, Weight):
+                        found[value, codes[op.callee].packing.get(i, "")] = None
+            for value in map(behind, function.returns):
+                if isinstance(value, Weight):
+                    found[value, ""] = None
+        return list(found)
+
+    def link(self, folder: Path, codes: Mapping[str, KernelCode], out: ArtifactWriter) -> None:
+        sources = [p for p in native_sources() if p.suffix == ".c"]
+        objects = [folder / f"{name}.o" for name in codes]
+        headers = {p.parent for p in native_sources()}
+        link(folder, objects, [out.path("program.c"), *sources], sorted(headers), out.path("kernels.so"))
+
+    def manifest(self, meta: Mapping[str, str]) -> Manifest:
+        entries = {f.name: self.entry(f) for f in self.module.entries()}
+        states = tuple(self.state(s) for s in self.module.states.values())
+        target = TargetSpec(self.target.text, tuple(self.target.required_features))
+        return Manifest(target, entries, states, dict(meta))
+
+    def state(self, value: Value) -> StateSpec:
+        layout = cache_layout(value.cache, self.target)
+        assert value.name is not None
+        return StateSpec(value.name, value.dtype.value, layout.k_bytes, layout.v_bytes, value.cache.length)
+
+    def entry(self, function: Function) -> EntrySpec:
+        dims = tuple(DimSpec(n, *self.module.dims[n]) for n in entry_dims(self.module, function))
+        names = output_names(self.module, function)
+        inputs = tuple(self.tensor(a.name or "", a, bound=table_rows(self.module, a)) for a in function.args)
+        outputs = tuple(self.tensor(n, v) for n, v in zip(names, function.returns))
+        stateful = any(isinstance(v, State) for op in function.body for v in op.operands)
+        return EntrySpec(dims, inputs, outputs, extent(function.args[0].shape[0]) if stateful else None)
+
+    def tensor(self, name: str, value: Value, bound: int | None = None) -> TensorSpec:
+        limits = () if bound is None else (0, bound - 1)
+        return TensorSpec(name, value.dtype.value, tuple(map(extent, value.shape)), *limits)
+
+
+def extent(dim: Dim) -> Extent:
+    """A dim as the manifest says it: expressions are left to the program."""
+    if isinstance(dim, int):
+        return dim
+    return dim_text(dim) if dim.is_Symbol else None
+
+
+def output_names(module: Module, function: Function) -> list[str]:
+    """Names of the results: those that the frontend or a pass noted, else ``output0``, ``output1``, ..."""
+    noted = module.meta.get(f"outputs.{function.name}") or module.meta.get("outputs", "[]")
+    names: list[str] = json.loads(noted)
+    count = len(function.returns)
+    return names if len(names) == count else [f"output{i}" for i in range(count)]
+
+
+def table_rows(module: Module, value: Value) -> int | None:
+    """Rows of the smallest embedding table that ``value`` indexes directly: its elements must stay below."""
+    rows: list[int] = []
+    for user in value.users:
+        if isinstance(user, ops.Reshape):
+            rows += [r for r in [table_rows(module, user.result)] if r is not None]
+        if isinstance(user, ops.Call):
+            args = module.functions[user.callee].args
+            found = [table_rows(module, arg) for arg, given in zip(args, user.args) if given is value]
+            rows += [r for r in found if r is not None]
+        if isinstance(user, ops.Embedding) and user.indices is value and isinstance(user.table.shape[0], int):
+            rows.append(user.table.shape[0])
+    return min(rows, default=None)
+
+
+def release(weight: Weight) -> None:
+    """Let go of mapped pages of a weight that was read once."""
+    done = getattr(weight.source, "release", None)
+    if done is not None:
+        done()

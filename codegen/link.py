@@ -1,0 +1,32 @@
+"""The system's C compiler: it compiles the program and links kernels, program and thread pool into one library."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from tilewright.ir import CodegenError
+
+
+def compiler() -> str:
+    """``$CC`` or the first of cc, gcc, clang on PATH; raises CodegenError when there is none."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise CodegenError("no C compiler was found; install gcc or clang, or name one in CC (running an artifact needs none)")
+
+
+def link(folder: Path, objects: Sequence[Path], sources: Sequence[Path], includes: Sequence[Path], out: Path) -> None:
+    """Compile ``sources`` and link them with ``objects`` into the shared library ``out``.
+
+    The library depends on libc alone. Raises CodegenError with what the compiler printed.
+    """
+    flags = ["-O2", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,noexecstack", "-pthread"]
+    paths = [f"-I{p}" for p in includes]
+    command = [compiler(), *flags, *paths, *map(str, sources), *map(str, objects), "-o", str(out), "-lm"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CodegenError(f"{command[0]} failed with {done.returncode}:\n{done.stderr.strip()[-4000:]}")

@@ -1,0 +1,185 @@
+"""The program: C code that calls an entry's kernels in order over one arena.
+
+For each entry it has ``tw_<entry>`` and ``tw_<entry>_sizes``, as runtime/loader.py calls them. The text is kept in the
+artifact as program.c: it is the place to see what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tilewright.codegen.cexpr import PRELUDE, c_dim
+from tilewright.codegen.kernel import KernelCode
+from tilewright.ir import CodegenError, Dim, Function, KVType, Module, Op, Return, State, TensorType, Value, Weight, ops
+
+_ALIGN = 64
+
+
+@dataclass
+class Program:
+    """Writes the program of a module whose functions are fused and planned.
+
+    ``codes`` has the code of every kernel by name, ``offsets`` the place of every stored weight by (name, packing).
+    """
+
+    module: Module
+    codes: Mapping[str, KernelCode]
+    offsets: Mapping[tuple[str, str], int]
+    lines: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """The C source."""
+        self.lines = ["#include <stdint.h>", "#include <string.h>", '#include "pool.h"', "", PRELUDE]
+        used = dict.fromkeys(op.callee for f in self.module.entries() for op in f.body if isinstance(op, ops.Call))
+        for name in used:
+            self.trampoline(self.module.functions[name], self.codes[name])
+        for function in self.module.entries():
+            self.entry(function)
+        return "\n".join(self.lines) + "\n"
+
+    def trampoline(self, kernel: Function, code: KernelCode) -> None:
+        """The kernel's prototype, its argument block and the task function of the pool."""
+        count = sum(len(pointers(v)) for v in kernel.args) + sum(isinstance(v.type, TensorType) for v in kernel.returns)
+        numbers = "".join(f", int64_t {d}" for d in code.dims)
+        self.lines += [
+            f"void {code.symbol}(int64_t begin, int64_t end{numbers}{', void *' * count});",
+            f"struct {kernel.name}_args {{ {''.join(f'int64_t {d}; ' for d in code.dims)}void *p[{max(count, 1)}]; }};",
+            f"static void {kernel.name}_task(int64_t begin, int64_t end, void *arg) {{",
+            f"  const struct {kernel.name}_args *a = arg;",
+            f"  {code.symbol}(begin, end{''.join(f', a->{d}' for d in code.dims)}"
+            f"{''.join(f', a->p[{i}]' for i in range(count))});",
+            "}",
+            "",
+        ]
+
+    def entry(self, function: Function) -> None:
+        writer = _Entry(self, function)
+        self.lines += [*writer.sizes(), *writer.body(), ""]
+
+
+def pointers(value: Value) -> tuple[str, ...]:
+    """What a kernel is passed for a value: one pointer, or K and V of a cache."""
+    return ("k", "v") if isinstance(value.type, KVType) else ("",)
+
+
+def entry_dims(module: Module, function: Function) -> list[str]:
+    """The symbols that the entry's inputs bind, in the order in which the program takes them: as the module lists them."""
+    bound = {str(d) for a in function.args for d in a.shape if not isinstance(d, int) and d.is_Symbol}
+    return [name for name in module.dims if name in bound]
+
+
+class _Entry:
+    """One entry: where each value lives, and the calls."""
+
+    def __init__(self, program: Program, function: Function) -> None:
+        self.program, self.function = program, function
+        self.dims = entry_dims(program.module, function)
+        self.states = {s: i for i, s in enumerate(program.module.states.values())}
+        self.slots: dict[int, list[Dim]] = {}
+        for op in function.body:
+            if isinstance(op, ops.Call):
+                self.count_slots(op)
+
+    def count_slots(self, op: ops.Call) -> None:
+        if len(op.slots) != len(op.results):
+            raise CodegenError(f"call of @{op.callee} has no memory plan; run plan-memory", op.loc)
+        for slot, result in zip(op.slots, op.results):
+            if slot >= 0 and isinstance(result.type, TensorType):
+                sizes = self.slots.setdefault(slot, [])
+                if result.type.bytes not in sizes:
+                    sizes.append(result.type.bytes)
+
+    def unpack(self) -> list[str]:
+        return [f"  const int64_t {d} = dims[{i}]; (void){d};" for i, d in enumerate(self.dims)]
+
+    def sizes(self) -> list[str]:
+        """The function that gives arena bytes and output shapes, and the one that lays out the arena."""
+        name = self.function.name
+        lines = [f"static int64_t {name}_arena(const int64_t *dims, int64_t *at) {{", *self.unpack(), "  int64_t end = 0;"]
+        for slot in sorted(self.slots):
+            size = "INT64_C(0)"
+            for need in self.slots[slot]:
+                size = f"tw_max({size}, {c_dim(need)})"
+            lines.append(f"  at[{slot}] = end; end += ({size} + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN};")
+        lines += ["  return end;", "}", f"TW_EXPORT void tw_{name}_sizes(const int64_t *dims, int64_t *out) {{"]
+        lines += [*self.unpack(), f"  int64_t at[{len(self.slots) + 1}];", f"  out[0] = {name}_arena(dims, at);"]
+        shapes = [d for v in self.function.returns for d in v.shape]
+        lines += [f"  out[{i}] = {c_dim(d)};" for i, d in enumerate(shapes, 1)]
+        return [*lines, "}"]
+
+    def body(self) -> list[str]:
+        name = self.function.name
+        lines = [
+            f"TW_EXPORT int32_t tw_{name}(tw_pool *pool, const int64_t *dims, void *const *inputs, void *const *outputs,",
+            "    void *const *states, const uint8_t *weights, uint8_t *arena) {",
+            *self.unpack(),
+            f"  int64_t at[{len(self.slots) + 1}];",
+            f"  {name}_arena(dims, at);",
+            "  (void)pool; (void)inputs; (void)outputs; (void)states; (void)weights; (void)arena;",
+        ]
+        for op in self.function.body:
+            lines += self.call(op) if isinstance(op, ops.Call) else self.other(op)
+        return [*lines, "  return TW_OK;", "}"]
+
+    def other(self, op: Op) -> list[str]:
+        if isinstance(op, Return):
+            return self.copies()
+        if isinstance(op, ops.Reshape):
+            return []
+        raise CodegenError(f"{op.name} is in no kernel; run fuse", op.loc)
+
+    def call(self, op: ops.Call) -> list[str]:
+        """Fill the argument block and run the kernel's tasks on the pool."""
+        code, name = self.program.codes[op.callee], op.callee
+        places = [p for i, v in enumerate(op.args) for p in self.places(v, code.packing.get(i, ""))]
+        places += [self.place(r) for r in op.results if isinstance(r.type, TensorType)]
+        block = ", ".join([*code.dims, "{" + ", ".join(f"(void *)({p})" for p in places) + "}"])
+        run = f"tw_pool_run(pool, {name}_task, &a, {c_dim(code.tasks)}, {c_dim(code.grain)})"
+        return [f"  {{ struct {name}_args a = {{{block}}}; {run}; }}  // {op.loc.module}"]
+
+    def places(self, value: Value, packing: str) -> list[str]:
+        """C expressions for the pointers of an operand."""
+        if isinstance(value.type, KVType):
+            index = 2 * self.states[self.state(value)]
+            return [f"states[{index}]", f"states[{index + 1}]"]
+        return [self.place(value, packing)]
+
+    def place(self, value: Value, packing: str = "") -> str:
+        """The C expression for the memory of a tensor."""
+        value = behind(value)
+        if isinstance(value, Weight):
+            return f"weights + {self.program.offsets[value.name, packing]}"
+        if packing:
+            raise CodegenError(f"@{self.function.name}: a kernel needs {value!r} packed, but it is no weight")
+        if value in self.function.args:
+            return f"inputs[{self.function.args.index(value)}]"  # type: ignore[arg-type]
+        op = value.owner
+        assert isinstance(op, ops.Call)
+        slot = op.slots[value.index]  # type: ignore[attr-defined]
+        return f"arena + at[{slot}]" if slot >= 0 else f"outputs[{-1 - slot}]"
+
+    def state(self, value: Value) -> State:
+        """The state that a cache value is a version of."""
+        while not isinstance(value, State):
+            op = value.owner
+            if op is None:
+                raise CodegenError(f"@{self.function.name}: cache {value!r} comes from no state")
+            value = next(v for v in op.operands if isinstance(v.type, KVType))
+        return value
+
+    def copies(self) -> list[str]:
+        """Outputs that no kernel writes in place: inputs, weights, and values returned twice."""
+        lines = []
+        for i, value in enumerate(self.function.returns):
+            place = self.place(value)
+            if place != f"outputs[{i}]":
+                lines.append(f"  memcpy(outputs[{i}], {place}, {c_dim(value.tensor.bytes)});")
+        return lines
+
+
+def behind(value: Value) -> Value:
+    """The value whose memory ``value`` shares: a reshape moves nothing."""
+    while isinstance(value.owner, ops.Reshape):
+        value = value.owner.x
+    return value
