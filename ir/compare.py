@@ -40,20 +40,20 @@ def _function_difference(a: Function, b: Function) -> str | None:
     if a.kind != b.kind or len(a.args) != len(b.args) or len(a.body) != len(b.body):
         return "kind, number of arguments or number of operations differ"
     pairs: dict[Value, Value] = {}
-    for x, y in zip(a.args, b.args):
-        if x.name != y.name or not same_type(x.type, y.type):
+    for i, (x, y) in enumerate(zip(a.args, b.args)):
+        if (x.name or f"arg{i}") != (y.name or f"arg{i}") or not same_type(x.type, y.type):
             return f"argument {x} differs from {y}"
         pairs[x] = y
 
     def same(x: Value | None, y: Value | None) -> bool:
         if isinstance(x, (Weight, State)):
-            return type(x) is type(y) and x.name == y.name  # type: ignore[union-attr]
+            return isinstance(y, type(x)) and x.name == y.name
         return x is None and y is None if x is None or y is None else pairs.get(x) is y
 
     for i, (p, q) in enumerate(zip(a.body, b.body)):
         if p.name != q.name or p.loc != q.loc:
             return f"operation {i} is {p} in one, {q} in the other"
-        if len(p.slots()) != len(q.slots()) or not all(map(same, p.slots(), q.slots())):
+        if len(p.operand_slots()) != len(q.operand_slots()) or not all(map(same, p.operand_slots(), q.operand_slots())):
             return f"operation {i} ({p}) has other operands"
         for key, value in p.attrs.items():
             if not same_attr(value, q.attrs[key]):
@@ -65,6 +65,7 @@ def _function_difference(a: Function, b: Function) -> str | None:
 
 
 def same_attr(a: Any, b: Any) -> bool:
+    """Whether two values of an attribute mean the same (nan equals nan, dimensions by value)."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same_attr, a, b))
     if isinstance(a, float) and isinstance(b, float):

@@ -6,6 +6,7 @@ the declaration. A value knows its users, so a rewrite never searches.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -158,6 +159,7 @@ class Field:
 
 
 _REQUIRED: Any = object()
+_INSTANCE = ("loc", "parent", "results")
 _OPERANDS = {"Value": "operand", "Value | None": "optional", "tuple[Value, ...]": "variadic"}
 
 
@@ -191,9 +193,12 @@ class Op:
 
     def __init_subclass__(cls) -> None:
         fields = {f.name: f for f in cls.fields}
-        for name, note in cls.__dict__.get("__annotations__", {}).items():
-            if not str(note).startswith("ClassVar"):
-                fields[name] = Field(name, _OPERANDS.get(note, note), cls.__dict__.get(name, _REQUIRED))
+        for name, note in inspect.get_annotations(cls).items():
+            if str(note).startswith("ClassVar"):
+                continue
+            if hasattr(Op, name) or name in _INSTANCE:
+                raise TypeError(f"{cls.__name__}: a field cannot be called {name!r}, every operation has that")
+            fields[name] = Field(name, _OPERANDS.get(str(note), str(note)), cls.__dict__.get(name, _REQUIRED))
         cls.fields = tuple(fields.values())
         if "name" in cls.__dict__ and cls.name:
             if cls.name in Op.registry:
@@ -246,9 +251,9 @@ class Op:
     @property
     def operands(self) -> list[Value]:
         """All operands that are present, in declared order."""
-        return [v for v in self.slots() if v is not None]
+        return [v for v in self.operand_slots() if v is not None]
 
-    def slots(self) -> list[Value | None]:
+    def operand_slots(self) -> list[Value | None]:
         """Operands in declared order, variadic ones spread, absent optional ones as None."""
         out: list[Value | None] = []
         for f in self.fields:
@@ -321,6 +326,10 @@ class Op:
 def _normal(value: Any, kind: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
+    if isinstance(value, np.generic):
+        value = value.item()  # the text form has Python's numbers only
+    if kind == "tuple[int, ...]":
+        return tuple(map(int, value))
     if kind == "Dim":
         return as_dim(value)
     if kind == "tuple[Dim, ...]":

@@ -26,7 +26,7 @@ class ParseError(TilewrightError):
 
     def __init__(self, message: str, line: int, column: int, text: str = "") -> None:
         self.message, self.line, self.column = message, line, column
-        lines = text.splitlines()
+        lines = text.split("\n")
         shown = f"\n  {lines[line - 1]}\n  {' ' * (column - 1)}^" if 0 < line <= len(lines) else ""
         super().__init__(f"line {line}, column {column}: {message}{shown}")
 

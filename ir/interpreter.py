@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.ir.caches import origin
 from tilewright.ir.core import Env, Function, Module, Op, Return, State, Value, Weight
-from tilewright.ir.errors import InterpreterError, TilewrightError
-from tilewright.ir.types import Dim, KVType, TensorType
+from tilewright.ir.errors import InterpreterError, TilewrightError, VerifyError
+from tilewright.ir.ops.kernel import Call
+from tilewright.ir.types import Dim, KVType, TensorType, dim_symbols, dim_text, eval_dim
 
 Array = np.ndarray[Any, Any]
 Cache = tuple[Array, Array]
@@ -61,7 +63,7 @@ def _ordered(function: Function, inputs: Mapping[str, Array] | Sequence[Array]) 
 
 
 def bind_dims(args: Sequence[Value], values: Sequence[Any]) -> dict[str, int]:
-    """The sizes of the symbolic dims that ``values`` give; raises InterpreterError when a value does not fit its type."""
+    """The sizes of the symbolic dims that ``values`` give; raises InterpreterError when a value does not fit."""
     env: dict[str, int] = {}
     later: list[tuple[str, Dim, int]] = []
     for arg, value in zip(args, values):
@@ -75,10 +77,29 @@ def bind_dims(args: Sequence[Value], values: Sequence[Any]) -> dict[str, int]:
                 env.setdefault(str(dim), size)
             later.append((f"{arg.name}", dim, size))
     for name, dim, size in later:
-        symbols = set() if isinstance(dim, int) else {str(s) for s in dim.free_symbols}
-        if symbols <= set(env) and Env(env).dim(dim) != size:
-            raise InterpreterError(f"input {name}: expected size {dim}={Env(env).dim(dim)}, got {size}")
+        expected = _size(dim, env)
+        if expected not in (None, size):
+            raise InterpreterError(f"input {name}: expected size {dim_text(dim)}={expected}, got {size}")
     return env
+
+
+def _size(dim: Dim, env: Mapping[str, int]) -> int | None:
+    """The value of ``dim``; None when ``env`` lacks one of its symbols."""
+    return eval_dim(dim, env) if dim_symbols([dim]) <= env.keys() else None
+
+
+def _check(op: Op, results: Sequence[Any], env: Env) -> None:
+    """Raise InterpreterError when what an operation computed is not of its result types."""
+    if len(results) != len(op.results):
+        raise InterpreterError(f"{op.name}: computed {len(results)} results, it has {len(op.results)}", op.loc)
+    for i, (type, value) in enumerate(zip(op.result_types, results)):
+        if not isinstance(type, TensorType):
+            continue
+        sizes = [_size(d, env.dims) for d in type.shape]
+        fits = value.ndim == len(sizes) and all(n in (None, got) for n, got in zip(sizes, value.shape))
+        if value.dtype != type.dtype.np or not fits:
+            got = f"{value.dtype}{list(value.shape)}"
+            raise InterpreterError(f"{op.name}: result {i} is {got}, its type is {type} with {dict(env.dims)}", op.loc)
 
 
 class _Run:
@@ -89,31 +110,38 @@ class _Run:
         env = Env({**(outer or {}), **bind_dims(function.args, values)}, None)
         env.call = lambda name, args: self.function(self.module.functions[name], args, env.dims)
         known: dict[Value, Any] = dict(zip(function.args, values))
-        left = {v: len(v.users) for op in function.body for v in op.results}
+        left: dict[Value, int] = {v: len(v.users) for op in function.body for v in op.results}
         for op in function.body:
             if isinstance(op, Return):
                 return [self.look_up(known, v) for v in op.values]
             results = self.step(op, env, known)
             known.update(zip(op.results, results))
-            for value in set(op.operands) & left.keys():
+            for value in left.keys() & set(op.operands):  # users counts an op once, even if it takes a value twice
                 left[value] -= 1
-                if not left[value]:
+            for value in (*op.operands, *op.results):
+                if left.get(value) == 0:
                     known.pop(value, None)
         raise InterpreterError(f"@{function.name} has no return")
 
     def step(self, op: Op, env: Env, known: dict[Value, Any]) -> Sequence[Any]:
         try:
-            args = [None if v is None else self.look_up(known, v) for v in op.slots()]
-            out = op.evaluate(env, *args)
+            args = [None if v is None else self.look_up(known, v) for v in op.operand_slots()]
+            with np.errstate(all="ignore"):
+                out = op.evaluate(env, *args)
+        except VerifyError as error:
+            raise InterpreterError(error.message, error.loc or op.loc) from error
         except TilewrightError:
             raise
         except Exception as error:
             raise InterpreterError(f"{op.name}: {type(error).__name__}: {error}", op.loc) from error
-        results = out if len(op.results) != 1 or op.name == "kernel.call" else (out,)
+        found = out if len(op.results) != 1 or isinstance(op, Call) else (out,)
+        # np.asarray: NumPy gives scalars where the IR has tensors of rank 0
+        results = [v if isinstance(r.type, KVType) else np.asarray(v) for r, v in zip(op.results, found)]
+        _check(op, results, env)
         self.keep_states(op, results)
         if self.observer:
             self.observer(op, results)
-        return list(results)
+        return results
 
     def look_up(self, known: dict[Value, Any], value: Value) -> Any:
         if isinstance(value, Weight):
@@ -126,16 +154,7 @@ class _Run:
 
     def keep_states(self, op: Op, results: Sequence[Any]) -> None:
         """A cache that an op makes from a state is the state's new content."""
-        sources = [v for v in op.operands if isinstance(v.type, KVType)]
-        for source, (result, value) in zip(sources, [p for p in zip(op.results, results) if isinstance(p[0].type, KVType)]):
-            state = self.origin(source)
-            if state is not None and isinstance(result.type, KVType):
+        for result, value in zip(op.results, results):
+            state = origin(self.module, result) if isinstance(result.type, KVType) else None
+            if isinstance(state, State):
                 self.states[state.name] = value
-
-    def origin(self, value: Value) -> State | None:
-        """The state that a cache value started as."""
-        while not isinstance(value, State):
-            if value.owner is None:
-                return None
-            value = next(v for v in value.owner.operands if isinstance(v.type, KVType))
-        return value

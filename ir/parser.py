@@ -12,9 +12,9 @@ from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
 
 from tilewright.ir.compare import same_type
-from tilewright.ir.core import UNKNOWN, Argument, Function, Loc, Module, Op, Return, Value
+from tilewright.ir.core import UNKNOWN, Function, Loc, Module, Op, Return, Value
 from tilewright.ir.errors import ParseError, VerifyError
-from tilewright.ir.types import DType, KVType, TensorType, Type, parse_dim
+from tilewright.ir.types import DType, KVType, TensorType, Type, parse_dim, sym
 
 
 @lru_cache(maxsize=1)
@@ -38,12 +38,17 @@ def parse_module(text: str) -> Module:
 def parse_type(text: str) -> Type:
     """Read one type; raises ValueError."""
     if text.startswith("tensor<") and text.endswith(">"):
-        *dims, dtype = _split_dims(text[7:-1])
-        return TensorType(tuple(map(parse_dim, dims)), DType(dtype))
+        *parts, last = _split_dims(text[7:-1])
+        dims = tuple(map(parse_dim, parts))
+        if any(isinstance(d, int) and d < 0 for d in dims):
+            raise ValueError(f"sizes are not negative, got {text}")
+        return TensorType(dims, DType(last))
     if text.startswith("kv<") and text.endswith(">"):
         pairs = dict(item.strip().split("=", 1) for item in text[3:-1].split(","))
         dtype, layout = DType(pairs.pop("dtype")), pairs.pop("layout")
-        numbers = {k: int(v) for k, v in pairs.items()}
+        numbers: dict[str, Any] = {k: int(v) for k, v in pairs.items()}
+        if min(numbers.values(), default=1) < 1:
+            raise ValueError(f"sizes of a cache are positive, got {text}")
         return KVType(**numbers, dtype=dtype, layout=layout)
     raise ValueError(f"not a type: {text!r}")
 
@@ -65,8 +70,8 @@ def _expected(error: UnexpectedInput) -> str:
     found = repr(str(token)) if token is not None and token.type != "$END" else "the end of the text"
     if token is None:
         found = f"the character {getattr(error, 'char', '?')!r}"
-    wanted = sorted(getattr(error, "accepts", None) or getattr(error, "expected", None) or getattr(error, "allowed", None) or [])
-    return f"did not expect {found}; expected one of {', '.join(wanted)}"
+    wanted = next((w for k in ("accepts", "expected", "allowed") if (w := getattr(error, k, None))), ())
+    return f"did not expect {found}; expected one of {', '.join(sorted(wanted))}"
 
 
 class _Reader:
@@ -103,26 +108,35 @@ class _Reader:
     def string(self, token: Token) -> str:
         return str(self.guarded(token, lambda: json.loads(str(token))))
 
-    def type(self, token: Token) -> Type:
+    def integer(self, token: Token) -> int:
+        return int(self.guarded(token, lambda: int(token)))
+
+    def read_type(self, token: Token) -> Type:
         found: Type = self.guarded(token, lambda: parse_type(str(token)))
         return found
 
     def dim(self, name: Token, low: Token, high: Token) -> None:
-        self.result.dims[str(name)] = (int(low), int(high))
+        self.guarded(name, lambda: sym(str(name)))
+        bounds = self.integer(low), self.integer(high)
+        if str(name) in self.result.dims or bounds[0] > bounds[1]:
+            raise self.fail(f"dim {name} is declared twice or has no size in {low}..{high}", name)
+        self.result.dims[str(name)] = bounds
 
     def meta(self, key: Token, value: Token) -> None:
+        if self.string(key) in self.result.meta:
+            raise self.fail(f"meta {key} is given twice", key)
         self.result.meta[self.string(key)] = self.string(value)
 
-    def weight(self, name: Token, type: Token) -> None:
-        t = self.type(type)
+    def weight(self, name: Token, text: Token) -> None:
+        t = self.read_type(text)
         if not isinstance(t, TensorType):
-            raise self.fail("a weight is a tensor", type)
+            raise self.fail("a weight is a tensor", text)
         self.guarded(name, lambda: self.result.weight(self.name(name), t))
 
-    def state(self, name: Token, type: Token) -> None:
-        t = self.type(type)
+    def state(self, name: Token, text: Token) -> None:
+        t = self.read_type(text)
         if not isinstance(t, KVType):
-            raise self.fail("a state is a kv cache", type)
+            raise self.fail("a state is a kv cache", text)
         self.guarded(name, lambda: self.result.state(self.name(name), t))
 
     def function(self, kind: Token, name: Token, *rest: Any) -> None:
@@ -133,11 +147,10 @@ class _Reader:
             if item is None:
                 continue
             if item.data == "argument":
-                local, type = item.children
+                local, text = item.children
                 if str(local) in scope:
                     raise self.fail(f"{local} is defined twice", local)
-                scope[str(local)] = Argument(self.name(local), self.type(type))
-                function.args.append(scope[str(local)])  # type: ignore[arg-type]
+                scope[str(local)] = function.arg(self.name(local), self.read_type(text))
             else:
                 self.op(function, scope, item)
         if not function.body or not isinstance(function.body[-1], Return):
@@ -151,7 +164,7 @@ class _Reader:
             raise self.fail(f"unknown operation {name}; see the list of operations in docs/ir.md", name)
         if function.body and isinstance(function.body[-1], Return):
             raise self.fail("an operation after the return", name)
-        stated = [self.type(_token(t)) for t in _children(types)]
+        stated = [self.read_type(_token(t)) for t in _children(types)]
         fields = self.operand_fields(kind, scope, operands, name) | self.attributes(kind, attributes, stated)
         made: Op = self.guarded(name, lambda: kind(loc=self.location(loc), **fields))
         self.check_types(made, stated, name)
@@ -168,7 +181,8 @@ class _Reader:
         got = op.result_types
         if len(stated) != len(got) or not all(map(same_type, stated, got)):
             shown = ", ".join(map(str, got)) or "none"
-            raise self.fail(f"{name} has result types {shown}; the text says {', '.join(map(str, stated)) or 'none'}", name)
+            says = ", ".join(map(str, stated)) or "none"
+            raise self.fail(f"{name} has result types {shown}; the text says {says}", name)
 
     def operand_fields(self, kind: type[Op], scope: dict[str, Value], tree: Any, at: Token) -> dict[str, Any]:
         given = list(_children(tree))
@@ -181,7 +195,9 @@ class _Reader:
                 if not isinstance(item, Tree):
                     raise self.fail(f"{kind.name}: {f.name} is a list in [ ]", _token(item))
                 inner = [c for t in _children(item) for c in _children(t)]
-                fields[f.name] = tuple(self.value(scope, _token(t), optional=False) for t in inner)
+                if any(isinstance(c, Tree) for c in inner):
+                    raise self.fail(f"{kind.name}: {f.name} is a list of values, not of lists", at)
+                fields[f.name] = tuple(self.value(scope, c, optional=False) for c in inner)
             elif isinstance(item, Tree):
                 raise self.fail(f"{kind.name}: {f.name} is one value, not a list", at)
             else:
@@ -226,7 +242,9 @@ class _Reader:
         if tree is None:
             return UNKNOWN
         module, file, line = tree.children
-        return Loc(self.string(module), *(() if file is None else (self.string(file), int(line) or None)))
+        if file is None:
+            return Loc(self.string(module))
+        return Loc(self.string(module), self.string(file), self.integer(line) or None)
 
 
 def _read(kind: str, token: Token) -> Any:

@@ -11,7 +11,7 @@ from tilewright.ir.core import UNKNOWN, Field, Function, Loc, Module, Op, State,
 from tilewright.ir.types import DType, dim_text
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.$/-]+\Z")
-_PLAIN_LOCAL = re.compile(r"[A-Za-z0-9_.]+\Z")
+_PLAIN_LOCAL = re.compile(r"[0-9]*[A-Za-z_.][A-Za-z0-9_.]*\Z")  # only digits would be a result's number
 
 
 def print_module(module: Module, locations: bool = True) -> str:

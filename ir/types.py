@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,11 @@ class DType(enum.Enum):
         return self.np.itemsize
 
     @property
-    def is_float(self) -> bool:
+    def is_float(self) -> builtins.bool:
         return self in (DType.f64, DType.f32, DType.f16, DType.bf16)
 
     @property
-    def is_int(self) -> bool:
+    def is_int(self) -> builtins.bool:
         return not self.is_float and self is not DType.bool
 
     @classmethod
@@ -76,7 +77,7 @@ _FROM_NUMPY = {v: k for k, v in _NUMPY.items()}
 @cache
 def sym(name: str) -> sympy.Symbol:
     """The symbolic dimension ``name`` (upper case letters, digits, ``_``): a positive integer."""
-    if not name.isascii() or not name[:1].isupper() or name != name.upper():
+    if not (name.isascii() and name.isidentifier() and name[0].isupper() and name == name.upper()):
         raise ValueError(f"a symbolic dimension is written in upper case, got {name!r}")
     return sympy.Symbol(name, integer=True, positive=True)
 
@@ -90,6 +91,7 @@ def as_dim(value: Any) -> Dim:
     return int(value) if value.is_Integer else value
 
 
+_LONGEST_DIM = 1000
 _BINARY: dict[type, Any] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -101,9 +103,10 @@ _BINARY: dict[type, Any] = {
 
 def parse_dim(text: str) -> Dim:
     """Read an expression over ``+ - * // % max min`` and upper case symbols; raises ValueError."""
+
     def walk(node: ast.expr) -> Any:
         match node:
-            case ast.Constant(value=int(v)):
+            case ast.Constant(value=v) if type(v) is int:
                 return sympy.Integer(v)
             case ast.Name(id=name):
                 return sym(name)
@@ -115,14 +118,19 @@ def parse_dim(text: str) -> Dim:
                 return (sympy.Max if f == "max" else sympy.Min)(*map(walk, args))
         raise ValueError(f"not a dimension expression: {text!r}")
 
+    if len(text) > _LONGEST_DIM:
+        raise ValueError(f"a dimension expression of {len(text)} characters; {_LONGEST_DIM} are allowed")
     try:
-        return as_dim(walk(ast.parse(text.strip(), mode="eval").body))
-    except (SyntaxError, RecursionError, ZeroDivisionError, TypeError, OverflowError) as error:
+        value = walk(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError, ZeroDivisionError, TypeError, OverflowError) as error:
         raise ValueError(f"not a dimension expression: {text!r}") from error
+    if value.has(sympy.nan, sympy.zoo, sympy.oo):
+        raise ValueError(f"division by zero in the dimension {text!r}")
+    return as_dim(value)
 
 
 def dim_text(dim: Dim) -> str:
-    """The text of a dimension: ``896``, ``S`` or an expression such as ``floor-div`` written ``S//2``."""
+    """The text of a dimension: ``896``, ``S`` or an expression such as ``(S//2)``; :func:`parse_dim` reads it."""
     if isinstance(dim, int) or dim.is_Symbol:
         return str(dim)
     return _expr_text(dim)
@@ -133,9 +141,9 @@ def _expr_text(e: Any) -> str:
         return str(e)
     if isinstance(e, sympy.floor):
         num, den = sympy.fraction(sympy.together(e.args[0]))
-        return f"({_expr_text(num)}//{_expr_text(den)})"
+        return f"({_expr_text(num)}//{_divisor(den)})"
     if isinstance(e, sympy.Mod):
-        return f"({_expr_text(e.args[0])}%{_expr_text(e.args[1])})"
+        return f"({_expr_text(e.args[0])}%{_divisor(e.args[1])})"
     if isinstance(e, (sympy.Max, sympy.Min)):
         name = "max" if isinstance(e, sympy.Max) else "min"
         return f"{name}({', '.join(map(_expr_text, e.args))})"
@@ -147,17 +155,34 @@ def _expr_text(e: Any) -> str:
             return "-" + _expr_text(sympy.Mul(*factors[1:]))
         if any(f.is_Rational and not f.is_Integer for f in factors):
             num, den = sympy.fraction(e)
-            return f"({_expr_text(num)}//{_expr_text(den)})"
+            return f"({_expr_text(num)}//{_divisor(den)})"
         return "*".join(map(_expr_text, factors))
     if e.is_Pow and e.exp.is_Integer and e.exp > 0:
         return "*".join([_expr_text(e.base)] * int(e.exp))
     raise ValueError(f"dimension expression without a text form: {e!r}")
 
 
+def _divisor(e: Any) -> str:
+    text = _expr_text(e)
+    return text if e.is_Integer or e.is_Symbol or _closed(text) else f"({text})"
+
+
+def _closed(text: str) -> bool:
+    """Whether one pair of parentheses holds all of ``text``."""
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0:
+            return i > 0 and i == len(text) - 1
+    return False
+
+
 def eval_dim(dim: Dim, env: Mapping[str, int]) -> int:
     """The value of ``dim`` with its symbols taken from ``env``; KeyError names an unbound symbol."""
     if isinstance(dim, int):
         return dim
+    if dim.is_Symbol:
+        return env[str(dim)]
     value = dim.subs({s: env[str(s)] for s in dim.free_symbols})
     return int(value)
 
@@ -218,7 +243,7 @@ class TensorType:
 
 def _dim_item(dim: Dim) -> str:
     text = dim_text(dim)
-    if isinstance(dim, int) or dim.is_Symbol or text.startswith("("):
+    if isinstance(dim, int) or dim.is_Symbol or _closed(text):
         return text
     return f"({text})"
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.ops import numerics as num
-from tilewright.ir.ops.shapes import expect_dim, expect_rank
+from tilewright.ir.ops.shapes import expect_broadcast, expect_dim, expect_rank
 from tilewright.ir.types import Dim, DType, KVType, Type, as_dim, product
 
 
@@ -32,10 +32,11 @@ def visible(queries: Any, keys: Any, causal: bool, window: int, window_right: in
 
 
 def attend(q: Any, k: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: float, softcap: float) -> Any:
-    """Scaled dot-product attention in f32: q ``[B, S, Hq, D]``, k, v ``[B, T, Hkv, ...]``, keep and bias ``[B|1, Hq|1, S, T]``.
+    """Scaled dot-product attention in f32: q ``[B, S, Hq, D]``, k, v ``[B, T, Hkv, ...]``.
 
-    ``softcap`` bounds scores by ``softcap * tanh(score / softcap)`` (Gemma 2); ``sinks`` ``[Hq]`` adds one score a head to
-    the denominator alone (gpt-oss). A query that sees no key gives zeros.
+    ``keep`` and ``bias`` are ``[B|1, Hq|1, S, T]``. ``softcap`` bounds scores by ``softcap * tanh(score / softcap)``
+    (Gemma 2); ``sinks`` ``[Hq]`` adds one score a head to the denominator alone (gpt-oss). A query that sees no key
+    gives zeros.
     """
     group = q.shape[2] // k.shape[2]
     kk, vv = (np.repeat(num.wide(x), group, axis=2).transpose(0, 2, 1, 3) for x in (k, v))
@@ -54,11 +55,11 @@ def attend(q: Any, k: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: floa
 
 
 class Attention(Op):
-    """Attention of q ``[B, S, Hq, D]`` over k ``[B, T, Hkv, D]``, v ``[B, T, Hkv, Dv]`` -> ``[B, S, Hq, Dv]``; Hkv divides Hq.
+    """Attention of q ``[B, S, Hq, D]`` over k ``[B, T, Hkv, D]``, v ``[B, T, Hkv, Dv]`` -> ``[B, S, Hq, Dv]``.
 
-    Positions are aligned to the end: query i stands at ``i + T - S``. ``mask`` (bool, true attends) and ``bias`` (float,
-    added to the scaled scores) broadcast to ``[B, Hq, S, T]``; ``padding`` ``[B, T]`` (bool) is true for real keys.
-    See :func:`visible` for causal, windows and chunk, :func:`attend` for sinks and softcap.
+    Hkv divides Hq. Positions are aligned to the end: query i stands at ``i + T - S``. ``mask`` (bool, true attends) and
+    ``bias`` (float, added to the scaled scores) broadcast to ``[B, Hq, S, T]``; ``padding`` ``[B, T]`` (bool) is true
+    for real keys. See :func:`visible` for causal, windows and chunk, :func:`attend` for sinks and softcap.
     """
 
     name = "nn.attention"
@@ -84,6 +85,10 @@ class Attention(Op):
             expect_dim(self, f"v, axis {axis}", self.v.shape[axis], self.k.shape[axis])
         _expect_groups(self, self.q.shape[2], self.k.shape[2])
         self.expect(self.mask is None or self.mask.dtype is DType.bool, "the mask must be bool")
+        scores = (self.q.shape[0], self.q.shape[2], self.q.shape[1], self.k.shape[1])
+        for what, extra in (("mask", self.mask), ("bias", self.bias)):
+            if extra is not None:
+                expect_broadcast(self, what, extra.shape, scores)
         if self.padding is not None:
             expect_rank(self, "padding", self.padding.shape, 2)
             self.expect(self.padding.dtype is DType.bool, "padding must be bool")
@@ -160,7 +165,7 @@ class Attend(Op):
     def evaluate(self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any) -> Any:
         where = start[:, None] + np.arange(q.shape[1])
         keep = visible(where, np.arange(cache[0].shape[1]), True, self.window, -1, self.chunk)
-        return attend(q, *cache, keep[:, None], bias, sinks, self.scale, self.softcap)
+        return attend(q, cache[0], cache[1], keep[:, None], bias, sinks, self.scale, self.softcap)
 
     def flops(self) -> Dim:
         b, s, h, d = self.q.shape

@@ -10,8 +10,8 @@ import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.ops import numerics as num
-from tilewright.ir.ops.shapes import expect_dim
-from tilewright.ir.types import Dim, Type, as_dim, product
+from tilewright.ir.ops.shapes import expect_dim, expect_rank, shape_text
+from tilewright.ir.types import Dim, Shape, TensorType, Type, as_dim, product
 
 
 def _out_size(size: Dim, kernel: int, stride: int, pad: int, dilation: int, ceil: bool = False) -> Dim:
@@ -20,6 +20,13 @@ def _out_size(size: Dim, kernel: int, stride: int, pad: int, dilation: int, ceil
     if ceil and isinstance(out, int) and isinstance(size, int) and (out - 1) * stride >= size + pad:
         out -= 1  # a window must start inside of the input or its left pad
     return out
+
+
+def _sized(op: Op, x: Value, shape: Shape) -> TensorType:
+    """x's type with ``shape``, in which no window may be larger than its input."""
+    fits = all(d > 0 for d in shape if isinstance(d, int))
+    op.expect(fits, f"a window is larger than its input: result {shape_text(shape)}")
+    return x.tensor.with_shape(shape)
 
 
 def _windows(x: Any, kernel: Any, stride: Any, pad: Any, dilation: Any, out: Any, fill: float) -> Any:
@@ -53,12 +60,16 @@ class Conv(Op):
 
     def infer(self) -> tuple[Type, ...]:
         n = self.x.tensor.rank - 2
+        expect_rank(self, "weight", self.weight.shape, n + 2)
         for what in (self.stride, self.padding, self.dilation):
             self.expect(len(what) == n, f"needs {n} strides, paddings and dilations")
         c = self.weight.shape[0] if self.transposed else as_dim(self.weight.shape[1] * self.groups)
         expect_dim(self, "channels", self.x.shape[1], c)
         out = as_dim(self.weight.shape[1] * self.groups) if self.transposed else self.weight.shape[0]
-        return (self.x.tensor.with_shape((self.x.shape[0], out, *self._spatial())),)
+        if self.bias is not None:
+            expect_rank(self, "bias", self.bias.shape, 1)
+            expect_dim(self, "bias", self.bias.shape[0], out)
+        return (_sized(self, self.x, (self.x.shape[0], out, *self._spatial())),)
 
     def _spatial(self) -> list[Dim]:
         rows = zip(self.x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation)
@@ -76,13 +87,11 @@ class Conv(Op):
         return y.astype(x.dtype)
 
     def _correlate(self, x: Any, w: Any, out: Any) -> Any:
-        n = x.ndim - 2
         win = _windows(x, w.shape[2:], self.stride, self.padding, self.dilation, out[2:], 0.0)
         win = win.reshape(x.shape[0], self.groups, -1, *out[2:], math.prod(w.shape[2:]))
         win = np.moveaxis(win, 2, -2).reshape(x.shape[0], self.groups, math.prod(out[2:]), -1)
         flat = w.reshape(self.groups, w.shape[0] // self.groups, -1)
-        y = win @ flat.transpose(0, 2, 1)
-        return y.transpose(0, 1, 3, 2).reshape(out) if n else y
+        return (win @ flat.transpose(0, 2, 1)).transpose(0, 1, 3, 2).reshape(out)
 
     def _scatter(self, x: Any, w: Any, out: Any) -> Any:
         full = [o + 2 * p for o, p in zip(out[2:], self.padding)]
@@ -91,7 +100,8 @@ class Conv(Op):
         wg = w.reshape(self.groups, -1, *w.shape[1:])
         for at in itertools.product(*map(range, w.shape[2:])):
             part = np.einsum("ngc...,gco->ngo...", xg, wg[(..., *at)]).reshape(x.shape[0], out[1], *x.shape[2:])
-            pick = [slice(a * d, a * d + (n - 1) * s + 1, s) for a, d, n, s in zip(at, self.dilation, x.shape[2:], self.stride)]
+            rows = zip(at, self.dilation, x.shape[2:], self.stride)
+            pick = [slice(a * d, a * d + (n - 1) * s + 1, s) for a, d, n, s in rows]
             view = y[(slice(None), slice(None), *pick)]
             view += part[(slice(None), slice(None), *(slice(n) for n in view.shape[2:]))]
         return y[(slice(None), slice(None), *(slice(p, p + o) for p, o in zip(self.padding, out[2:])))]
@@ -113,7 +123,7 @@ class MaxPool(Op):
 
     def infer(self) -> tuple[Type, ...]:
         rows = zip(self.x.shape[2:], self.kernel, self.stride, self.padding, self.dilation)
-        return (self.x.tensor.with_shape((*self.x.shape[:2], *(_out_size(*r, self.ceil_mode) for r in rows))),)
+        return (_sized(self, self.x, (*self.x.shape[:2], *(_out_size(*r, self.ceil_mode) for r in rows))),)
 
     def evaluate(self, env: Env, x: Any) -> Any:
         out = env.shape(self.result.shape)
@@ -139,7 +149,7 @@ class AvgPool(Op):
         self.expect(not self.ceil_mode, "ceil_mode is not supported: pad the input instead")
         rows = zip(self.x.shape[2:], self.kernel, self.stride, self.padding)
         sizes = [_out_size(n, k, s, p, 1) for n, k, s, p in rows]
-        return (self.x.tensor.with_shape((*self.x.shape[:2], *sizes)),)
+        return (_sized(self, self.x, (*self.x.shape[:2], *sizes)),)
 
     def evaluate(self, env: Env, x: Any) -> Any:
         out, once = env.shape(self.result.shape), (1,) * len(self.kernel)

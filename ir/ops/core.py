@@ -9,7 +9,7 @@ import numpy as np
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.ops import numerics as num
 from tilewright.ir.ops.shapes import axis_of
-from tilewright.ir.types import Dim, DType, TensorType, Type, dim_symbols
+from tilewright.ir.types import Dim, DType, TensorType, Type
 
 
 class Full(Op):
@@ -133,6 +133,14 @@ class CumSum(Op):
         return self.x.tensor.elements
 
 
+def _order(x: Any, axis: int, descending: bool) -> Any:
+    """Indices (i64) of a stable sort; nan counts as the largest."""
+    if not descending:
+        return np.argsort(num.wide(x), axis=axis, kind="stable").astype(np.int64)
+    back = np.argsort(np.flip(num.wide(x), axis), axis=axis, kind="stable")
+    return x.shape[axis] - 1 - np.flip(back, axis).astype(np.int64)
+
+
 class Sort(Op):
     """Stable sort along ``axis``: values and their indices (i64)."""
 
@@ -146,8 +154,8 @@ class Sort(Op):
         return (self.x.tensor, self.x.tensor.with_dtype(DType.i64))
 
     def evaluate(self, env: Env, x: Any) -> Any:
-        index = np.argsort(-num.wide(x) if self.descending else num.wide(x), axis=self.axis, kind="stable")
-        return np.take_along_axis(x, index, self.axis), index.astype(np.int64)
+        index = _order(x, self.axis, self.descending)
+        return np.take_along_axis(x, index, self.axis), index
 
 
 class TopK(Op):
@@ -162,11 +170,10 @@ class TopK(Op):
     def infer(self) -> tuple[Type, ...]:
         axis = axis_of(self, self.axis, self.x.tensor.rank)
         size = self.x.shape[axis]
-        self.expect(self.k >= 1 and (bool(dim_symbols([size])) or self.k <= int(size)), f"k={self.k} of {size} elements")
+        self.expect(self.k >= 1 and not (isinstance(size, int) and self.k > size), f"k={self.k} of {size} elements")
         shape = (*self.x.shape[:axis], self.k, *self.x.shape[axis + 1 :])
         return (TensorType(shape, self.x.dtype), TensorType(shape, DType.i64))
 
     def evaluate(self, env: Env, x: Any) -> Any:
-        order = np.argsort(-num.wide(x) if self.largest else num.wide(x), axis=self.axis, kind="stable")
-        index = np.take(order, range(self.k), axis=self.axis)
-        return np.take_along_axis(x, index, self.axis), index.astype(np.int64)
+        index = np.take(_order(x, self.axis, self.largest), range(self.k), axis=self.axis)
+        return np.take_along_axis(x, index, self.axis), index

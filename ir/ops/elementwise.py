@@ -9,7 +9,7 @@ import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.ops import numerics as num
-from tilewright.ir.ops.shapes import broadcast
+from tilewright.ir.ops.shapes import broadcast, expect_dtype
 from tilewright.ir.types import Dim, DType, TensorType, Type
 
 __all__ = [
@@ -91,7 +91,7 @@ class Binary(Elementwise):
     b: Value
 
     def infer(self) -> tuple[Type, ...]:
-        self.expect(self.a.dtype == self.b.dtype, f"element types differ: {self.a.dtype.value} and {self.b.dtype.value}")
+        expect_dtype(self, self.a, self.b)
         return (TensorType(broadcast(self, self.a.shape, self.b.shape), self.a.dtype),)
 
     def evaluate(self, env: Env, a: Any, b: Any) -> Any:
@@ -116,7 +116,10 @@ def _declare(base: type[Op], name: str, fn: Callable[..., Any], doc: str) -> Any
 
 
 def _div(a: Any, b: Any) -> Any:
-    return np.divide(a, b) if a.dtype.kind == "f" else np.trunc(np.divide(a, b))
+    if a.dtype.kind == "f":
+        return np.divide(a, b)
+    down = np.floor_divide(a, b)  # not through f64, which has 53 bits only
+    return down + ((down * b != a) & ((a < 0) != (b < 0)))
 
 
 Neg = _declare(Unary, "neg", np.negative, "``-x``")
@@ -174,7 +177,7 @@ class Where(Elementwise):
 
     def infer(self) -> tuple[Type, ...]:
         self.expect(self.cond.dtype is DType.bool, f"the condition must be bool, got {self.cond.dtype.value}")
-        self.expect(self.a.dtype == self.b.dtype, f"element types differ: {self.a.dtype.value} and {self.b.dtype.value}")
+        expect_dtype(self, self.a, self.b)
         shape = broadcast(self, broadcast(self, self.cond.shape, self.a.shape), self.b.shape)
         return (TensorType(shape, self.a.dtype),)
 

@@ -9,10 +9,10 @@ from tilewright.ir.types import Type
 
 
 class Call(Op):
-    """Run the kernel function ``callee`` on the operands; results have ``types``, in the order the kernel returns them.
+    """Run the kernel function ``callee`` on the operands; results have ``types``, in the kernel's order.
 
-    A result that is a cache is the operand cache, changed in place. ``slots`` is where memory planning puts each result:
-    ``n >= 0`` is slot n of the arena, ``-1 - i`` is output i of the function, ``()`` is not planned yet.
+    A result that is a cache is the operand cache, changed in place. ``slots`` is where memory planning puts each
+    result: ``n >= 0`` is slot n of the arena, ``-1 - i`` output i of the function, ``()`` is not planned yet.
     """
 
     name = "kernel.call"

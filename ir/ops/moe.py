@@ -15,8 +15,8 @@ from tilewright.ir.types import Dim, Type, as_dim, product
 class Experts(Op):
     """Sum over each token's K chosen experts of ``weights[t, j] * down(act(gate(x)) * up(x))`` (Shazeer et al. 2017).
 
-    x ``[T, H]``, indices ``[T, K]`` (i64), weights ``[T, K]``, gate_up ``[E, 2I, H]`` (gate rows first; ``[E, I, H]`` when
-    not gated), down ``[E, H, I]``, biases ``[E, 2I]`` and ``[E, H]`` -> ``[T, H]``.
+    x ``[T, H]``, indices ``[T, K]`` (i64), weights ``[T, K]``, gate_up ``[E, 2I, H]`` (gate rows first; ``[E, I, H]``
+    when not gated), down ``[E, H, I]``, biases ``[E, 2I]`` and ``[E, H]`` -> ``[T, H]``.
     """
 
     name = "moe.experts"

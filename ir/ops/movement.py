@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
-from tilewright.ir.ops.shapes import axis_of, broadcast, expect_dim, expect_rank, shape_text
+from tilewright.ir.ops import numerics as num
+from tilewright.ir.ops.shapes import axis_of, broadcast, expect_broadcast, expect_dim, expect_rank, shape_text
 from tilewright.ir.types import Dim, DType, Shape, TensorType, Type, as_dim, product, same_dim
 
 
@@ -51,9 +52,7 @@ class Broadcast(Op):
     shape: tuple[Dim, ...]
 
     def infer(self) -> tuple[Type, ...]:
-        got = broadcast(self, self.x.shape, self.shape)
-        fits = len(got) == len(self.shape) and all(map(same_dim, got, self.shape))
-        self.expect(fits, f"{shape_text(self.x.shape)} does not broadcast to {shape_text(self.shape)}")
+        expect_broadcast(self, "x", self.x.shape, self.shape)
         return (self.x.tensor.with_shape(self.shape),)
 
     def evaluate(self, env: Env, x: Any) -> Any:
@@ -61,7 +60,7 @@ class Broadcast(Op):
 
 
 class Slice(Op):
-    """``x[starts[0]:stops[0]:steps[0], ...]``, one triple an axis, with ``0 <= start <= stop <= size``, ``step >= 1``."""
+    """``x[starts[0]:stops[0]:steps[0], ...]``, one triple an axis; ``0 <= start <= stop <= size``, ``step >= 1``."""
 
     name = "core.slice"
     x: Value
@@ -122,6 +121,8 @@ class Pad(Op):
     def infer(self) -> tuple[Type, ...]:
         fits = len(self.low) == len(self.high) == self.x.tensor.rank
         self.expect(fits, f"needs {self.x.tensor.rank} low and high pads")
+        fits = all(p >= 0 for p in (*self.low, *self.high) if isinstance(p, int))
+        self.expect(fits, "pads are not negative: a slice takes elements away")
         return (self.x.tensor.with_shape([as_dim(a + n + b) for a, n, b in zip(self.low, self.x.shape, self.high)]),)
 
     def evaluate(self, env: Env, x: Any) -> Any:
@@ -205,16 +206,17 @@ class ScatterND(Op):
     def infer(self) -> tuple[Type, ...]:
         shape = (*_index_shape(self, self.x, self.indices), *self.x.shape[len(self.indices) :])
         self.expect(self.updates.dtype == self.x.dtype, "updates must have the element type of x")
-        broadcast(self, self.updates.shape, shape)
+        expect_broadcast(self, "updates", self.updates.shape, shape)
         return (self.x.tensor,)
 
     def evaluate(self, env: Env, x: Any, *rest: Any) -> Any:
         *indices, updates = rest
-        out = x.copy()
         if self.accumulate:
-            np.add.at(out, tuple(indices), updates)
-        else:
-            out[tuple(indices)] = updates
+            total = num.wide(x).copy()
+            np.add.at(total, tuple(indices), num.wide(updates))
+            return total.astype(x.dtype)
+        out = x.copy()
+        out[tuple(indices)] = updates
         return out
 
 
@@ -237,5 +239,6 @@ class ScatterAlong(Op):
 
     def evaluate(self, env: Env, x: Any, indices: Any, src: Any) -> Any:
         out = x.copy()
-        np.put_along_axis(out, indices, src[tuple(map(slice, indices.shape))], self.axis)
+        region = tuple(slice(None) if i == self.axis else slice(n) for i, n in enumerate(indices.shape))
+        np.put_along_axis(out[region], indices, src[tuple(map(slice, indices.shape))], self.axis)
         return out

@@ -8,7 +8,7 @@ import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.ops import numerics as num
-from tilewright.ir.ops.shapes import axis_of, broadcast, expect_dim, expect_rank
+from tilewright.ir.ops.shapes import axis_of, broadcast, expect_dim, expect_dtype, expect_rank
 from tilewright.ir.types import Dim, DType, TensorType, Type, as_dim, product
 
 
@@ -21,7 +21,7 @@ class Matmul(Op):
 
     def infer(self) -> tuple[Type, ...]:
         self.expect(self.a.tensor.rank >= 2 and self.b.tensor.rank >= 2, "operands need rank 2 or more")
-        self.expect(self.a.dtype == self.b.dtype, f"element types differ: {self.a.dtype.value} and {self.b.dtype.value}")
+        expect_dtype(self, self.a, self.b)
         expect_dim(self, "inner size", self.b.shape[-2], self.a.shape[-1])
         lead = broadcast(self, self.a.shape[:-2], self.b.shape[:-2])
         return (TensorType((*lead, self.a.shape[-2], self.b.shape[-1]), self.a.dtype),)
@@ -121,7 +121,7 @@ class GatedLinear(Op):
 
 
 class Embedding(Op):
-    """Rows of ``table`` ``[V, H]`` picked by integer ``indices`` -> ``[*indices, H]``; indices must be in ``[0, V)``."""
+    """Rows of ``table`` ``[V, H]`` picked by integer ``indices`` in ``[0, V)`` -> ``[*indices, H]``."""
 
     name = "nn.embedding"
     indices: Value
@@ -216,7 +216,8 @@ class GroupNorm(Op):
 
     def infer(self) -> tuple[Type, ...]:
         channels = self.x.shape[1]
-        self.expect(isinstance(channels, int) and channels % self.groups == 0, f"{channels} channels, {self.groups} groups")
+        fits = isinstance(channels, int) and channels % self.groups == 0
+        self.expect(fits, f"{channels} channels, {self.groups} groups")
         _expect_vector(self, "weight", self.weight, channels)
         _expect_vector(self, "bias", self.bias, channels)
         return (self.x.tensor,)

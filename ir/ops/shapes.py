@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir.core import Op
+from tilewright.ir.core import Op, Value
 from tilewright.ir.types import Dim, Shape, dim_text, same_dim
 
 
@@ -25,6 +25,13 @@ def broadcast(op: Op, a: Shape, b: Shape) -> Shape:
     return tuple(out)
 
 
+def expect_broadcast(op: Op, what: str, shape: Shape, to: Shape) -> None:
+    """Fail unless ``shape`` broadcasts to exactly ``to``."""
+    got = broadcast(op, shape, to)
+    if len(got) != len(to) or not all(map(same_dim, got, to)):
+        op.fail(f"{what}: {shape_text(shape)} does not broadcast to {shape_text(to)}")
+
+
 def axis_of(op: Op, axis: int, rank: int) -> int:
     """``axis`` checked to lie in ``[0, rank)``; negative axes are for the frontend to resolve."""
     if not 0 <= axis < rank:
@@ -42,3 +49,9 @@ def expect_rank(op: Op, what: str, shape: Shape, rank: int) -> None:
     """Fail unless ``shape`` has ``rank`` axes."""
     if len(shape) != rank:
         op.fail(f"{what}: expected rank {rank}, got shape {shape_text(shape)}")
+
+
+def expect_dtype(op: Op, a: Value, b: Value) -> None:
+    """Fail unless two values have one element type."""
+    if a.dtype != b.dtype:
+        op.fail(f"element types differ: {a.dtype.value} and {b.dtype.value}")
