@@ -131,7 +131,7 @@ class Build:
                 stream.write(spec.name, pack(weight.load(), packing))
                 release(weight)
                 kind = packing.split("{")[0] or "plain"
-                self.report.weight_bytes[kind] = self.report.weight_bytes.get(kind, 0) + spec.bytes
+                self.report.weight_bytes[kind] = self.report.weight_bytes.get(kind, 0) + spec.size
         self.progress("weights", len(wanted), len(wanted))
         return {key: plan.offsets[name] for key, name in keys.items()}
 

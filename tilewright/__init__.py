@@ -1,1 +1,42 @@
-"""tilewright."""
+"""tilewright: a compiler for neural networks, made for LLM inference.
+
+    compiled = tilewright.compile("path/to/hf-folder")
+    compiled.save("model.tw")
+    tilewright.load("model.tw").session().generate([[1, 2, 3]], 32)
+
+Everything is imported when it is first used: loading and running an artifact needs none of the compiler.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilewright.bisect import bisect
+    from tilewright.compiler import Compiled, compile
+    from tilewright.report import CompileReport
+    from tilewright.runtime import Program, Session, load
+
+_HOMES = {
+    "compile": "tilewright.compiler",
+    "Compiled": "tilewright.compiler",
+    "CompileReport": "tilewright.report",
+    "bisect": "tilewright.bisect",
+    "load": "tilewright.runtime",
+    "Program": "tilewright.runtime",
+    "Session": "tilewright.runtime",
+}
+
+__all__ = ["CompileReport", "Compiled", "Program", "Session", "bisect", "compile", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,238 @@
+"""``tilewright.compile``: from a model to an artifact that runs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tilewright.codegen.build import Build
+from tilewright.codegen.target import CpuTarget, parse_target
+from tilewright.ir import Module, TilewrightError
+from tilewright.passes.base import PassContext
+from tilewright.passes.pipeline import Pipeline
+from tilewright.report import FILE, CompileReport
+from tilewright.runtime import Program, Session, load
+from tilewright.runtime.artifact import ArtifactWriter
+
+if TYPE_CHECKING:
+    import torch
+
+Model = "torch.nn.Module | str | os.PathLike[str] | Module"
+Progress = Callable[[str, int, int], None]
+_CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def compile(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Any = None,
+    passes: str = "O2",
+    target: str = "native",
+    max_length: int | None = None,
+    dtype: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile a model.
+
+    ``model`` is an ``nn.Module`` (with example ``args`` and ``kwargs``, and ``dynamic`` axes such as
+    ``{"x": {0: "B"}}``), the path of a Hugging Face folder, or a module of our IR. ``passes`` is a pipeline
+    (``"O2"``, ``"w8a16"``, or a list of passes), ``target`` a CPU (``"native"``, ``"cpu{arch=x86-64-v3}"``).
+    ``max_length`` is the capacity of the KV cache in tokens, ``dtype`` the element type to load a folder's weights in.
+    The artifact is written to ``out``, or kept in a temporary folder until :meth:`Compiled.save`.
+
+    Raises a subclass of ``TilewrightError`` that names the module, the op and the line it is about.
+    """
+    started = Stages(progress)
+    cpu = parse_target(target)
+    pipeline = with_length(Pipeline.parse(passes), max_length)
+    with started("trace"):
+        module, source = trace(model, args, kwargs, dynamic, dtype)
+    return lower(module, pipeline, cpu, source=source, out=out, stages=started)
+
+
+def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Any, dtype: str | None
+          ) -> tuple[Module, Path | None]:  # fmt: skip
+    """The IR of ``model``, and the folder it came from if it came from one."""
+    from tilewright import frontend
+
+    if isinstance(model, Module):
+        return model, None
+    if isinstance(model, (str, os.PathLike)):
+        return frontend.trace_folder(os.fspath(model), dtype=dtype), Path(model)
+    return frontend.trace(model, tuple(args), dict(kwargs or {}), dynamic=dynamic), None
+
+
+def with_length(pipeline: Pipeline, length: int | None) -> Pipeline:
+    """The pipeline with the capacity of its KV caches set."""
+    if length is None:
+        return pipeline
+    return Pipeline(tuple(replace(p, length=length) if hasattr(p, "length") else p for p in pipeline.passes))
+
+
+def lower(
+    module: Module,
+    pipeline: Pipeline,
+    target: CpuTarget,
+    *,
+    source: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
+    stages: Stages | None = None,
+) -> Compiled:
+    """Run the passes on ``module`` (in place), generate code and write the artifact."""
+    stages = stages or Stages(None)
+    ctx = PassContext()
+    with stages("passes"):
+        rows = pipeline.run(module, ctx=ctx).rows
+    report = CompileReport(module.name, target.text, str(pipeline), passes=[asdict(r) for r in rows])
+    report.notes = [f"{where}: {line}" for where, line in ctx.notes]
+    holder = None if out is not None else Holder()
+    path = Path(out) if out is not None else holder.path  # type: ignore[union-attr]
+    with stages("build"), ArtifactWriter(path) as writer:
+        build = Build(module, target, progress=stages.progress)
+        manifest = build.write(writer, {**module.meta, "pipeline": str(pipeline)})
+        carry(source, writer)
+        report.kernels = [asdict(k) for k in build.report.kernels]
+        report.weight_bytes = build.report.weight_bytes
+        report.fallbacks = list(build.report.fallbacks)
+        report.cache_bytes = sum(s.k_bytes + s.v_bytes for s in manifest.states)
+        report.seconds = stages.finished()
+        report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        writer.add(FILE, report.to_json())
+        writer.commit(manifest)
+    return Compiled(path, report, holder)
+
+
+def carry(source: Path | None, writer: ArtifactWriter) -> None:
+    """Copy the tokenizer and configuration of the model's folder as they are."""
+    for name in _CARRIED if source is not None else ():
+        if (source / name).is_file():  # type: ignore[operator]
+            writer.copy(name, source / name)  # type: ignore[operator]
+
+
+class Stages:
+    """Times the stages of a compilation and hands progress on."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress: Progress = progress or (lambda stage, done, total: None)
+        self.seconds: dict[str, float] = {}
+        self.running: tuple[str, float] | None = None
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.running = (name, time.perf_counter())
+        self.progress(name, 0, 1)
+        yield
+        self.seconds = self.finished()
+        self.running = None
+        self.progress(name, 1, 1)
+
+    def finished(self) -> dict[str, float]:
+        """Seconds of each stage, the running one so far."""
+        now = {} if self.running is None else {self.running[0]: time.perf_counter() - self.running[1]}
+        return {**self.seconds, **now}
+
+
+class Holder:
+    """A temporary folder that lives as long as the compiled model."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="tilewright-")
+        self.path = Path(self.folder) / "artifact"
+        self.close = weakref.finalize(self, shutil.rmtree, self.folder, True)
+
+
+@dataclass
+class Compiled:
+    """A compiled model: call it, generate with it, save it.
+
+    ``path`` is the artifact folder and ``report`` what the compilation did.
+    """
+
+    path: Path
+    report: CompileReport
+    _holder: Holder | None = None
+    _session: Session | None = None
+    _program: Program | None = None
+
+    @property
+    def program(self) -> Program:
+        """The loaded artifact."""
+        if self._program is None:
+            self._program = load(self.path)
+        return self._program
+
+    def session(self, threads: int | None = None, batch: int = 1) -> Session:
+        """A session of its own: memory, threads and KV caches for ``batch`` sequences."""
+        return self.program.session(threads, batch)
+
+    @property
+    def default_session(self) -> Session:
+        """The session that calls of this object share."""
+        if self._session is None:
+            self._session = self.session()
+        return self._session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the entry ``forward``: arrays in, one array (or a tuple) out; torch tensors give torch tensors."""
+        spec = self.default_session.entry("forward")
+        if len(args) > len(spec.inputs):
+            raise TilewrightError(f"forward takes {len(spec.inputs)} inputs, got {len(args)}")
+        given = {**dict(zip((t.name for t in spec.inputs), args)), **kwargs}
+        back = torch_like(given.values())
+        outputs = self.default_session("forward", **{k: to_numpy(v) for k, v in given.items()})
+        values = tuple(back(v) for v in outputs.values())
+        return values[0] if len(values) == 1 else values
+
+    def generate(self, prompts: Any, max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """New tokens for each prompt (lists of token ids): see ``tilewright.runtime.generation.generate``."""
+        with self.session(batch=len(prompts)) as session:
+            return session.generate(prompts, max_new_tokens, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Copy the artifact to ``path``: whole or not at all. Raises ArtifactError when something else is there."""
+        manifest = self.program.manifest
+        with ArtifactWriter(path) as writer:
+            for name in manifest.files:
+                writer.copy(name, self.path / name)
+            return writer.commit(replace(manifest, files={}))
+
+
+def torch_like(values: Any) -> Callable[[np.ndarray[Any, Any]], Any]:
+    """What turns outputs into the kind of the inputs: torch tensors when one of them is a tensor."""
+    if not any(type(v).__module__.split(".")[0] == "torch" for v in values):
+        return lambda array: array
+    import torch
+
+    def back(array: np.ndarray[Any, Any]) -> Any:
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    return back
+
+
+def to_numpy(value: Any) -> Any:
+    """A torch tensor as an array (bf16 through ml_dtypes); anything else as it is."""
+    if type(value).__module__.split(".")[0] != "torch":
+        return value
+    import ml_dtypes
+    import torch
+
+    tensor = value.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,66 @@
+"""The compile report: what was done, how long it took, what it cost, and what was not done."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "report.json"
+
+
+@dataclass
+class CompileReport:
+    """One compilation. Times are in seconds, sizes in bytes.
+
+    ``passes``: text, seconds, growth of peak memory, operations before and after, or why it was skipped.
+    ``kernels``: name, operations, workload, backend, schedule, bytes of code, seconds to compile, calls.
+    ``fallbacks``: what was done in a slower or plainer way than asked, with the reason.
+    ``layers``: error of each layer against the reference, when asked for.
+    """
+
+    model: str
+    target: str
+    pipeline: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    cache_bytes: int = 0
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def read(folder: str | Path) -> CompileReport:
+        """The report of an artifact; raises ValueError when it is not one."""
+        data = json.loads((Path(folder) / FILE).read_text())
+        known = set(CompileReport.__dataclass_fields__)
+        if not isinstance(data, dict) or set(data) != known:
+            raise ValueError(f"{folder}/{FILE} is not a compile report of this version")
+        return CompileReport(**data)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        stages = ", ".join(f"{name} {s:.1f} s" for name, s in self.seconds.items())
+        stored = ", ".join(f"{kind} {b / 2**20:.1f} MiB" for kind, b in self.weight_bytes.items())
+        lines = [
+            f"{self.model} for {self.target}",
+            f"  pipeline   {self.pipeline}",
+            f"  time       {self.total_seconds:.1f} s ({stages})",
+            f"  memory     {self.peak_bytes / 2**20:.0f} MiB at the most while compiling",
+            f"  weights    {stored or 'none'}",
+            f"  kv cache   {self.cache_bytes / 2**20:.1f} MiB a sequence",
+            f"  kernels    {len(self.kernels)} distinct, {sum(k['calls'] for k in self.kernels)} calls",
+        ]
+        lines += [f"  fallback   {line}" for line in self.fallbacks] or ["  fallbacks  none"]
+        return "\n".join(lines)
