@@ -10,6 +10,7 @@ from typing import Any
 
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
+from lark.lexer import PatternStr
 
 from tilewright.ir.compare import same_type
 from tilewright.ir.core import UNKNOWN, Function, Loc, Module, Op, Return, Value
@@ -71,7 +72,15 @@ def _expected(error: UnexpectedInput) -> str:
     if token is None:
         found = f"the character {getattr(error, 'char', '?')!r}"
     wanted = next((w for k in ("accepts", "expected", "allowed") if (w := getattr(error, k, None))), ())
-    return f"did not expect {found}; expected one of {', '.join(sorted(wanted))}"
+    return f"did not expect {found}; expected one of {', '.join(sorted(map(_terminal, wanted)))}"
+
+
+def _terminal(name: str) -> str:
+    """``"{"`` for LBRACE, ``"func", "kernel"`` for FUNCTION, else the name."""
+    pattern = next((t.pattern for t in _grammar().terminals if t.name == name), None)
+    if isinstance(pattern, PatternStr):
+        return json.dumps(pattern.value)
+    return '"func", "kernel"' if name == "FUNCTION" else name
 
 
 class _Reader:

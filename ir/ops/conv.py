@@ -63,6 +63,7 @@ class Conv(Op):
         expect_rank(self, "weight", self.weight.shape, n + 2)
         for what in (self.stride, self.padding, self.dilation):
             self.expect(len(what) == n, f"needs {n} strides, paddings and dilations")
+        self.expect(min((*self.stride, *self.dilation), default=1) > 0, "strides and dilations are positive")
         c = self.weight.shape[0] if self.transposed else as_dim(self.weight.shape[1] * self.groups)
         expect_dim(self, "channels", self.x.shape[1], c)
         out = as_dim(self.weight.shape[1] * self.groups) if self.transposed else self.weight.shape[0]
