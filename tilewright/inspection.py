@@ -1,0 +1,42 @@
+"""Texts that ``tilewright inspect`` prints."""
+
+from __future__ import annotations
+
+from tilewright.report import CompileReport
+from tilewright.runtime.artifact import EntrySpec, Manifest, TensorSpec
+
+
+def describe(manifest: Manifest, report: CompileReport) -> str:
+    """The artifact in a screenful: report, entries, states, files."""
+    lines = [report.summary(), "entries"]
+    lines += [f"  {name}{signature(entry)}" for name, entry in manifest.entries.items()]
+    lines += ["files", *(f"  {name:24} {f.bytes:>14,} bytes" for name, f in sorted(manifest.files.items()))]
+    return "\n".join(lines)
+
+
+def signature(entry: EntrySpec) -> str:
+    """``(ids: i64[B, S]) -> logits: f32[B, 4096]``."""
+    inputs = ", ".join(map(tensor, entry.inputs))
+    return f"({inputs}) -> {', '.join(map(tensor, entry.outputs))}"
+
+
+def tensor(spec: TensorSpec) -> str:
+    return f"{spec.name}: {spec.dtype}[{', '.join('?' if d is None else str(d) for d in spec.shape)}]"
+
+
+def kernel_table(report: CompileReport) -> str:
+    """One line a kernel: calls, backend, schedule, code, operations."""
+    lines = [f"{'kernel':8} {'calls':>5} {'backend':15} {'code':>8} {'ms':>6}  operations; schedule"]
+    for k in report.kernels:
+        head = f"{k['name']:8} {k['calls']:>5} {k['backend']:15} {k['code_bytes']:>8} {k['seconds'] * 1e3:>6.0f}"
+        lines.append(f"{head}  {k['operations']}; {k['schedule']}")
+    return "\n".join(lines)
+
+
+def pass_table(report: CompileReport) -> str:
+    """One line a pass: time, growth of peak memory, operations before and after."""
+    lines = [f"{'pass':44} {'ms':>8} {'MiB':>7} {'operations':>13}"]
+    for p in report.passes:
+        ops = p["skipped"] or f"{p['ops_before']} -> {p['ops_after']}"
+        lines.append(f"{p['text']:44} {p['seconds'] * 1e3:>8.1f} {p['peak_bytes'] / 2**20:>7.1f} {ops:>13}")
+    return "\n".join(lines)
