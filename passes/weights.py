@@ -1,0 +1,49 @@
+"""Weights made from weights. Nothing is loaded: the numbers are computed when the artifact is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tilewright.ir import ComputedSource, Module, TensorType, Value, Weight
+
+
+def derive(module: Module, name: str, type: TensorType, parts: Sequence[Weight], make: Callable[..., Any]) -> Weight:
+    """A weight of ``type`` that ``make`` computes from the arrays of ``parts``; it has no data when a part has none.
+
+    A taken ``name`` gets a number at the end.
+    """
+    sources = [p.source for p in parts if p.source is not None]
+    source = ComputedSource(tuple(sources), make) if len(sources) == len(parts) else None
+    return module.weight(free_name(module, name), type, source)
+
+
+def free_name(module: Module, name: str) -> str:
+    """``name``, or ``name.1``, ``name.2``, ... when that is taken."""
+    unique, n = name, 0
+    while unique in module.weights or unique in module.states:
+        n += 1
+        unique = f"{name}.{n}"
+    return unique
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """``a.q.weight``, ``a.k.weight`` -> ``a.q_k.weight``."""
+    split = [n.split(".") for n in names]
+    lead = _common(split)
+    tail = _common([list(reversed(s[lead:])) for s in split])
+    middle = [".".join(s[lead : len(s) - tail]) for s in split]
+    last = split[0]
+    return ".".join([*last[:lead], "_".join(middle), *last[len(last) - tail :]])
+
+
+def _common(rows: Sequence[Sequence[str]]) -> int:
+    """How many leading items all rows share, keeping one item of each apart."""
+    shortest = min(map(len, rows)) - 1
+    same = (i for i in range(shortest) if len({row[i] for row in rows}) > 1)
+    return next(same, max(shortest, 0))
+
+
+def as_weight(value: Value | None, rank: int) -> Weight | None:
+    """``value`` as a weight of ``rank`` axes, if it is one."""
+    return value if isinstance(value, Weight) and value.tensor.rank == rank else None
