@@ -156,10 +156,13 @@ class _Batch:
     def _check_count(self) -> None:
         count = len(self.prompts)
         needed = max(self.prefill_rows.fit(count), self.decode_rows.fit(count))
-        most = min(self.session.batch, self.prefill_rows.max, self.decode_rows.max)
-        if max(count, needed) > most:
-            got = f"{count}" if count > most else f"{count}, and the program runs {needed} rows at a time"
-            raise InputError("prompts", f"at most {most}, the session's batch", got,
+        compiled = min(self.prefill_rows.max, self.decode_rows.max)
+        if count > compiled:
+            raise InputError("prompts", f"at most {compiled}, what the program was compiled for", f"{count}",
+                             "give fewer at a time, or compile with a larger batch")
+        if needed > self.session.batch:
+            got = f"{count}" if count == needed else f"{count}, and the program runs {needed} rows at a time"
+            raise InputError("prompts", f"at most {self.session.batch}, the session's batch", got,
                              f"make the session with batch={needed}, or give fewer at a time")
 
     def check_room(self, max_new_tokens: int) -> None:

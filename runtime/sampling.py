@@ -36,20 +36,21 @@ class Sampling:
 
         Raises ProgramError on NaN logits and when no token is possible.
         """
-        values = logits.astype(np.float64)
-        best = values.max()
-        if math.isnan(best) or best == -math.inf:
+        best = int(logits.argmax())  # of the first NaN, if there is one
+        highest = float(logits[best])
+        if math.isnan(highest) or highest == -math.inf:
             raise ProgramError("the logits hold NaN or are all -inf; the model overflowed or its weights are damaged: "
                                "compare with the reference, or compile in a wider dtype")
-        if self.temperature == 0 or best == math.inf:
-            return int(values.argmax())
+        if self.temperature == 0 or highest == math.inf:
+            return best
+        values = logits.astype(np.float64) - highest
         tokens = self._candidates(values)
-        weights = np.exp((values[tokens] - best) / self.temperature)
+        weights = np.exp(values[tokens] / self.temperature)
         cumulative = np.cumsum(weights)
         return int(tokens[np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")])
 
     def _candidates(self, values: Array) -> Array:
-        """The ids that may be drawn, ascending."""
+        """The ids that may be drawn, ascending; ``values`` are logits of which the largest is 0."""
         tokens = np.arange(values.size)
         if 0 < self.top_k < values.size:
             tokens = np.flatnonzero(values >= np.partition(values, -self.top_k)[-self.top_k])
@@ -60,11 +61,11 @@ class Sampling:
 
     def _nucleus(self, values: Array, tokens: Array) -> Array:
         """The fewest most likely tokens whose probabilities reach ``top_p``."""
-        weights = np.exp((values[tokens] - values.max()) / self.temperature)
+        weights = np.exp(values[tokens] / self.temperature)
         # Tokens below this weight hold less than 1 - top_p together, so the others reach top_p: sort only those.
         likely = weights * tokens.size >= weights.sum() * (1 - self.top_p)
         order = _descending(values, tokens[likely])
-        cumulative = np.cumsum(np.exp((values[order] - values.max()) / self.temperature))
+        cumulative = np.cumsum(np.exp(values[order] / self.temperature))
         count = int(np.searchsorted(cumulative, self.top_p * weights.sum())) + 1
         return order[:count]
 
