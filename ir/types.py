@@ -206,7 +206,23 @@ def same_dim(a: Dim, b: Dim) -> bool:
         return True
     if isinstance(a, int) and isinstance(b, int):
         return False
-    return bool(sympy.expand(a - b) == 0)
+    return bool(sympy.expand(a - b) == 0 or sympy.expand(_flat_floors(a) - _flat_floors(b)) == 0)
+
+
+def _flat_floors(dim: Any) -> Any:
+    """``dim`` with floors of floors joined: ``(x//2 + k)//3`` is ``(x + 2*k)//6``."""
+    return sympy.sympify(dim).replace(sympy.floor, lambda arg: sympy.floor(_without_floor(sympy.expand(arg))))
+
+
+def _without_floor(arg: Any) -> Any:
+    for term in sympy.Add.make_args(arg):
+        factor, inner = term.as_coeff_Mul()
+        if not isinstance(inner, sympy.floor) or not factor.is_Rational or factor.p != 1:
+            continue
+        rest = sympy.expand((arg - term) * factor.q)
+        if rest.is_integer:  # only then the inner floor changes nothing
+            return _without_floor(sympy.expand((inner.args[0] + rest) / factor.q))
+    return arg
 
 
 @dataclass(frozen=True)
