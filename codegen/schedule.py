@@ -137,11 +137,11 @@ class LinearSchedule(Schedule):
     block_m: int = knob(96, (24, 48, 96, 144, 192, 240))
     block_k: int = knob(1024, (128, 256, 512, 1024, 2048, 4096))
     unroll: int = knob(4, (1, 2, 4, 8))
-    prefetch: int = knob(2048, (0, 512, 1024, 2048, 4096, 8192))
+    prefetch: int = knob(0, (0, 512, 1024, 2048, 4096, 8192))
 
     @classmethod
     def default(cls, target: CpuTarget) -> Self:
-        return cls() if target.vector_bits == 512 else cls(tile_m=6, tile_v=2)
+        return cls() if target.vector_bits == 512 else cls(tile_m=6, tile_v=2, block_k=256)
 
     @constraint
     def fits_registers(self, target: CpuTarget) -> str | None:

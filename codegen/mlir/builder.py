@@ -66,7 +66,6 @@ class Kernel:
         kinds = [mlir_type("index")] * scalars + [_memref(dtype) for _, dtype in self._buffer_specs]
         with ir.InsertionPoint(self.module.body):
             function = func.FuncOp(self.name, (kinds, []))
-        self._decorate(function)
         self._entry = function.add_entry_block()
         self._scopes.enter_context(ir.InsertionPoint(self._entry))
         values = [Val(argument, "index") for argument in self._entry.arguments[:scalars]]
@@ -74,20 +73,6 @@ class Kernel:
         self.dims = dict(zip(self._dim_names, values[2:]))
         pairs = zip(self._entry.arguments[scalars:], self._buffer_specs)
         self.buffers = tuple(Buffer(argument, dtype) for argument, (_, dtype) in pairs)
-
-    def _decorate(self, function: func.FuncOp, extra: Sequence[str] = ()) -> None:
-        flags = [ir.StringAttr.get(name) for name in extra]
-        pairs = [[ir.StringAttr.get(text) for text in pair] for pair in self._code_attributes()]
-        function.attributes["passthrough"] = ir.ArrayAttr.get([*(ir.ArrayAttr.get(pair) for pair in pairs), *flags])
-
-    def _code_attributes(self) -> list[tuple[str, str]]:
-        target = self.target
-        return [
-            ("target-cpu", "x86-64"),
-            ("tune-cpu", target.arch),
-            ("target-features", ",".join(f"+{feature}" for feature in target.required_features)),
-            ("prefer-vector-width", str(target.vector_bits)),
-        ]
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
@@ -140,7 +125,6 @@ class Kernel:
         with ir.InsertionPoint(self.module.body):
             op = func.FuncOp(f"{self.name}.{name}", (kinds, []), visibility="private")
         op.attributes["llvm.linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
-        self._decorate(op, ["noinline"])
         outer, self._entry = self._entry, op.add_entry_block()
         with ir.InsertionPoint(self._entry):
             yield Function(op, buffers)

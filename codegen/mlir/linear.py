@@ -139,7 +139,8 @@ class _Linear:
 
     def _micro_kernel(self, rows: int) -> Function:
         schedule = self.schedule
-        tile = Tile(rows, schedule.tile_v, self.x_stride, schedule.unroll, schedule.prefetch)
+        unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
+        tile = Tile(rows, schedule.tile_v, self.x_stride, unroll, schedule.prefetch)
         buffers = (self.buffers.x, self.buffers.weights[0], self.sums[0])
         return emit_micro_kernel(self.kernel, self.feed, tile, self.spec.k, buffers)
 

@@ -50,7 +50,26 @@ def llvm_ir(kernel: Kernel) -> str:
             PassManager.parse(_PIPELINE).run(module.operation)
         except ir.MLIRError as error:
             raise LoweringError(f"kernel {kernel.name}: {error}") from None
+        for operation in module.body.operations:
+            _set_code_attributes(operation, kernel)
         return _downgrade(_translate(module, kernel.name))
+
+
+def _set_code_attributes(function: Any, kernel: Kernel) -> None:
+    """Name what the function may use and is tuned for; inner functions stay functions."""
+    from torch_mlir import ir
+
+    target = kernel.target
+    pairs = {
+        "target-cpu": "x86-64",
+        "tune-cpu": target.arch,
+        "target-features": ",".join(f"+{feature}" for feature in target.required_features),
+        "prefer-vector-width": str(target.vector_bits),
+    }
+    items = [ir.ArrayAttr.get([ir.StringAttr.get(key), ir.StringAttr.get(value)]) for key, value in pairs.items()]
+    if ir.StringAttr(function.attributes["sym_name"]).value != kernel.name:
+        items.append(ir.StringAttr.get("noinline"))
+    function.attributes["passthrough"] = ir.ArrayAttr.get(items)
 
 
 # --- LLVM, through llvmlite ---------------------------------------------------------------------------------------

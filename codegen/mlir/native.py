@@ -27,11 +27,11 @@ class NativeKernel:
         self._function(*numbers, *(ctypes.c_void_p(None if a is None else a.ctypes.data) for a in arrays))
 
     def bind(self, begin: int, end: int, dims: Sequence[int], arrays: Sequence[np.ndarray | None]):
-        """A zero-argument callable with everything converted already, for timing. Keep the arrays alive."""
+        """A zero-argument callable with everything converted already, for timing; it keeps the arrays alive."""
         numbers = [ctypes.c_int64(n) for n in (begin, end, *dims)]
         pointers = [ctypes.c_void_p(None if a is None else a.ctypes.data) for a in arrays]
         function, arguments = self._function, (*numbers, *pointers)
-        return lambda: function(*arguments)
+        return lambda kept=tuple(arrays): function(*arguments)
 
 
 def _function(code: bytes, name: str):
