@@ -105,7 +105,8 @@ class Packing:
         return np.ascontiguousarray(flat[:self.n, :self.k])
 
 
-def _transpose(rows: np.ndarray, target: np.ndarray, block: int = 64) -> None:
-    """target[k, n] = rows[n, k], in blocks that stay in the first-level cache."""
+def _transpose(rows: np.ndarray, target: np.ndarray, block: int = 2048) -> None:
+    """target[k, n] = rows[n, k], a feature at a time: long strided writes are what numpy does fastest here."""
     for start in range(0, rows.shape[1], block):
-        target[start:start + block] = rows[:, start:start + block].T
+        for feature, row in enumerate(rows[:, start:start + block]):
+            target[start:start + block, feature] = row
