@@ -114,8 +114,7 @@ class _Run:
         for op in function.body:
             if isinstance(op, Return):
                 return [self.look_up(known, v) for v in op.values]
-            results = self.step(op, env, known)
-            known.update(zip(op.results, results))
+            known.update(zip(op.results, self.step(op, env, known)))
             for value in left.keys() & set(op.operands):  # users counts an op once, even if it takes a value twice
                 left[value] -= 1
             for value in (*op.operands, *op.results):

@@ -136,6 +136,8 @@ class Append(Op):
     def evaluate(self, env: Env, cache: Any, k: Any, v: Any, start: Any) -> Any:
         out = (cache[0].copy(), cache[1].copy())
         for b, at in enumerate(start):
+            if not 0 <= at <= out[0].shape[1] - k.shape[1]:
+                self.fail(f"token {at} and {k.shape[1]} more do not fit the cache's {out[0].shape[1]} slots")
             for store, new in zip(out, (k, v)):
                 store[b, at : at + new.shape[1]] = new[b].astype(store.dtype)
         return out

@@ -1,0 +1,1 @@
+"""What each operation computes, against eager PyTorch: a table of cases a family."""
