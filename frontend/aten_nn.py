@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from tilewright.frontend.aten_core import binary
@@ -142,9 +143,29 @@ def _per_channel(c: Context, v: Value, like: Value) -> Value:
 def _scale_shift(
     c: Context, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, eps: float
 ) -> Value:
-    """Batch norm with known statistics: ``x * scale + shift``, one of each a channel, in f32."""
-    wide = [None if v is None else c.cast(v, DType.f32) for v in (weight, bias, mean, var)]
-    w, b, m, v = wide
+    """Batch norm with known statistics: ``x * scale + shift``, one of each a channel, in f32.
+
+    Of weights, scale and shift are weights themselves, computed when they are loaded.
+    """
+    given = [weight, bias, mean, var]
+    if not all(v is None or (isinstance(v, Weight) and v.source is not None) for v in given):
+        return _scale_shift_at_run_time(c, x, weight, bias, mean, var, eps)
+
+    def scale(w: Any, _: Any, __: Any, v: Any) -> Any:
+        return (1 / np.sqrt(v + np.float32(eps))) * (1 if w is None else w)
+
+    def shift(w: Any, b: Any, m: Any, v: Any) -> Any:
+        return (0 if b is None else b) - m * scale(w, b, m, v)
+
+    stem = str(mean.name).removesuffix(".running_mean")
+    parts = [_per_channel(c, c.derived(f"{stem}.{f.__name__}", mean.shape, given, f), x) for f in (scale, shift)]
+    return c.cast(c(ops.Add, c(ops.Mul, c.cast(x, DType.f32), parts[0]), parts[1]), x.dtype)
+
+
+def _scale_shift_at_run_time(
+    c: Context, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, eps: float
+) -> Value:
+    w, b, m, v = (None if p is None else c.cast(p, DType.f32) for p in (weight, bias, mean, var))
     scale = c(ops.Rsqrt, c(ops.Add, v, c.value(eps, DType.f32)))
     scale = scale if w is None else c(ops.Mul, scale, w)
     shift = c(ops.Neg, c(ops.Mul, m, scale))

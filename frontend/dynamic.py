@@ -7,7 +7,6 @@ the model is refused, with the line that asked.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -199,12 +198,14 @@ def _samples(spec: DimSpec) -> list[int]:
 
 
 def _first_broken(condition: Any, names: Sequence[str], specs: Mapping[str, DimSpec]) -> dict[str, int] | None:
-    """Sizes in range at which the condition is false."""
-    for values in itertools.islice(itertools.product(*(_samples(specs[n]) for n in names)), 4096):
-        at = dict(zip(names, values))
-        if not _holds(condition, at):
-            return at
-    return None
+    """Sizes in range at which the condition is false: all are tried as one, then each alone around three points."""
+    grids = {n: _samples(specs[n]) for n in names}
+    bases = [{n: g[len(g) * part // 3] for n, g in grids.items()} for part in range(3)]
+    points = [
+        {n: min(max(v, g[0]), g[-1]) for n, g in grids.items()} for v in sorted({v for g in grids.values() for v in g})
+    ]
+    points += [base | {n: v} for base in bases for n, grid in grids.items() for v in grid] if len(names) > 1 else []
+    return next((at for at in points if not _holds(condition, at)), None)
 
 
 def _narrowed(q: Question, spec: DimSpec, broken: Mapping[str, int]) -> DimSpec | None:

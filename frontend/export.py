@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from tilewright.frontend import dynamic as dyn
 from tilewright.frontend.explain import explain
 from tilewright.frontend.locate import Locator
+from tilewright.frontend.pretrained import is_pretrained
 from tilewright.frontend.symbols import SymbolTable
 from tilewright.frontend.table import TABLE
 from tilewright.frontend.watch import AttributeWatch
@@ -93,7 +94,7 @@ def export(
 
 def _hooks(model: nn.Module, packed: bool) -> Any:
     """The hooks for transformers' models; other models must not pay for importing transformers."""
-    if not any(t.__module__.startswith("transformers.") for m in model.modules() for t in type(m).__mro__):
+    if not any(map(is_pretrained, model.modules())):
         return nullcontext()
     from tilewright.frontend import hooks
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -33,11 +32,9 @@ class Recipe:
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether ``model`` is one of transformers', without importing transformers to find out."""
-    if "transformers" not in sys.modules:
-        return False
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)
+    return any(
+        t.__name__ == "PreTrainedModel" and t.__module__.startswith("transformers.") for t in type(model).__mro__
+    )
 
 
 def task_of(model: Any) -> str:

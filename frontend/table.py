@@ -98,6 +98,21 @@ class Context:
         """A tensor known now, kept as a weight."""
         return self.module.constant(array, name)
 
+    def derived(
+        self, name: str, shape: Sequence[Dim], given: Sequence[Value | None], make: Callable[..., np.ndarray]
+    ) -> Weight:
+        """An f32 weight that ``make`` computes, when it is loaded, from the weights ``given`` (as f32; None stays)."""
+        sources = tuple(w.source for w in given if isinstance(w, Weight) and w.source is not None)
+
+        def compute(*arrays: np.ndarray) -> np.ndarray:
+            left = iter(arrays)
+            wide = [None if w is None else next(left).astype(np.float32) for w in given]
+            return np.asarray(make(*wide), np.float32)
+
+        if name not in self.module.weights:
+            self.module.weight(name, TensorType(tuple(shape), DType.f32), ComputedSource(sources, compute))
+        return self.module.weights[name]
+
     # -- moving elements -------------------------------------------------------------------------------------------
 
     def reshape(self, x: Value, shape: Sequence[Dim]) -> Value:
