@@ -1,0 +1,110 @@
+"""``torch.compile(model, backend="tilewright")``: found through the ``torch_dynamo_backends`` entry point.
+
+Inference only. Parameters are compiled in as constants; sizes that torch makes symbolic become dynamic axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tilewright.compiler import compile, to_numpy
+from tilewright.ir import TraceError
+
+
+def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """Compile a graph that TorchDynamo captured; ``options`` go to :func:`tilewright.compile`.
+
+    Raises TraceError when gradients are asked for, and whatever ``tilewright.compile`` raises.
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        raise TraceError('backend="tilewright" is for inference; call the model under torch.no_grad()')
+    signature = Signature(graph, example_inputs)
+    frozen = Frozen(graph, signature)
+    with torch._guards.tracing(None):  # our own export must not add guards to the frame that is being compiled
+        compiled = compile(frozen, tuple(signature.tensors), dynamic=signature.dynamic or None, **options)
+    session = compiled.default_session
+    names = [spec.name for spec in session.entry("forward").inputs]
+
+    def run(*args: Any) -> Any:
+        tensors = [args[i] for i in signature.tensor_places]
+        given = dict(zip(names, map(to_numpy, tensors)))
+        outputs = session("forward", **given)
+        return tuple(map(to_torch, outputs.values()))
+
+    run.compiled = compiled  # type: ignore[attr-defined]  # keeps the artifact alive
+    return run
+
+
+def to_torch(array: Any) -> torch.Tensor:
+    """An output as a tensor over the same memory."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class Signature:
+    """Which inputs of a captured graph are parameters, which are sizes, and which are tensors of the call."""
+
+    def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self.nodes = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        self.constants: dict[int, torch.Tensor] = {}
+        self.sizes: dict[int, tuple[int, int]] = {}
+        self.tensor_places: list[int] = []
+        self.tensors: list[torch.Tensor] = []
+        for i, value in enumerate(example_inputs):
+            if isinstance(value, nn.Parameter) or "_buffers_" in self.nodes[i].name:
+                self.constants[i] = value.detach()
+            elif isinstance(value, torch.Tensor):
+                self.tensor_places.append(i)
+                self.tensors.append(value.detach())
+        self.dynamic: dict[str, dict[int, str]] = {}
+        for i, value in enumerate(example_inputs):
+            if not isinstance(value, torch.Tensor):
+                self.sizes[i] = self.find_size(i)
+        self.name_axes()
+
+    def find_size(self, place: int) -> tuple[int, int]:
+        """The (tensor, axis) whose size the integer input ``place`` is."""
+        size = self.nodes[place].meta.get("example_value")
+        for t, i in enumerate(self.tensor_places):
+            for axis, d in enumerate(self.nodes[i].meta["example_value"].shape):
+                if isinstance(size, torch.SymInt) and str(d) == str(size):
+                    return t, axis
+        raise TraceError(f"the graph input {self.nodes[place].name} is a number that no tensor's size gives; pass a tensor")
+
+    def name_axes(self) -> None:
+        """Name the symbolic axes of the tensors: equal symbols get one name."""
+        names: dict[str, str] = {}
+        for t, i in enumerate(self.tensor_places):
+            for axis, d in enumerate(self.nodes[i].meta["example_value"].shape):
+                if isinstance(d, torch.SymInt):
+                    name = names.setdefault(str(d), f"D{len(names)}")
+                    self.dynamic.setdefault(f"x{t}", {})[axis] = name
+
+
+class Frozen(nn.Module):
+    """The captured graph as a module of its tensor inputs ``x0, x1, ...`` alone."""
+
+    def __init__(self, graph: fx.GraphModule, signature: Signature) -> None:
+        super().__init__()
+        self.signature = signature
+        object.__setattr__(self, "graph", graph)  # no submodule: it compiles its own code when it is first called
+        for i, tensor in signature.constants.items():
+            self.register_buffer(f"constant{i}", tensor)
+        arguments = ", ".join(f"x{t}" for t in range(len(signature.tensors)))
+        # torch.export names inputs after forward's parameters, so each call signature needs its own forward.
+        space: dict[str, Any] = {}
+        exec(f"def forward(self, {arguments}):\n    return self.call([{arguments}])", space)
+        self.forward = space["forward"].__get__(self)
+
+    def call(self, tensors: list[torch.Tensor]) -> Any:
+        s = self.signature
+        places = {i: tensors[t] for t, i in enumerate(s.tensor_places)}
+        sizes = {i: tensors[t].shape[axis] for i, (t, axis) in s.sizes.items()}
+        constants = {i: getattr(self, f"constant{i}") for i in s.constants}
+        every = places | sizes | constants
+        return self.graph(*(every[i] for i in range(len(every))))
