@@ -62,9 +62,9 @@ class KvLayout(Pass):
             raise ValueError(f"length must be positive, got {self.length}")
 
     def inapplicable(self, module: Module) -> str | None:
-        task = module.meta.get("task", "causal-lm")
+        task = module.meta.get("task", "not given")
         if task != "causal-lm":
-            return f"the model's task is {task}, only causal-lm has a KV cache"
+            return f'the model\'s task is {task}, a KV cache is for causal-lm (meta "task")'
         if "decode" in module.functions:
             return "the module has a decode function already"
         return None if "forward" in module.functions else "the module has no function @forward"
@@ -84,7 +84,7 @@ class KvLayout(Pass):
             _remove(module, forward)
         low, high = module.dims.get(str(seq), (1, length))
         module.dims[str(seq)] = (1 if not self.keep_forward else low, min(high, length))
-        module.meta["kv_length"] = str(length)
+        module.meta |= {"kv_length": str(length), "outputs.prefill": '["logits"]', "outputs.decode": '["logits"]'}
         for i, sight in enumerate(step.attentions.sights):
             ctx.note(f"kv.{i}: {module.states[f'kv.{i}'].type} window={sight.window} chunk={sight.chunk}")
         return True
