@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tilewright.ir import DType, Op, Pattern, Rewriter, Value, ops, same_dim
 from tilewright.passes.masks import Meaning, read_mask
-from tilewright.passes.match import is_one, is_scalar, made_by, replace, same_shape, scalar, used_once
+from tilewright.passes.match import is_one, is_scalar, joined, made_by, replace, same_shape, scalar, used_once
 
-_HIDDEN = -1e4  # a number added to a score below which models mean "never"
+HIDDEN = -1e4  # a number added to a score below which models mean "never"
 
 
 def _change(op: ops.Attention, rw: Rewriter, **changes: object) -> None:
     replace(rw, op, op.clone({}, **changes))
-
-
-def _both(rw: Rewriter, op: Op, kind: type[Op], values: Sequence[Value | None]) -> Value | None:
-    """The values that exist, joined by ``kind``."""
-    found = [v for v in values if v is not None]
-    out = found[0] if found else None
-    for value in found[1:]:
-        assert out is not None
-        out = rw.before(op).add(kind(out, value))
-    return out
 
 
 def mask_bias(op: ops.Attention, rw: Rewriter) -> None:
@@ -38,9 +26,9 @@ def mask_bias(op: ops.Attention, rw: Rewriter) -> None:
         if kept is None:
             terms.append(term)
         else:
-            mask = _both(rw, op, ops.And, [mask, kept])
+            mask = joined(rw.before(op), ops.And, [mask, kept])
     if mask is not op.mask:
-        _change(op, rw, mask=mask, bias=_both(rw, op, ops.Add, terms))
+        _change(op, rw, mask=mask, bias=joined(rw.before(op), ops.Add, terms))
 
 
 def _terms(bias: Value) -> list[Value]:
@@ -58,9 +46,9 @@ def _kept_where(rw: Rewriter, op: Op, bias: Value) -> Value | None:
     a, b = scalar(choice.a), scalar(choice.b)
     if a is None or b is None:
         return None
-    if a == 0 and b <= _HIDDEN:
+    if a == 0 and b <= HIDDEN:
         return choice.cond
-    return rw.before(op).add(ops.Not(choice.cond)) if b == 0 and a <= _HIDDEN else None
+    return rw.before(op).add(ops.Not(choice.cond)) if b == 0 and a <= HIDDEN else None
 
 
 def mask_attributes(op: ops.Attention, rw: Rewriter) -> None:
@@ -77,8 +65,8 @@ def mask_attributes(op: ops.Attention, rw: Rewriter) -> None:
     keys = (op.q.shape[0], op.k.shape[1])
     padding = [op.padding, *(rw.before(op).add(ops.Reshape(p, keys)) for p in said.padding)]
     changes = {
-        "mask": _both(rw, op, ops.And, said.rest),
-        "padding": _both(rw, op, ops.And, padding),
+        "mask": joined(rw.before(op), ops.And, said.rest),
+        "padding": joined(rw.before(op), ops.And, padding),
         "causal": op.causal or said.causal,
         "window": max(op.window, said.window),
         "window_right": max(op.window_right, said.window_right),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import TypeVar
 
-from tilewright.ir import Dim, DType, Op, Rewriter, Shape, Value, ops, same_dim
+from tilewright.ir import Builder, Dim, DType, Op, Rewriter, Shape, Value, ops, same_dim
 
 _OpT = TypeVar("_OpT", bound=Op)
 Number = float | int | bool
@@ -79,6 +80,12 @@ def through_widening(value: Value) -> Value:
         value = cast.x
         cast = made_by(value, ops.Cast)
     return value
+
+
+def joined(b: Builder, kind: type[Op], values: Sequence[Value | None]) -> Value | None:
+    """The values that are there, put together by a binary operation; None when there is none."""
+    found = [v for v in values if v is not None]
+    return reduce(lambda x, y: b.add(kind(x, y)), found) if found else None
 
 
 def replace(rw: Rewriter, op: Op, new: Value | Op | Sequence[Value]) -> None:
