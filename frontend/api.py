@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tilewright.frontend.convert import Sources, convert
 from tilewright.frontend.export import export
-from tilewright.ir.core import Module
-from tilewright.ir.errors import TraceError
+from tilewright.frontend.pretrained import Recipe, is_pretrained, recipe
+from tilewright.ir.core import Module, Op, Return, Value
+from tilewright.ir.errors import CheckpointError, TraceError
 from tilewright.ir.verifier import verify
 
 _LOCK = threading.RLock()  # tracing swaps functions of torch and transformers
@@ -34,26 +38,77 @@ def trace(
     operations that the IR lacks.
     """
     with _LOCK:
-        return _trace(model, args, kwargs or {}, dynamic, {})
+        if is_pretrained(model):
+            return _trace(model, recipe(model, args, kwargs or {}, dynamic), {})
+        if not args and not kwargs:
+            raise TraceError(f"{type(model).__name__} needs example inputs: trace(model, (x,))")
+        return _trace(model, Recipe(args, dict(kwargs or {}), dynamic or {}), {})
 
 
-def _trace(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    dynamic: Mapping[str, Any] | None,
-    sources: Sources,
-) -> Module:
-    from tilewright.frontend import pretrained
+def trace_folder(path: str | os.PathLike[str], dtype: str | None = None, task: str | None = None) -> Module:
+    """The IR of the model in a Hugging Face folder (config.json and safetensors), without loading its weights.
 
-    keep: Sequence[str] = ()
-    meta: dict[str, str] = {}
-    if pretrained.is_pretrained(model):
-        recipe = pretrained.recipe(model, args, kwargs, dynamic)
-        args, kwargs, dynamic, keep, meta = recipe.args, recipe.kwargs, recipe.dynamic, recipe.keep, recipe.meta
-    elif not args and not kwargs:
-        raise TraceError(f"{type(model).__name__} needs example inputs: trace(model, (x,))")
-    module = convert(export(model, args, kwargs, dynamic), type(model).__name__.lower(), sources, keep)
-    module.meta |= meta
+    ``dtype`` (``"bf16"``, ``"f32"``, ...) is that of the weights and activations; by default what the config says.
+    ``task`` (causal-lm, encoder, vision, seq2seq) is by default that of the config's architecture. Weights are read
+    from the mapped files when they are asked for. Raises CheckpointError for a folder that is damaged, incomplete, or
+    has only pickled weights; otherwise as :func:`trace`.
+    """
+    from tilewright.frontend import skeleton
+    from tilewright.frontend.checkpoint import Checkpoint
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    config = skeleton.load_config(folder)
+    checkpoint = Checkpoint(folder)
+    with _LOCK:
+        kind = skeleton.model_class(config, task)
+        model = skeleton.build(config, kind, skeleton.torch_dtype(dtype, config))
+        binding = skeleton.bind(model, checkpoint)
+        skeleton.fake_parameters(model)
+        module = _trace(model, recipe(model, (), {}, None, task), binding.sources, binding.missing)
+    module.meta |= _generation(folder)
+    if binding.unused:
+        module.meta["unused_tensors"] = json.dumps(binding.unused)
+    return module
+
+
+def _generation(folder: Path) -> dict[str, str]:
+    """The end-of-sequence ids that the folder's generation_config.json gives; they go before the config's."""
+    file = folder / "generation_config.json"
+    eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    return {} if eos is None else {"eos": json.dumps(eos if isinstance(eos, list) else [eos])}
+
+
+def _trace(model: nn.Module, how: Recipe, sources: Sources, missing: Sequence[str] = ()) -> Module:
+    exported = export(model, how.args, how.kwargs, how.dynamic)
+    module = convert(exported, type(model).__name__.lower(), sources, how.keep)
+    module.meta |= how.meta
+    _drop_outputs_without_weights(module, set(missing))
     verify(module)
     return module
+
+
+def _drop_outputs_without_weights(module: Module, missing: set[str]) -> None:
+    """Leave out results that need a weight which the checkpoint lacks, as an encoder's pooler; an error if all do."""
+    absent = [w for w in module.weights.values() if w.name in missing]
+    if not absent:
+        return
+    tainted: set[Value] = set(absent)
+    function = module.functions["forward"]
+    for op in function.body:
+        if any(v in tainted for v in op.operands):
+            tainted |= set(op.results)
+    ends = function.terminator
+    names = [n for n, v in zip(json.loads(module.meta["outputs"]), ends.values) if v not in tainted]
+    if not names:
+        raise CheckpointError(f"the checkpoint lacks {', '.join(w.name for w in absent)}")
+    kept = tuple(v for v in ends.values if v not in tainted)
+    ends.drop()
+    function.append(Return(kept, loc=ends.loc))
+    module.meta["outputs"] = json.dumps(names)
+    dead: list[Op] = [op for op in reversed(function.body) if not isinstance(op, Return)]
+    for op in dead:
+        if not any(r.users for r in op.results):
+            op.drop()
+    module.weights = {n: w for n, w in module.weights.items() if w.users}

@@ -47,6 +47,7 @@ class _Conversion:
         self.program, self.locator, self.sources = exported.program, exported.locator, sources
         self.module = Module(name, dims=dict(exported.dims))
         self.function = self.module.add(Function(ENTRY))
+        self.names = exported.names
         self.c = Context(self.module, Builder(self.function), exported.symbols)
         self.values: dict[fx.Node, Any] = {}
         self.weights: dict[fx.Node, tuple[str, torch.Tensor]] = {}
@@ -60,6 +61,8 @@ class _Conversion:
                     self.placeholder(node, next(specs))
                 elif node.op == "call_function":
                     self.call(node)
+                elif node.op == "get_attr":
+                    continue  # a graph inside the graph; the op that runs it is refused
                 elif node.op == "output":
                     self.output(node, keep)
                 else:
@@ -91,7 +94,8 @@ class _Conversion:
         if id(tensor) not in self.shared:
             self.c.node = node
             source = self.sources.get(target) or source_of(tensor)
-            self.shared[id(tensor)] = self.module.weight(target, self.c.type_of(tensor), source)
+            name = self.names.get(id(tensor), target)
+            self.shared[id(tensor)] = self.module.weight(name, self.c.type_of(tensor), source)
         return self.shared[id(tensor)]
 
     # -- operations --------------------------------------------------------------------------------------------------
@@ -185,12 +189,10 @@ class _Conversion:
         raise UnsupportedError(message + shown, loc)
 
     def refuse_unbacked(self, node: fx.Node) -> None:
-        line = source_line(self.c.b.loc)
-        raise UnsupportedError(
-            f"{node.target}: the result's shape depends on data{f': {line}' if line else ''}"
-            "\n  remedy: use torch.where or a mask, which keep the shape",
-            self.c.b.loc,
-        )
+        line, tensor = source_line(self.c.b.loc), isinstance(node.meta["val"], torch.Tensor)
+        what = "the result's shape depends on data" if tensor else "reads tensor values while tracing"
+        remedy = "use torch.where or a mask, which keep the shape" if tensor else "keep them in tensors"
+        raise UnsupportedError(f"{node.target}: {what}{f': {line}' if line else ''}\n  remedy: {remedy}", self.c.b.loc)
 
     def refuse_mutation(self, target: str, arg: Any) -> None:
         loc = self.locator.node(arg) if isinstance(arg, fx.Node) else Loc()

@@ -7,13 +7,15 @@ the model is refused, with the line that asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 from torch.utils import _pytree as pytree
 
 from tilewright.frontend.locate import is_user_file, source_line
@@ -21,7 +23,7 @@ from tilewright.ir.core import Loc
 from tilewright.ir.errors import TraceError
 
 HIGH = 65536  # upper end of a range that nobody gave
-_LAYOUT = ("contiguous", "stride", "dense", "overlap", "view_helper")  # guards about memory layout: the IR has none
+_LAYOUT = ("contiguous", "stride", "dense", "overlap")  # guards about memory layout: the IR has none
 
 
 @dataclass(frozen=True)
@@ -132,18 +134,19 @@ class Question:
 
 
 class Questions:
-    """Records where guards come from, which torch does not in non-strict export."""
+    """Records who asks; torch notes only where in torch."""
 
-    def __init__(self, here: Any) -> None:
+    def __init__(self, here: Callable[[], Loc]) -> None:
         self.here = here
-        self.locs: dict[Any, tuple[Loc, bool]] = {}
+        self.asked_at: dict[int, tuple[Any, Loc, str, bool]] = {}
 
     def __enter__(self) -> Questions:
         original = self._original = ShapeEnv._get_stack_summary
 
         def record(env: ShapeEnv, *args: Any, **kwargs: Any) -> Any:
             sloc, extra = original(env, *args, **kwargs)
-            self.locs[id(sloc)] = (self.here(), sloc)  # kept alive, so that the id stays its own
+            function, user = _asker(sys._getframe(1))
+            self.asked_at[id(sloc)] = (sloc, self.here(), function, user)  # with sloc, so that its id stays its own
             return sloc, extra
 
         ShapeEnv._get_stack_summary = record  # type: ignore[method-assign]
@@ -154,17 +157,20 @@ class Questions:
 
     def asked(self, env: ShapeEnv) -> list[Question]:
         """The guards of ``env`` that are about values, not about memory layout."""
-        out = []
+        out: dict[Any, Question] = {}
         for guard in env.guards:
-            frame = guard.sloc.framework_loc
-            name, file = getattr(frame, "name", str(frame)), getattr(frame, "filename", "")
-            user = is_user_file(file)
-            unequal = isinstance(guard.expr, sympy.Ne) and not user
-            if unequal or any(word in name for word in _LAYOUT):
-                continue
-            loc = self.locs.get(id(guard.sloc), (Loc(), None))[0]
-            out.append(Question(guard.expr, loc, user))
-        return out
+            _, loc, function, user = self.asked_at.get(id(guard.sloc), (None, Loc(), "", False))
+            layout = any(word in function for word in _LAYOUT) or (isinstance(guard.expr, sympy.Ne) and not user)
+            if not layout:
+                out.setdefault(guard.expr, Question(guard.expr, loc, user))
+        return list(out.values())
+
+
+def _asker(frame: FrameType | None) -> tuple[str, bool]:
+    """The innermost function that is not torch's bookkeeping of symbols, and whether it is the user's."""
+    while frame is not None and frame.f_code.co_filename in uninteresting_files():
+        frame = frame.f_back
+    return (frame.f_code.co_name, is_user_file(frame.f_code.co_filename)) if frame is not None else ("", False)
 
 
 def check(specs: Mapping[str, DimSpec], questions: Iterable[Question]) -> dict[str, DimSpec]:

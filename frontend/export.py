@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from tilewright.frontend import dynamic as dyn
 from tilewright.frontend.explain import explain
-from tilewright.frontend.locate import Locator
+from tilewright.frontend.locate import Locator, whole_stacks
 from tilewright.frontend.pretrained import is_pretrained
 from tilewright.frontend.symbols import SymbolTable
 from tilewright.frontend.table import TABLE
@@ -44,6 +45,7 @@ class Exported:
     symbols: SymbolTable
     dims: dict[str, tuple[int, int]]
     locator: Locator
+    names: dict[int, str]  # the first name of each parameter, by its identity: tied ones have several
 
 
 def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,14 +84,15 @@ def export(
     questions = dyn.Questions(locator.here)
     hooks = _hooks(model, packed="position_ids" in named)
     try:
-        with _evaluating(model), _quiet(), torch.no_grad(), hooks, questions, watch:
+        with _evaluating(model), _quiet(), torch.no_grad(), hooks, whole_stacks(), questions, watch:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
             program = _functional(program)
     except Exception as error:
         watch.check()
         raise explain(error, locator) from (None if isinstance(error, TilewrightError) else error)
     watch.check()
-    return _name_sizes(program, specs, questions, locator)
+    names = {id(p): name for name, p in model.named_parameters()}
+    return Exported(program, *_name_sizes(program, specs, questions), locator, names)
 
 
 def _hooks(model: nn.Module, packed: bool) -> Any:
@@ -115,10 +118,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the graphs that torch prints to stderr when it fails, and without its warnings."""
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Without what torch logs, warns of, and prints to stderr when it fails: its cause is in the error already."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -148,9 +156,9 @@ def _inputs(program: torch.export.ExportedProgram) -> list[fx.Node]:
 
 
 def _name_sizes(
-    program: torch.export.ExportedProgram, specs: Sequence[dyn.Axes], questions: dyn.Questions, locator: Locator
-) -> Exported:
-    """Give torch's symbols the user's names and check the ranges."""
+    program: torch.export.ExportedProgram, specs: Sequence[dyn.Axes], questions: dyn.Questions
+) -> tuple[SymbolTable, dict[str, tuple[int, int]]]:
+    """The user's names for torch's symbols, and their ranges, checked."""
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     found: dict[str, dyn.DimSpec] = {}
     asked: list[dyn.Question] = []
@@ -166,7 +174,7 @@ def _name_sizes(
             found[spec.name] = _tighter(found.get(spec.name), spec)
     named = [q.renamed(names) for q in asked]
     checked = dyn.check(found, named)
-    return Exported(program, SymbolTable(names), {n: (s.low, s.high) for n, s in checked.items()}, locator)
+    return SymbolTable(names), {n: (s.low, s.high) for n, s in checked.items()}
 
 
 def _tighter(a: dyn.DimSpec | None, b: dyn.DimSpec) -> dyn.DimSpec:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import site
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.proxy import TracerBase
 
 from tilewright.ir.core import Loc
 
@@ -76,6 +79,22 @@ class Locator:
         return Loc(path or self.root)
 
 
+@contextmanager
+def whole_stacks() -> Iterator[None]:
+    """Have torch note on each node the user's whole stack, not only the lines inside of ``forward`` methods."""
+    original = TracerBase._filter_traceback_frames
+
+    def keep(_: TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:
+        start = next((i for i, f in enumerate(stack) if f.name == "forward"), len(stack))
+        return traceback.StackSummary.from_list([f for f in stack[start:] if is_user_file(f.filename)])
+
+    TracerBase._filter_traceback_frames = keep  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
+
+
 def _frames(trace: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
     while trace is not None:
         yield trace.tb_frame, trace.tb_lineno
@@ -102,5 +121,5 @@ def source_line(loc: Loc) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """A short word for an attribute's value in a message."""
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    """The kind of an attribute's value, for a message."""
+    return "tensor" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from tilewright.frontend.locate import Locator, describe_value
+from tilewright.frontend.locate import Locator, describe_value, source_line
 from tilewright.ir.core import Loc
 from tilewright.ir.errors import TraceError
 
-_TABLES = ("_parameters", "_buffers", "_modules", "training")
+_TABLES = ("_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks")
 
 
 def _mark(value: Any) -> Any:
@@ -25,30 +25,27 @@ def _mark(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool)) else id(value)
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in module.__dict__.items() if k not in _TABLES}
-
-
-def _contents(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, list) else dict(v) for k, v in values.items() if isinstance(v, (list, dict))}
+def _marks(module: nn.Module) -> dict[str, Any]:
+    return {k: _mark(v) for k, v in module.__dict__.items() if k not in _TABLES}
 
 
 class AttributeWatch:
-    """Within the block, records attribute writes below ``model``; puts the attributes back at the end.
+    """Within the block, compares the attributes below ``model`` before and after its forward.
 
-    :meth:`check` afterwards raises TraceError for the first one.
+    :meth:`check` afterwards raises TraceError if one was written. (torch.export itself puts them back.)
     """
 
     def __init__(self, model: nn.Module, locator: Locator) -> None:
-        self.modules, self.locator = list(model.modules()), locator
+        self.model, self.modules, self.locator = model, list(model.modules()), locator
         self.written: dict[tuple[int, str], Loc] = {}
-        self.changed: list[tuple[str, str, Any, Loc]] = []
+        self.changed: list[TraceError] = []
 
     def __enter__(self) -> AttributeWatch:
-        self.before = [_snapshot(m) for m in self.modules]
-        self.contents = [_contents(values) for values in self.before]
-        self.marks = [{k: _mark(v) for k, v in values.items()} for values in self.before]
         original = self._original = nn.Module.__setattr__
+        self._hooks = (
+            self.model.register_forward_pre_hook(self._before),
+            self.model.register_forward_hook(self._after),
+        )
 
         def record(module: nn.Module, name: str, value: Any) -> None:
             self.written.setdefault((id(module), name), self.locator.here())
@@ -59,35 +56,32 @@ class AttributeWatch:
 
     def __exit__(self, *_: object) -> None:
         nn.Module.__setattr__ = self._original  # type: ignore[method-assign]
-        for module, before, contents, marks in zip(self.modules, self.before, self.contents, self.marks):
-            now = _snapshot(module)
-            for name in [n for n in {**before, **now} if _mark(now.get(n)) != marks.get(n, _mark(None))]:
-                self._note(module, name, now.get(name))
-                self._restore(module, name, before, contents)
+        for hook in self._hooks:
+            hook.remove()
 
-    def _note(self, module: nn.Module, name: str, value: Any) -> None:
+    def _before(self, *_: Any) -> None:
+        self.written.clear()
+        self.values = [dict(m.__dict__) for m in self.modules]  # keeps what ids stand for alive
+        self.marks = [_marks(m) for m in self.modules]
+
+    def _after(self, *_: Any) -> None:
+        for module, before in zip(self.modules, self.marks):
+            now = _marks(module)
+            for name in {**before, **now}:
+                if before.get(name, ()) != now.get(name, ()):
+                    self.changed.append(self._refusal(module, name))
+
+    def _refusal(self, module: nn.Module, name: str) -> TraceError:
         path = self.locator.paths.get(id(module), "")
         loc = self.written.get((id(module), name), Loc(path))
-        self.changed.append((path, name, value, loc))
-
-    @staticmethod
-    def _restore(module: nn.Module, name: str, before: dict[str, Any], contents: dict[str, Any]) -> None:
-        if name not in before:
-            module.__dict__.pop(name, None)
-            return
-        module.__dict__[name] = before[name]
-        if isinstance(before[name], list):
-            before[name][:] = contents[name]
-        elif isinstance(before[name], dict):
-            before[name].clear()
-            before[name].update(contents[name])
+        line, what = source_line(loc), describe_value(getattr(module, name, None))
+        return TraceError(
+            f"forward writes the attribute {name} of {path} ({what}){f': {line}' if line else ''}; a compiled function "
+            "keeps nothing between calls\n  remedy: return the value, or compute it in __init__",
+            loc,
+        )
 
     def check(self) -> None:
         """Raise TraceError if an attribute was written."""
-        for path, name, value, loc in self.changed:
-            what = describe_value(value)
-            raise TraceError(
-                f"forward writes the attribute {path}.{name} ({what}); a compiled function keeps nothing between calls"
-                "\n  remedy: return the value, or compute it in __init__",
-                loc,
-            )
+        if self.changed:
+            raise self.changed[0]
