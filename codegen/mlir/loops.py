@@ -1,0 +1,112 @@
+"""The generic kernel emitter: any mixture of elementwise operations, moves, gathers, reductions and normalisations.
+
+Each operation is a function from an index to a value (a scalar, or a vector along the innermost axis), so chains
+compose without temporaries: the results' elements pull what they need. `loops_plan` decides the loop nest,
+`loops_reads` says where operations read, `loops_eval` and `loops_rows` emit.
+
+Reductions and normalisations run as passes over a row inside of the task that owns it. Narrow floats are computed in
+f32 and rounded when they are stored. An index out of range reads the nearest element: sessions check token ids before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tilewright.codegen.kernel import KernelCode
+from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen.mlir.loops_compute import refusal
+from tilewright.codegen.mlir.loops_plan import grain, make_plan, result_sets, rows_on_stack, shared_axes
+from tilewright.codegen.schedule import Schedule, knob
+from tilewright.codegen.target import CpuTarget
+from tilewright.ir import CodegenError, Function, KVType, Op, TensorType, Value, ops
+
+
+@dataclass(frozen=True)
+class LoopsSchedule(Schedule):
+    """``width`` vectors of the target are one value; ``unroll`` such values a step, ``streams`` totals in a reduction.
+
+    ``task`` is about the number of elements of one task.
+    """
+
+    name: ClassVar[str] = "loops"
+    width: int = knob(1, (1, 2))
+    unroll: int = knob(2, (1, 2, 4))
+    streams: int = knob(4, (1, 2, 4, 8))
+    task: int = knob(4096, (1024, 4096, 16384))
+
+
+class LoopsEmitter:
+    """Lowers kernels without matrix products, attention, convolution or sorting."""
+
+    name: ClassVar[str] = "mlir.loops"
+
+    def match(self, kernel: Function, target: CpuTarget) -> str | None:
+        """None when this emitter can lower ``kernel``, else why not."""
+        if any(isinstance(value.type, KVType) for value in kernel.args):
+            return "a cache is no plain tensor"
+        for op in kernel.body[:-1]:
+            if reason := _op_refusal(op):
+                return reason
+        if reason := _foreign(kernel):
+            return reason
+        if len(result_sets(kernel)) > 1 and all(dim == 1 for dim in shared_axes(kernel)):
+            return "results share no leading axis"
+        return rows_on_stack(kernel)[1]
+
+    def default_schedule(self, kernel: Function, target: CpuTarget) -> LoopsSchedule:
+        """A good schedule by rule: two vectors at a time where elements are short and only move."""
+        moves = all(rd.is_move(op) or isinstance(op, (*rd.CREATION, *rd.PIECES)) for op in kernel.body[:-1])
+        short = all(v.dtype.size <= 2 for v in kernel.returns)
+        return LoopsSchedule(width=2 if moves and short else 1)
+
+    def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
+        """The code of ``kernel`` under the name ``symbol``. Raises CodegenError when ``match`` gives a reason."""
+        if reason := self.match(kernel, target):
+            raise CodegenError(f"loops cannot lower @{kernel.name}: {reason}")
+        from tilewright.codegen.mlir.loops_emit import build
+        from tilewright.codegen.mlir.lower import compile_kernel
+
+        assert isinstance(schedule, LoopsSchedule)
+        plan = make_plan(kernel, schedule.task, target.lanes * schedule.width)
+        built = build(kernel, plan, schedule, target, symbol)
+        dims = tuple(kernel.symbols())
+        return KernelCode(symbol, compile_kernel(built), dims, plan.tasks, grain(kernel, plan))
+
+
+def _op_refusal(op: Op) -> str | None:
+    known = (*rd.CREATION, *rd.FOLDS, *rd.ROWS, *rd.PIECES, ops.Rope)
+    if not (rd.is_plain(op) or isinstance(op, known)):
+        return f"{op.name} has no loop form"
+    if isinstance(op, ops.Elementwise):
+        return refusal(op)
+    if isinstance(op, rd.ROWS) and not op.operands[0].dtype.is_float:
+        return f"{op.name} of {op.operands[0].dtype.value}"
+    if picked := [v for v in _tables(op) if v.owner is not None and not _is_cheap(v.owner)]:
+        return f"{op.name} reads single elements of {picked[0].owner.name}"  # type: ignore[union-attr]
+    return None
+
+
+def _tables(op: Op) -> Sequence[Value]:
+    """Operands that are read at places found in data."""
+    if not rd.picks_data(op):
+        return ()
+    return (op.table,) if isinstance(op, ops.Embedding) else (op.operands[0],)
+
+
+def _is_cheap(op: Op) -> bool:
+    """Whether no loop is needed for one element."""
+    if isinstance(op, (*rd.FOLDS, *rd.ROWS)):
+        return False
+    return all(v.owner is None or _is_cheap(v.owner) for v in op.operands)
+
+
+def _foreign(kernel: Function) -> str | None:
+    """A kernel function reads nothing but its arguments."""
+    own: set[Value] = {*kernel.args, *(r for op in kernel.body for r in op.results)}
+    for op in kernel.body:
+        for value in op.operands:
+            if value not in own or not isinstance(value.type, TensorType):
+                return f"{op.name} reads {value!r}, which is no argument of the kernel"
+    return None

@@ -1,0 +1,419 @@
+"""Index arithmetic of loop kernels: integer polynomials over loop variables and runtime sizes.
+
+An index is a `Poly`. Division and remainder are resolved by ranges where that can be proved (``(h*64 + d) // 64`` is
+``h`` for ``d < 64``) and stay as `Floor` and `Mod` atoms where it cannot. A reshape is then nothing but "make the linear
+index of one shape, take it apart by the other"; what cancels, cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import sympy
+
+from tilewright.ir import Dim, sym
+
+_STEPS = 64
+
+
+class Complex(Exception):
+    """The lanes of a vector do not lie at a constant distance from each other."""
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A factor of a term. Atoms with the same key are the same."""
+
+    key: str
+
+    @property
+    def depth(self) -> int:
+        """The innermost loop scope this depends on; 0 is the function."""
+        return 0
+
+    @property
+    def lane(self) -> Var | None:
+        """The vector variable this depends on."""
+        return None
+
+
+@dataclass(frozen=True)
+class Size(Atom):
+    """A runtime size: a symbol (at least 1), or an opaque expression (at least 0)."""
+
+    least: int = 1
+    parts: tuple[Poly, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Var(Atom):
+    """A variable with ``lo <= value <= hi``; its machine value is ``val``, or ``val + lane`` when it has ``lanes``."""
+
+    lo: Poly = field(compare=False)
+    hi: Poly = field(compare=False)
+    level: int = field(default=0, compare=False)
+    val: Any = field(default=None, compare=False)
+    lanes: int = field(default=0, compare=False)
+    mask: Any = field(default=None, compare=False)
+    remaining: Any = field(default=None, compare=False)
+
+    @property
+    def depth(self) -> int:
+        return self.level
+
+    @property
+    def lane(self) -> Var | None:
+        return self if self.lanes else None
+
+
+@dataclass(frozen=True)
+class _Quotient(Atom):
+    num: Poly = field(compare=False)
+    den: Poly = field(compare=False)
+
+    @property
+    def depth(self) -> int:
+        return max(self.num.depth, self.den.depth)
+
+    @property
+    def lane(self) -> Var | None:
+        return self.num.lane or self.den.lane
+
+
+class Floor(_Quotient):
+    """``num // den`` that no range could resolve."""
+
+
+class Mod(_Quotient):
+    """``num % den`` that no range could resolve."""
+
+
+@dataclass(frozen=True)
+class Poly:
+    """A sum of integer multiples of products of atoms, in a canonical order."""
+
+    terms: tuple[tuple[tuple[Atom, ...], int], ...] = ()
+
+    @staticmethod
+    def of(value: Poly | Atom | int) -> Poly:
+        if isinstance(value, Poly):
+            return value
+        if isinstance(value, Atom):
+            return Poly((((value,), 1),))
+        return Poly((((), int(value)),)) if value else Poly()
+
+    @staticmethod
+    def _collect(terms: Iterable[tuple[tuple[Atom, ...], int]]) -> Poly:
+        total: dict[tuple[Atom, ...], int] = {}
+        for atoms, factor in terms:
+            total[atoms] = total.get(atoms, 0) + factor
+        kept = [(atoms, factor) for atoms, factor in total.items() if factor]
+        return Poly(tuple(sorted(kept, key=lambda term: [atom.key for atom in term[0]])))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.terms)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __add__(self, other: Poly | int) -> Poly:
+        other = Poly.of(other)
+        if not other.terms:
+            return self
+        return Poly._collect((*self.terms, *other.terms)) if self.terms else other
+
+    def __mul__(self, other: Poly | int) -> Poly:
+        other = Poly.of(other)
+        products = ((a + b, m * n) for a, m in self.terms for b, n in other.terms)
+        return Poly._collect((tuple(sorted(atoms, key=lambda atom: atom.key)), n) for atoms, n in products)
+
+    def __neg__(self) -> Poly:
+        return self * -1
+
+    def __sub__(self, other: Poly | int) -> Poly:
+        return self + -Poly.of(other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    @property
+    def constant(self) -> int | None:
+        """The number this is, if it is one."""
+        if not self.terms:
+            return 0
+        return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
+
+    @property
+    def offset(self) -> int:
+        """The constant term."""
+        return next((factor for atoms, factor in self.terms if not atoms), 0)
+
+    @cached_property
+    def atoms(self) -> tuple[Atom, ...]:
+        return tuple(dict.fromkeys(atom for atoms, _ in self.terms for atom in atoms))
+
+    @cached_property
+    def depth(self) -> int:
+        return max((atom.depth for atom in self.atoms), default=0)
+
+    @cached_property
+    def lane(self) -> Var | None:
+        """The vector variable on which this depends, if any."""
+        return next((atom.lane for atom in self.atoms if atom.lane is not None), None)
+
+    @property
+    def key(self) -> str:
+        return "+".join("*".join([str(factor), *(atom.key for atom in atoms)]) for atoms, factor in self.terms) or "0"
+
+    def quotients(self) -> list[Floor | Mod]:
+        """Unresolved divisions in this, the inner ones included."""
+        found = []
+        for atom in self.atoms:
+            if isinstance(atom, _Quotient):
+                found += [atom, *atom.num.quotients(), *atom.den.quotients()]
+        return found
+
+    def substitute(self, mapping: Mapping[Atom, Poly]) -> Poly:
+        """Atoms replaced, also inside of divisions."""
+        total = Poly()
+        for atoms, factor in self.terms:
+            term = Poly.of(factor)
+            for atom in atoms:
+                term = term * _replace(atom, mapping)
+            total = total + term
+        return total
+
+
+Index = tuple[Poly, ...]
+
+
+def _replace(atom: Atom, mapping: Mapping[Atom, Poly]) -> Poly:
+    if atom in mapping:
+        return mapping[atom]
+    if not isinstance(atom, _Quotient):
+        return Poly.of(atom)
+    num, den = atom.num.substitute(mapping), atom.den.substitute(mapping)
+    if num == atom.num and den == atom.den:
+        return Poly.of(atom)
+    return floor_div(num, den) if isinstance(atom, Floor) else modulo(num, den)
+
+
+# --- ranges -------------------------------------------------------------------------------------------------------
+
+
+def bounds(poly: Poly) -> tuple[Poly, Poly]:
+    """Least and greatest value, as polynomials over sizes. Every atom is at least 0."""
+    low, high = Poly(), Poly()
+    for atoms, factor in poly.terms:
+        least, most = Poly.of(factor), Poly.of(factor)
+        for atom in atoms:
+            a, b = _atom_bounds(atom)
+            least, most = least * a, most * b
+        low, high = (low + least, high + most) if factor > 0 else (low + most, high + least)
+    return low, high
+
+
+def _atom_bounds(atom: Atom) -> tuple[Poly, Poly]:
+    if isinstance(atom, Var):
+        return atom.lo, atom.hi
+    if isinstance(atom, Floor) and any(isinstance(a, (Var, _Quotient)) for a in atom.num.atoms):
+        low, high = bounds(atom.num)
+        return floor_div(low, atom.den), floor_div(high, atom.den)
+    if isinstance(atom, Mod):
+        return Poly(), atom.den - 1
+    return Poly.of(atom), Poly.of(atom)
+
+
+def nonnegative(poly: Poly) -> bool:
+    """Whether a polynomial over sizes can be seen to be at least 0 for all sizes."""
+    if poly.constant is not None:
+        return poly.constant >= 0
+    shifted = poly.substitute({a: Poly.of(a) + a.least for a in poly.atoms if isinstance(a, Size) and a.least})
+    return all(factor >= 0 for _, factor in shifted.terms)
+
+
+def less(a: Poly, b: Poly) -> bool:
+    """Whether ``a < b`` can be proved."""
+    return nonnegative(bounds(b - a)[0] - 1) or nonnegative(bounds(b)[0] - bounds(a)[1] - 1)
+
+
+def at_most(a: Poly, b: Poly) -> bool:
+    """Whether ``a <= b`` can be proved."""
+    return less(a, b + 1)
+
+
+# --- division -----------------------------------------------------------------------------------------------------
+
+
+def floor_div(num: Poly, den: Poly | int) -> Poly:
+    """``num // den`` for a positive ``den``."""
+    den = Poly.of(den)
+    exact, rest = _divide(num, den)
+    if at_most(Poly(), rest) and less(rest, den):
+        return exact
+    if less(rest, Poly()) and at_most(-den, rest):
+        return exact - 1
+    if rest.terms and all(factor < 0 for atoms, factor in rest.terms if atoms) and rest.constant is None:
+        return exact - floor_div(den - rest - 1, den)  # the numerator of an atom is not negative
+    return exact + Poly.of(Floor(f"({rest.key}//{den.key})", rest, den))
+
+
+def modulo(num: Poly, den: Poly | int) -> Poly:
+    """``num % den`` for a positive ``den``."""
+    den = Poly.of(den)
+    rest = _divide(num, den)[1]
+    if at_most(Poly(), rest) and less(rest, den):
+        return rest
+    return Poly.of(Mod(f"({rest.key}%{den.key})", rest, den))
+
+
+def _divide(num: Poly, den: Poly) -> tuple[Poly, Poly]:
+    """``num == exact * den + rest`` by long division with the leading term of ``den``."""
+    lead, factor = max(den.terms, key=lambda term: (len(term[0]), [atom.key for atom in term[0]]))
+    exact, rest = Poly(), num
+    for _ in range(_STEPS):
+        step = next((s for s in (_quotient(term, lead, factor) for term in rest.terms) if s.terms), None)
+        if step is None:
+            break
+        exact, rest = exact + step, rest - step * den
+    return exact, rest
+
+
+def _quotient(term: tuple[tuple[Atom, ...], int], lead: tuple[Atom, ...], factor: int) -> Poly:
+    atoms, number = list(term[0]), term[1]
+    for atom in lead:
+        if atom not in atoms:
+            return Poly()
+        atoms.remove(atom)
+    if not term[0]:
+        return Poly.of(number // factor)
+    return Poly._collect([(tuple(atoms), number // factor)]) if number % factor == 0 else Poly()
+
+
+def expand(poly: Poly) -> Poly:
+    """``poly`` with remainders written as ``num - den * (num // den)`` where that makes divisions cancel."""
+    mods = {a: a.num - a.den * floor_div(a.num, a.den) for a in poly.atoms if isinstance(a, Mod)}
+    if not mods:
+        return poly
+    other = poly.substitute(mods)
+    return other if len(other.quotients()) < len(poly.quotients()) else poly
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+def size(dim: Dim | Poly) -> Poly:
+    """A dimension as a polynomial."""
+    if isinstance(dim, (int, Poly)):
+        return Poly.of(dim)
+    return _from_sympy(dim)
+
+
+def as_dim(poly: Poly) -> Dim:
+    """A polynomial over sizes as a dimension."""
+    total: Any = sympy.Integer(0)
+    for atoms, factor in poly.terms:
+        total += factor * sympy.prod([_to_sympy(atom) for atom in atoms])
+    return int(total) if total.is_Integer else total
+
+
+def _to_sympy(atom: Atom) -> Any:
+    if isinstance(atom, _Quotient):
+        num, den = as_dim(atom.num), as_dim(atom.den)
+        return sympy.floor(sympy.sympify(num) / den) if isinstance(atom, Floor) else sympy.Mod(num, den)
+    assert isinstance(atom, Size)
+    if not atom.parts:
+        return sym(atom.key)
+    return (sympy.Max if atom.key.startswith("max") else sympy.Min)(*map(as_dim, atom.parts))
+
+
+def _from_sympy(e: Any) -> Poly:
+    if e.is_Integer:
+        return Poly.of(int(e))
+    if e.is_Symbol:
+        return Poly.of(Size(str(e)))
+    if e.is_Add:
+        return _whole(e) or sum((_from_sympy(arg) for arg in e.args), Poly())
+    if e.is_Mul:
+        return _whole(e) or _product(map(_from_sympy, e.args))
+    if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+        return _product([_from_sympy(e.base)] * int(e.exp))
+    if isinstance(e, (sympy.floor, sympy.ceiling)):
+        num, den = sympy.fraction(sympy.together(e.args[0]))
+        extra = den - 1 if isinstance(e, sympy.ceiling) else 0
+        return floor_div(_from_sympy(sympy.expand(num + extra)), _from_sympy(den))
+    if isinstance(e, sympy.Mod):
+        return modulo(_from_sympy(e.args[0]), _from_sympy(e.args[1]))
+    if isinstance(e, (sympy.Max, sympy.Min)):
+        parts = tuple(sorted(map(_from_sympy, e.args), key=lambda part: part.key))
+        name = "max" if isinstance(e, sympy.Max) else "min"
+        return Poly.of(Size(f"{name}({','.join(part.key for part in parts)})", 0, parts))
+    raise ValueError(f"dimension expression without an index form: {e!r}")
+
+
+def _whole(e: Any) -> Poly | None:
+    """An exact division such as ``S/2``."""
+    num, den = sympy.fraction(sympy.together(e))
+    return None if den == 1 else floor_div(_from_sympy(sympy.expand(num)), _from_sympy(den))
+
+
+def _product(factors: Iterable[Poly]) -> Poly:
+    total = Poly.of(1)
+    for factor in factors:
+        total = total * factor
+    return total
+
+
+def linear(index: Sequence[Poly], shape: Sequence[Dim | Poly]) -> Poly:
+    """The row-major position of ``index``."""
+    total = Poly()
+    for i, dim in zip(index, shape):
+        total = total * size(dim) + i
+    return expand(total)
+
+
+def delinear(position: Poly, shape: Sequence[Dim | Poly]) -> Index:
+    """The index whose row-major position is ``position``."""
+    sizes = [size(dim) for dim in shape]
+    leading = next((axis for axis, n in enumerate(sizes) if n.constant != 1), 0)
+    out: list[Poly] = []
+    rest = position
+    for axis in reversed(range(len(sizes))):
+        if sizes[axis].constant == 1:
+            out.append(Poly())
+        elif axis == leading:
+            out.append(rest)
+        else:
+            out.append(modulo(rest, sizes[axis]))
+            rest = floor_div(rest, sizes[axis])
+    return tuple(reversed(out))
+
+
+def lane_form(poly: Poly) -> tuple[Var | None, Poly, Poly]:
+    """``poly == base + stride * lane``: the vector variable (None for a scalar), stride, and the base at lane 0.
+
+    Raises `Complex` when the lanes do not lie at a constant distance.
+    """
+    var = poly.lane
+    if var is None:
+        return None, Poly(), poly
+    stride: list[tuple[tuple[Atom, ...], int]] = []
+    for atoms, factor in poly.terms:
+        if not any(atom.lane for atom in atoms):
+            continue
+        others = tuple(atom for atom in atoms if atom != var)
+        if len(others) != len(atoms) - 1 or any(atom.lane for atom in others):
+            raise Complex
+        stride.append((others, factor))
+    return var, Poly._collect(stride), poly
+
+
+def substitute_all(index: Index, mapping: Mapping[Atom, Poly]) -> Index:
+    return tuple(p.substitute(mapping) for p in index)
+
+
+Pick = Callable[[Any, Index, Dim], Poly]
+"""Turns data into an index: (the tensor of indices, where to read it, the size it must lie in) -> index."""

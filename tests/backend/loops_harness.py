@@ -1,0 +1,115 @@
+"""Runs one kernel function natively and in the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from tilewright.codegen.kernel import KernelCode
+from tilewright.codegen.mlir import native
+from tilewright.codegen.mlir.loops import LoopsEmitter
+from tilewright.codegen.target import parse_target
+from tilewright.ir import Builder, DType, Function, Module, Return, TensorType, Value, eval_dim, interpret, verify
+from tilewright.ir.interpreter import bind_dims
+
+EMITTER = LoopsEmitter()
+TARGETS = [parse_target("x86-64-v3")] + ([parse_target("native")] if parse_target("native").vector_bits == 512 else [])
+TOLERANCE = {"f64": 1e-12, "f32": 3e-6, "f16": 2e-3, "bf16": 1.6e-2}
+
+
+def kernel_of(build: Callable[..., Value | Sequence[Value]], *types: tuple) -> Function:
+    """A kernel over arguments of the given (shape, dtype); ``build(b, *args)`` gives the results."""
+    kernel = Function("k", kind="kernel")
+    args = [kernel.arg(f"a{i}", TensorType(tuple(shape), DType(dtype))) for i, (shape, dtype) in enumerate(types)]
+    made = build(Builder(kernel), *args)
+    kernel.append(Return(tuple(made) if isinstance(made, (list, tuple)) else (made,)))
+    return kernel
+
+
+class Native:
+    """A compiled kernel, called as the program would: in chunks of tasks."""
+
+    def __init__(self, kernel: Function, target=TARGETS[-1], schedule=None) -> None:
+        reason = EMITTER.match(kernel, target)
+        assert reason is None, reason
+        self.kernel = kernel
+        schedule = schedule or EMITTER.default_schedule(kernel, target)
+        self.code: KernelCode = EMITTER.emit(kernel, schedule, target, "tw_k")
+        self.function = native._function(self.code.object, "tw_k")
+
+    def __call__(self, inputs: Sequence[np.ndarray], cuts: int = 3) -> list[np.ndarray]:
+        import ctypes
+
+        dims = bind_dims(self.kernel.args, inputs)
+        args = [_aligned(a) for a in inputs]
+        outs = [_result(v, dims) for v in self.kernel.returns]
+        guards = [o.base_bytes() for o in outs]
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*args, *(o.array for o in outs))]
+        tasks = eval_dim(self.code.tasks, dims)
+        assert eval_dim(self.code.grain, dims) >= 1
+        edges = sorted({tasks * i // cuts for i in range(cuts + 1)})
+        for begin, end in itertools.pairwise(edges):
+            numbers = [ctypes.c_int64(n) for n in (begin, end, *(dims[name] for name in self.code.dims))]
+            self.function(*numbers, *pointers)
+        for out, guard in zip(outs, guards):
+            assert out.base_bytes() == guard, "wrote past the end"
+        return [o.array for o in outs]
+
+
+class _result:
+    """An array between guard bytes."""
+
+    def __init__(self, value: Value, dims: Mapping[str, int]) -> None:
+        shape = tuple(eval_dim(d, dims) for d in value.shape)
+        size = int(np.prod(shape)) * value.dtype.size
+        raw = np.full(size + 256, 0xA5, np.uint8)
+        start = -raw.ctypes.data % 64 + 64
+        self.raw, self.start, self.stop = raw, start, start + size
+        self.array = raw[start:start + size].view(value.dtype.np).reshape(shape)
+
+    def base_bytes(self) -> bytes:
+        return self.raw[:self.start].tobytes() + self.raw[self.stop:].tobytes()
+
+
+def _aligned(a: np.ndarray) -> np.ndarray:
+    raw = np.empty(a.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    out = raw[start:start + a.nbytes].view(a.dtype).reshape(a.shape)
+    out[...] = a
+    return out
+
+
+def expected(kernel: Function, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    module = Module("m", dims={name: (1, 1 << 20) for name in kernel.symbols()})
+    module.add(kernel)
+    verify(module)
+    return interpret(module, "k", list(inputs))
+
+
+def close(got: np.ndarray, want: np.ndarray, dtype: DType, tolerance: float | None = None) -> None:
+    """Equal up to rounding of ``dtype``, relative to the largest element too."""
+    assert got.shape == want.shape
+    if not dtype.is_float:
+        np.testing.assert_array_equal(got, want)
+        return
+    g, w = got.astype(np.float64), want.astype(np.float64)
+    tol = tolerance or TOLERANCE[dtype.value]
+    np.testing.assert_allclose(g, w, rtol=tol, atol=tol * max(1.0, float(np.max(np.abs(w), where=np.isfinite(w),
+                                                                              initial=0.0))))
+
+
+def check(native_kernel: Native, inputs: Sequence[np.ndarray], tolerance: float | None = None) -> None:
+    kernel = native_kernel.kernel
+    for got, want, value in zip(native_kernel(inputs), expected(kernel, inputs), kernel.returns):
+        close(got, want, value.dtype, tolerance)
+
+
+def random_array(rng: np.random.Generator, shape: Sequence[int], dtype: str, low: float = -3, high: float = 3):
+    kind = DType(dtype)
+    if kind is DType.bool:
+        return rng.random(shape) < 0.5
+    if kind.is_float:
+        return rng.uniform(low, high, shape).astype(kind.np)
+    return rng.integers(0 if kind is DType.u8 else int(low) * 3, int(high) * 3 + 1, shape).astype(kind.np)
