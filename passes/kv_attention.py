@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tilewright.ir import Builder, DType, KVType, Module, Value, dim_symbols, ops
 from tilewright.passes.kv_axes import PLAIN, Axes
@@ -23,11 +24,12 @@ class Attentions:
     dtype: DType | None
     sights: list[Sight] = field(default_factory=list)
     """What each attention sees, in order; for the report."""
+    _known: dict[tuple[Any, ...], Sight] = field(default_factory=dict)
 
     def cache(self, op: ops.Attention, axes: Mapping[Value, Axes]) -> Value:
         """Put the cached form before ``op`` and give its result."""
         self._check(op, axes)
-        sight = read_sight(self.shapes, op, self.biases.square_numbers(op.bias))
+        sight = self._sight(op)
         assert op.parent is not None
         builder = Builder(op.parent, op, op.loc)
         bias = self.biases.place(op, sight, builder)
@@ -38,6 +40,13 @@ class Attentions:
             ops.Attend, op.q, cache, self.start, bias, op.sinks,
             scale=op.scale, window=sight.window, chunk=sight.chunk, softcap=op.softcap,
         )  # fmt: skip
+
+    def _sight(self, op: ops.Attention) -> Sight:
+        """What ``op`` sees; layers that share a mask share its evaluation."""
+        key = (op.mask, op.bias, op.padding, op.causal, op.window, op.window_right, op.chunk)
+        if key not in self._known:
+            self._known[key] = read_sight(self.shapes, op, self.biases.square_numbers(op.bias))
+        return self._known[key]
 
     def _check(self, op: ops.Attention, axes: Mapping[Value, Axes]) -> None:
         for what in ("q", "k", "v"):

@@ -34,9 +34,13 @@ def result_axes(op: Op, axes: Mapping[Value, Axes], batch: Any, seq: Any) -> Axe
         where = axes[value]
         got = Axes(carry(op, slot, value, where.batch, batch), carry(op, slot, value, where.seq, seq))
         if found is not None and got != found:
-            raise Mixed("relates positions with positions: its operands have them on different axes")
+            raise Mixed("relates positions with positions: its operands have them on different axes" + _hint(op))
         found = got
     return found
+
+
+def _hint(op: Op) -> str:
+    return "; attention that is written out needs the pass fuse-attention first" if isinstance(op, ops.Matmul) else ""
 
 
 def check_result(value: Value, axes: Axes, batch: Any, seq: Any) -> None:
@@ -194,7 +198,7 @@ def _embedding(op: ops.Embedding, slot: str, value: Value, part: Part, symbol: A
 def _matmul(op: ops.Matmul, slot: str, value: Value, part: Part, symbol: Any) -> Part:
     contracted = value.tensor.rank - (1 if slot == "a" else 2)
     if part.axis == contracted:
-        raise Mixed("sums over positions: attention that was not recognised as nn.attention, or a mixer of positions")
+        raise Mixed("sums over positions" + _hint(op))
     return _moved(part, op.result.tensor.rank - value.tensor.rank)
 
 

@@ -27,16 +27,22 @@ class Rows:
         self.tables: dict[str, Weight] = {}
         self.gathered: dict[tuple[Any, ...], Value] = {}
         self.rows_of: dict[Value, Value] = {}
+        self.placed: dict[tuple[Value, Axes, int], Value] = {}
 
     def place(self, value: Value, user: Op, axes: Axes, offset: int) -> Value:
         """``value`` by position, as ``user`` can take it.
 
         ``axes`` are those of user's frame, in which axis i of ``value`` is axis ``i + offset``.
         """
-        shapes = self.shapes
         seq = self._seq_axis(value, user, axes, offset)
+        key = (value, axes, offset)
+        if key not in self.placed:
+            self.placed[key] = self._place(value, seq, user, axes, offset)
+        return self.placed[key]
+
+    def _place(self, value: Value, seq: int, user: Op, axes: Axes, offset: int) -> Value:
         builder = Builder(user.parent, user, value.owner.loc if value.owner else user.loc)  # type: ignore[arg-type]
-        shapes.check_batch(value)
+        self.shapes.check_batch(value)
         constant = self._if_uniform(value, seq, builder)
         if constant is not None:
             return constant
