@@ -1,8 +1,8 @@
 """Index arithmetic of loop kernels: integer polynomials over loop variables and runtime sizes.
 
 An index is a `Poly`. Division and remainder are resolved by ranges where that can be proved (``(h*64 + d) // 64`` is
-``h`` for ``d < 64``) and stay as `Floor` and `Mod` atoms where it cannot. A reshape is then nothing but "make the linear
-index of one shape, take it apart by the other"; what cancels, cancels.
+``h`` for ``d < 64``) and stay as `Floor` and `Mod` atoms where it cannot. A reshape is then nothing but "make the
+linear index of one shape, take it apart by the other"; what cancels, cancels.
 """
 
 from __future__ import annotations

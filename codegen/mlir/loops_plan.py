@@ -403,7 +403,7 @@ def grain(kernel: Function, plan: Plan) -> Dim:
     if total == 0:
         return 1
     count = sympy.cancel(_CHUNK * sympy.sympify(tasks) / total)
-    return max(1, int(count)) if count.is_Rational else sympy.Max(1, sympy.floor(count))
+    return 1 + (int(count) if count.is_Rational else sympy.floor(count))
 
 
 def _is_table(value: Value) -> bool:
