@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilewright.ir import Op, Pattern, Rewriter, Shape, Value, ops
-from tilewright.passes.match import is_one, made_by, padded, replace, same_shape
+from tilewright.passes.match import is_one, made_by, padded, replace, same_shape, used_once
 
 
 def _joined(shapes: list[Shape]) -> Shape:
@@ -78,7 +78,8 @@ def late_reshape(op: ops.Elementwise, rw: Rewriter) -> None:
         return
     operands: list[Value] = []
     for value, source in zip(op.operands, sources):
-        if source is not None and same_shape(source.shape, first.shape) and same_shape(source.x.shape, first.x.shape):
+        same = source is not None and same_shape(source.shape, first.shape) and used_once(value)
+        if source is not None and same and same_shape(source.x.shape, first.x.shape):
             operands.append(source.x)
         elif not value.shape:
             operands.append(value)

@@ -113,8 +113,11 @@ def slice_of_broadcast(op: ops.Slice, rw: Rewriter) -> None:
 def concats(op: ops.Concat, rw: Rewriter) -> None:
     """A concatenation of one -> it; of concatenations along one axis -> one; of neighbouring slices -> one slice."""
     nested = [made_by(x, ops.Concat) for x in op.xs]
+    filled = tuple(x for x in op.xs if not is_zero(x.shape[op.axis]))
     if len(op.xs) == 1:
         replace(rw, op, op.xs[0])
+    elif 0 < len(filled) < len(op.xs):
+        replace(rw, op, ops.Concat(filled, op.axis))
     elif any(n is not None and n.axis == op.axis for n in nested):
         flat = [n.xs if n is not None and n.axis == op.axis else (x,) for n, x in zip(nested, op.xs)]
         replace(rw, op, ops.Concat(tuple(x for xs in flat for x in xs), op.axis))
@@ -127,7 +130,7 @@ def join_slices(op: ops.Concat, rw: Rewriter) -> None:
     parts = [made_by(x, ops.Slice) for x in op.xs]
     first = parts[0]
     for left, right in pairwise(parts):
-        if left is None or right is None or left.x is not right.x or not _adjoin(left, right, op.axis):
+        if left is None or right is None or left.x is not right.x or not adjoin(left, right, op.axis):
             return
     last = parts[-1]
     if first is not None and last is not None:
@@ -135,7 +138,9 @@ def join_slices(op: ops.Concat, rw: Rewriter) -> None:
         replace(rw, op, ops.Slice(first.x, first.starts, stops, first.steps))
 
 
-def _adjoin(left: ops.Slice, right: ops.Slice, axis: int) -> bool:
+def adjoin(left: ops.Slice, right: ops.Slice, axis: int) -> bool:
+    """Whether ``right`` goes on along ``axis`` where ``left`` ends."""
+
     def same(i: int) -> bool:
         return same_dim(left.starts[i], right.starts[i]) and same_dim(left.stops[i], right.stops[i])
 

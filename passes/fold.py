@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tilewright.ir import Env, Module, Op, Rewriter, TensorType, Value, Weight, dim_symbols, ops, rewrite
+from tilewright.ir import DType, Env, Module, Op, Rewriter, TensorType, Value, Weight, dim_symbols, ops, rewrite
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.match import replace
+from tilewright.passes.match import replace, same_shape
 from tilewright.passes.weights import derive
 
+_MOVES = (ops.Slice, ops.Reshape, ops.Broadcast, ops.Gather, ops.TakeAlong, ops.Embedding, ops.Transpose)
 _MADE = (ops.Full, ops.Iota, ops.SizeOf)
 
 
@@ -28,16 +29,16 @@ class Fold(Pass):
     max_bytes: int = 65536
 
     def run(self, module: Module, ctx: PassContext) -> bool:
-        changed = sum(one_element(module, w) for w in list(module.weights.values()))
+        changed = sum(readable(module, w, self.max_bytes) for w in list(module.weights.values()))
         return ctx.take(rewrite(module, self.constant, functions=module.entries())) or changed > 0
 
     def constant(self, op: Op, rw: Rewriter) -> None:
         if op.has_effect or len(op.results) != 1 or not op.operands or not all(map(is_constant, op.operands)):
             return
         size = static_bytes(op.result)
-        if size is None or symbolic(op):
-            return
         weights = [v for v in dict.fromkeys(op.operands) if isinstance(v, Weight)]
+        if size is None or symbolic(op) or (not weights and isinstance(op, _MOVES)):
+            return  # moved constants are canonicalize's
         freed = sum(static_bytes(w) or 0 for w in weights if len(w.users) == 1)
         if size > max(self.max_bytes, freed):
             rw.skip(op, f"the result has {size} bytes, more than the {freed} it would free and max_bytes")
@@ -95,13 +96,35 @@ def evaluate_with(op: Op, weights: list[Weight], *arrays: Any) -> Any:
     return np.ascontiguousarray(evaluate(op, dict(zip(weights, arrays))))
 
 
-def one_element(module: Module, weight: Weight) -> bool:
-    """Elementwise users of a weight of one element take a ``core.full`` instead, which patterns can read."""
-    users = [u for u in weight.users if isinstance(u, ops.Elementwise)]
-    if weight.tensor.elements != 1 or weight.source is None or not users:
+def readable(module: Module, weight: Weight, max_bytes: int) -> bool:
+    """Where a small weight of equal elements, or of consecutive integers, is used, an operation makes it.
+
+    Patterns can read numbers from operations; a layer's own weights stay as they are.
+    """
+    users = [u for u in weight.users if isinstance(u, (ops.Elementwise, *_MOVES))]
+    size = static_bytes(weight)
+    if size is None or size > max_bytes or weight.source is None or not users or weight.tensor.elements == 0:
         return False
-    number = weight.load().reshape(-1)[0].item()
-    rw = Rewriter(module)
+    if weight.dtype.is_float and weight.tensor.elements != 1:
+        return False
+    array = weight.load()
+    if _as_operation(array) is None:
+        return False
     for user in users:
-        user.replace_operand(weight, rw.before(user).add(ops.Full(weight.shape, number, weight.dtype)))
+        b = Rewriter(module).before(user)
+        made = _as_operation(array)
+        assert made is not None
+        value: Value = b.add(made)
+        if not same_shape(value.shape, weight.shape):
+            value = b.add(ops.Reshape(value, weight.shape))
+        user.replace_operand(weight, value)
     return True
+
+
+def _as_operation(array: Any) -> Op | None:
+    flat, dtype = array.reshape(-1), DType.of(array.dtype)
+    if (flat == flat[0]).all():
+        return ops.Full(array.shape, flat[0].item(), dtype)
+    if dtype.is_int and (np.diff(flat.astype(np.int64)) == 1).all() and array.size == max(array.shape):
+        return ops.Iota(array.size, dtype, int(flat[0]))
+    return None

@@ -11,7 +11,7 @@ from typing import ClassVar
 from tilewright.ir import Module, Op, Pattern, Rewriter, Value, ops, rewrite, same_dim
 from tilewright.passes import canonical_transpose
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.canonical_moves import is_zero
+from tilewright.passes.canonical_moves import adjoin, is_zero
 from tilewright.passes.match import either, is_lossless, is_one, made_by, padded, replace, used_once
 
 _HEADS_LAST = (0, 2, 1, 3)
@@ -152,22 +152,14 @@ def partial(op: ops.Concat, rw: Rewriter) -> None:
     first, rest = made_by(before.x if before is not None else rope.x, ops.Slice), made_by(op.xs[1], ops.Slice)
     if first is None or rest is None or first.x is not rest.x or rope.style != "half":
         return
-    if (before is None) != (flip is None) or not _is_head_and_rest(first, rest):
-        rw.skip(op, "the rotated and the passed part are not the first and the last elements of one tensor")
+    if (before is None) != (flip is None) or not adjoin(first, rest, 3):
+        rw.skip(op, "the passed part does not follow the rotated part in one tensor")
         return
     b = rw.before(op)
-    x = first.x if flip is None else b.add(ops.Transpose(first.x, _HEADS_LAST))
+    x: Value = b.add(ops.Slice(first.x, first.starts, (*first.stops[:3], rest.stops[3]), first.steps))
+    x = x if flip is None else b.add(ops.Transpose(x, _HEADS_LAST))
     turned = b.add(ops.Rope(x, rope.cos, rope.sin, rope.style))
     replace(rw, op, turned if flip is None else ops.Transpose(turned, _HEADS_LAST))
-
-
-def _is_head_and_rest(first: ops.Slice, rest: ops.Slice) -> bool:
-    shape = first.x.shape
-    unit = all(s == 1 for s in (*first.steps, *rest.steps))
-    lead = zip(first.starts[:-1] + rest.starts[:-1], first.stops[:-1] + rest.stops[:-1], shape[:-1] * 2)
-    whole = all(is_zero(a) and same_dim(b, n) for a, b, n in lead)
-    meet = is_zero(first.starts[-1]) and same_dim(first.stops[-1], rest.starts[-1])
-    return unit and whole and meet and same_dim(rest.stops[-1], shape[-1])
 
 
 def narrow(op: ops.Cast, rw: Rewriter) -> None:

@@ -10,7 +10,10 @@ NAMED: dict[str, str] = {
     "clean": "canonicalize,fold,canonicalize,cse,dce",
     # rope before attention: the heads' transposes around rope meet attention's own and cancel in canonicalize;
     # gate-up before qkv: qkv would take the pair for linears that share an input
-    "fusions": "fuse-norm,fuse-rope,fuse-attention,canonicalize,cse,dce,fuse-gate-up,fuse-qkv,canonicalize,cse,dce",
+    "fusions": (
+        "fuse-norm,fuse-batch-norm,fuse-rope,fuse-attention,canonicalize,cse,dce,"
+        "fuse-gate-up,fuse-qkv,canonicalize,fold,cse,dce"
+    ),
     # the cache comes before kernels are cut, since it rewrites attention, and after qkv, which it reads through
     "cache": "kv-layout,canonicalize,cse,dce",
     "kernels": "fuse,plan-memory",

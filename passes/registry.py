@@ -14,6 +14,7 @@ PASSES: dict[str, str] = {
     "fold": "fold:Fold",
     "fuse": "fuse:Fuse",
     "fuse-attention": "fuse_attention:FuseAttention",
+    "fuse-batch-norm": "fuse_batch_norm:FuseBatchNorm",
     "fuse-gate-up": "fuse_gate_up:FuseGateUp",
     "fuse-norm": "fuse_norm:FuseNorm",
     "fuse-qkv": "fuse_qkv:FuseQkv",
