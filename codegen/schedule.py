@@ -152,9 +152,13 @@ class LinearSchedule(Schedule):
 
 @dataclass(frozen=True)
 class AttentionSchedule(Schedule):
-    """Attention: queries and keys of one tile, and how far ahead the cache is fetched (in key blocks)."""
+    """Attention: rows (queries of one group of heads) a task holds at most, keys of a block, bytes fetched ahead."""
 
     name: ClassVar[str] = "attention"
-    tile_q: int = knob(8, (1, 2, 4, 8, 16))
-    tile_k: int = knob(64, (32, 64, 128))
-    prefetch: int = knob(1, (0, 1, 2, 4))
+    rows: int = knob(64, (16, 32, 64, 128))
+    keys: int = knob(64, (32, 64, 128))
+    prefetch: int = knob(0, (0, 2048, 4096, 8192, 16384))
+
+    @classmethod
+    def default(cls, target: CpuTarget) -> Self:
+        return cls() if target.vector_bits == 512 else cls(keys=32)

@@ -140,9 +140,10 @@ class _Linear:
     def _micro_kernel(self, rows: int) -> Function:
         schedule = self.schedule
         unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
-        tile = Tile(rows, schedule.tile_v, self.x_stride, unroll, schedule.prefetch)
+        columns = tuple(vector * self.feed.lanes * self.feed.pair for vector in range(schedule.tile_v))
+        tile = Tile(rows, columns, self.x_stride, self.packing.panel, unroll, schedule.prefetch)
         buffers = (self.buffers.x, self.buffers.weights[0], self.sums[0])
-        return emit_micro_kernel(self.kernel, self.feed, tile, self.spec.k, buffers)
+        return emit_micro_kernel(self.kernel, f"rows{rows}", self.feed, tile, self.spec.k, buffers)
 
     def emit(self) -> None:
         kernel, tile_m = self.kernel, self.schedule.tile_m

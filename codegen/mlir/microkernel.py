@@ -1,4 +1,4 @@
-"""The inner loop of linear kernels: a register tile of f32 accumulators, fed by packed weights and rows of x.
+"""The inner loop of linear and attention kernels: a register tile of f32 sums, fed by packed weights and rows of x.
 
 A `Feed` says how one step along K is loaded and multiplied for a pair of dtypes. All of them accumulate in f32:
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
-from tilewright.codegen.mlir.value import Val, constant, fma, intrinsic
+from tilewright.codegen.mlir.value import SIZES, Val, constant, fma, intrinsic
 
 _HIGH_HALF = -0x10000
 _MIN_CHAINS = 8  # independent accumulators that hide the latency of fma
@@ -19,7 +19,7 @@ _MIN_CHAINS = 8  # independent accumulators that hide the latency of fma
 
 @dataclass(frozen=True)
 class Feed:
-    """How x (``x_dtype``) meets weights stored as ``w_dtype`` in panels of ``panel`` features."""
+    """How x (``x_dtype``) meets weights stored as ``w_dtype``; ``panel`` elements lie between one k and the next."""
 
     x_dtype: str
     w_dtype: str
@@ -32,16 +32,20 @@ class Feed:
         """k's that one step consumes: 2 when either side comes in bf16 pairs."""
         return 2 if "bf16" in (self.x_dtype, self.w_dtype) else 1
 
-    def weights(self, w: Buffer, place: Val, vector: int, tail: bool = False) -> list[Val]:
-        """The factors of one step for vector number ``vector`` of the panel; ``tail``: only its first k."""
-        column = vector * self.lanes
+    @property
+    def pair(self) -> int:
+        """k's of one feature that lie side by side in the weights."""
+        return 2 if self.w_dtype == "bf16" else 1
+
+    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+        """The factors of one step for the vector of features at ``place``; ``tail``: only its first k."""
         if self.w_dtype == "bf16":
-            pairs = w.load(place + 2 * column, 2 * self.lanes)
+            pairs = w.load(place, 2 * self.lanes)
             if self.dot:
                 return [pairs]
             return _split(pairs)[:1 if tail else 2]
         count = 1 if tail else self.step
-        return [w.load(place + (i * self.panel + column), self.lanes).to("f32") for i in range(count)]
+        return [w.load(place + i * self.panel, self.lanes).to("f32") for i in range(count)]
 
     def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
         """The factors of one row of x, in every lane."""
@@ -78,29 +82,40 @@ def feed_for(kernel: Kernel, x_dtype: str, w_dtype: str, panel: int) -> Feed:
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a micro-kernel: ``rows`` of x against ``vectors`` of features; ``x_stride`` elements between rows."""
+    """Shape of a micro-kernel: ``rows`` of x against vectors of features.
+
+    ``columns`` are the places of the vectors of weights within a step; strides are elements from row to row.
+    """
 
     rows: int
-    vectors: int
+    columns: tuple[int, ...]
     x_stride: int
+    sums_stride: int
     unroll: int
-    prefetch: int  # bytes ahead in the weight stream, 0 = none
+    prefetch: int = 0  # bytes ahead in the weight stream, 0 = none
+    fresh: bool = False  # start from zero rather than from the sums
+
+    @property
+    def vectors(self) -> int:
+        return len(self.columns)
 
 
-def emit_micro_kernel(kernel: Kernel, feed: Feed, tile: Tile, k: int, buffers: Sequence[Buffer]) -> Function:
-    """``sums[rows][panel] += x[rows] @ panel.T`` over some steps of K, as an inner function.
+def emit_micro_kernel(kernel: Kernel, name: str, feed: Feed, tile: Tile, k: int, buffers: Sequence[Buffer]) -> Function:
+    """``sums[rows][features] += x[rows] @ features.T`` over some steps of K, as the inner function ``name``.
 
     ``buffers`` are x, the packed weight and the f32 sums. Numbers of a call: first element of x, of the weight and of
     the sums, the count of steps, and 1 when the last odd k follows them.
     """
-    with kernel.function(f"{feed.w_dtype}_rows{tile.rows}", buffers, numbers=5) as micro:
+    with kernel.function(name, buffers, numbers=5) as micro:
         x, w, sums = micro.buffers
         x_at, w_at, sums_at, steps, tail = micro.numbers
         x, w, sums = x.at(x_at), w.at(w_at), sums.at(sums_at)
-        totals = [[sums.load(r * feed.panel + v * feed.lanes, feed.lanes) for v in range(tile.vectors)]
-                  for r in range(tile.rows)]
+        places = [r * tile.sums_stride + v * feed.lanes for r in range(tile.rows) for v in range(tile.vectors)]
+        zero = constant(0.0, "f32", feed.lanes)
+        totals = [zero if tile.fresh else sums.load(place, feed.lanes) for place in places]
         totals = _sum_steps(kernel, feed, tile, (x, w), steps, totals)
-        _store(feed, sums, totals)
+        for place, total in zip(places, totals):
+            sums.store(total, place)
         if k % feed.step:
             with kernel.when(tail.ne(0)):
                 _add_tail(feed, tile, x.at(steps * feed.step), w.at(steps * (feed.step * feed.panel)), sums)
@@ -108,13 +123,12 @@ def emit_micro_kernel(kernel: Kernel, feed: Feed, tile: Tile, k: int, buffers: S
 
 
 def _sum_steps(kernel: Kernel, feed: Feed, tile: Tile, streams: tuple[Buffer, Buffer], steps: Val,
-               totals: list[list[Val]]) -> list[list[Val]]:
-    count = tile.rows * tile.vectors
+               totals: Sequence[Val]) -> list[Val]:
+    count = len(totals)
     split = min(tile.unroll, -(-_MIN_CHAINS // count))
     zero = constant(0.0, "f32", feed.lanes)
-    carry = [total for row in totals for total in row] + [zero] * (count * (split - 1))
     whole = steps // tile.unroll * tile.unroll
-    with kernel.loop(0, whole, tile.unroll, carry) as loop:
+    with kernel.loop(0, whole, tile.unroll, [*totals, *[zero] * (count * (split - 1))]) as loop:
         chains = loop.values
         for u in range(tile.unroll):
             part = slice((u % split) * count, (u % split + 1) * count)
@@ -123,16 +137,18 @@ def _sum_steps(kernel: Kernel, feed: Feed, tile: Tile, streams: tuple[Buffer, Bu
     chains = loop.results
     for part in range(1, split):
         chains[:count] = [a + b for a, b in zip(chains[:count], chains[part * count:])]
+    if tile.unroll == 1:
+        return chains
     with kernel.loop(whole, steps, carry=chains[:count]) as loop:
         loop.next(*_one_step(feed, tile, streams, loop.index, loop.values))
-    return [loop.results[r * tile.vectors:(r + 1) * tile.vectors] for r in range(tile.rows)]
+    return loop.results
 
 
 def _one_step(feed: Feed, tile: Tile, streams: tuple[Buffer, Buffer], step: Val, totals: Sequence[Val]) -> list[Val]:
     x, w = streams
     place = step * (feed.step * feed.panel)
     _prefetch(feed, tile, w, place)
-    weights = [feed.weights(w, place, v) for v in range(tile.vectors)]
+    weights = [feed.weights(w, place + column) for column in tile.columns]
     sums = []
     for r in range(tile.rows):
         inputs = feed.inputs(x, step * feed.step + r * tile.x_stride)
@@ -144,23 +160,17 @@ def _one_step(feed: Feed, tile: Tile, streams: tuple[Buffer, Buffer], step: Val,
 def _prefetch(feed: Feed, tile: Tile, w: Buffer, place: Val) -> None:
     if not tile.prefetch:
         return
-    size = {"f32": 4, "i8": 1}.get(feed.w_dtype, 2)
-    ahead = tile.prefetch // size
-    for line in range(0, feed.step * feed.panel, 64 // size):
-        w.prefetch(place + (ahead + line))
+    size = SIZES[feed.w_dtype]
+    lines = {(column + i * feed.panel) * size // 64 for column in tile.columns for i in range(feed.step // feed.pair)}
+    for line in sorted(lines):
+        w.prefetch(place + (tile.prefetch + line * 64) // size)
 
 
 def _add_tail(feed: Feed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:
     zero = constant(0)
     for r in range(tile.rows):
         inputs = feed.inputs(x, zero + r * tile.x_stride, tail=True)
-        for v in range(tile.vectors):
-            place = r * feed.panel + v * feed.lanes
-            total = feed.accumulate(sums.load(place, feed.lanes), feed.weights(w, zero, v, tail=True), inputs)
-            sums.store(total, place)
-
-
-def _store(feed: Feed, sums: Buffer, totals: Sequence[Sequence[Val]]) -> None:
-    for r, row in enumerate(totals):
-        for v, total in enumerate(row):
-            sums.store(total, r * feed.panel + v * feed.lanes)
+        for v, column in enumerate(tile.columns):
+            place = r * tile.sums_stride + v * feed.lanes
+            weights = feed.weights(w, zero + column, tail=True)
+            sums.store(feed.accumulate(sums.load(place, feed.lanes), weights, inputs), place)

@@ -1,0 +1,100 @@
+"""How a key/value cache lies in memory: blocks that decode attention reads as a stream of whole vectors.
+
+Per sequence and head: keys in panels of 16, ``[length / 16][dim / pair][16][pair]``, so that one vector holds one
+component of 16 keys; values ``[length / pair][vdim][pair]``, so that one vector holds components of one key (or of two
+neighbours, side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. Sizes are rounded up; the
+filling must be finite, and is zero in a fresh cache.
+"""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+PANEL = 16
+_BLOCK = 128  # the most keys that a kernel takes at a time
+_STORED = {"f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Layout of one layer's cache: ``length`` slots for K of size ``dim`` and V of size ``vdim`` in every head."""
+
+    heads: int
+    dim: int
+    vdim: int
+    length: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _STORED:
+            raise ValueError(f"no cache of {self.dtype}; known: {', '.join(_STORED)}")
+
+    @property
+    def pair(self) -> int:
+        return 2 if self.dtype == "bf16" else 1
+
+    @property
+    def slots(self) -> int:
+        """Slots in memory."""
+        return round_up(self.length, _BLOCK)
+
+    @property
+    def key_size(self) -> int:
+        """Components of a key in memory."""
+        return round_up(self.dim, self.pair)
+
+    @property
+    def value_size(self) -> int:
+        """Components of a value in memory."""
+        return round_up(self.vdim, PANEL)
+
+    @property
+    def k_shape(self) -> tuple[int, ...]:
+        """Of one sequence: heads, panels, steps, 16, pair."""
+        return self.heads, self.slots // PANEL, self.key_size // self.pair, PANEL, self.pair
+
+    @property
+    def v_shape(self) -> tuple[int, ...]:
+        """Of one sequence: heads, steps, vdim, pair."""
+        return self.heads, self.slots // self.pair, self.value_size, self.pair
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of K of one sequence."""
+        return self.heads * self.slots * self.key_size * _STORED[self.dtype].itemsize
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of V of one sequence."""
+        return self.heads * self.slots * self.value_size * _STORED[self.dtype].itemsize
+
+    def empty(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """A fresh cache, zero: K ``[batch, *k_shape]`` and V ``[batch, *v_shape]``."""
+        kind = _STORED[self.dtype]
+        return np.zeros((batch, *self.k_shape), kind), np.zeros((batch, *self.v_shape), kind)
+
+    def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Plain copies: K ``[B, length, heads, dim]`` and V ``[B, length, heads, vdim]``."""
+        keys = k.reshape(-1, *self.k_shape).transpose(0, 2, 4, 1, 3, 5)
+        keys = keys.reshape(len(keys), self.slots, self.heads, self.key_size)
+        values = v.reshape(-1, *self.v_shape).transpose(0, 2, 4, 1, 3)
+        values = values.reshape(len(values), self.slots, self.heads, self.value_size)
+        return keys[:, :self.length, :, :self.dim], values[:, :self.length, :, :self.vdim]
+
+    def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A cache whose first slots hold ``keys`` [B, T, heads, dim] and ``values`` [B, T, heads, vdim]."""
+        batch, tokens = keys.shape[:2]
+        k, v = self.empty(batch)
+        wide_k = np.zeros((batch, self.slots, self.heads, self.key_size), k.dtype)
+        wide_k[:, :tokens, :, :self.dim] = keys
+        steps = self.key_size // self.pair
+        k[...] = wide_k.reshape(batch, -1, PANEL, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
+        wide_v = np.zeros((batch, self.slots, self.heads, self.value_size), v.dtype)
+        wide_v[:, :tokens, :, :self.vdim] = values
+        v[...] = wide_v.reshape(batch, -1, self.pair, self.heads, self.value_size).transpose(0, 3, 1, 4, 2)
+        return k, v

@@ -1,0 +1,78 @@
+"""Pack plain keys and values into the blocks that attention reads (see `CacheLayout`), through registers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilewright.codegen.cache import PANEL, round_up
+from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.value import Val, constant, shuffle
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Plain rows of ``size`` elements: token t starts at ``place + t * stride``."""
+
+    memory: Buffer
+    place: Val
+    stride: int
+    size: int
+
+
+def pack_keys(kernel: Kernel, source: Rows, count: Val, keys: int, block: Buffer) -> None:
+    """The first ``count`` tokens of ``source`` into ``block`` of ``keys`` slots; slots past ``count`` get copies."""
+    lanes, dtype = kernel.lanes, block.dtype
+    pair = 2 if dtype == "bf16" else 1
+    size = round_up(source.size, pair)
+    last = count - 1
+    with kernel.loop(0, keys, lanes) as loop:
+        panel = loop.index // PANEL * (PANEL * size) + loop.index % PANEL * pair
+        tokens = [(loop.index + i).min(last) for i in range(lanes)]
+        for start in range(0, size, lanes * pair):
+            rows = [_load(kernel, source, token, start, lanes * pair, dtype).bitcast("i32") for token in tokens]
+            for step, column in enumerate(transpose(rows)):
+                if start + step * pair < size:
+                    place = panel + (start + step * pair) * PANEL
+                    block.store(column.bitcast(dtype), place)
+
+
+def pack_values(kernel: Kernel, source: Rows, count: Val, block: Buffer) -> None:
+    """The first ``count`` tokens of ``source`` into ``block``; the second of an odd last pair is zero."""
+    lanes, dtype = kernel.lanes, block.dtype
+    pair = 2 if dtype == "bf16" else 1
+    size = round_up(source.size, PANEL)
+    with kernel.loop(0, count, pair) as loop:
+        for start in range(0, size, lanes):
+            value = _load(kernel, source, loop.index, start, lanes, dtype)
+            if pair == 2:
+                following = _load(kernel, source, (loop.index + 1).min(count - 1), start, lanes, dtype)
+                following = (loop.index + 1 < count).select(following, constant(0, dtype, lanes))
+                value = interleave(value, following)
+            block.store(value, loop.index * size + start * pair)
+
+
+def _load(kernel: Kernel, source: Rows, token: Val, start: int, lanes: int, dtype: str) -> Val:
+    left = source.size - start
+    if left <= 0:
+        return constant(0, dtype, lanes)
+    mask = None if left >= lanes else kernel.mask(constant(left), lanes)
+    return source.memory.load(source.place + (token * source.stride + start), lanes, mask).to(dtype)
+
+
+def interleave(a: Val, b: Val) -> Val:
+    """a0 b0 a1 b1 ..."""
+    return shuffle(a, b, [i // 2 + i % 2 * a.lanes for i in range(2 * a.lanes)])
+
+
+def transpose(rows: Sequence[Val]) -> list[Val]:
+    """The square of lanes transposed: one exchange of off-diagonal halves for each bit of the lane number."""
+    rows, lanes = list(rows), len(rows)
+    bit = 1
+    while bit < lanes:
+        first = [lane if not lane & bit else lanes + lane - bit for lane in range(lanes)]
+        second = [lane + bit if not lane & bit else lanes + lane for lane in range(lanes)]
+        for i in range(lanes):
+            if not i & bit:
+                a, b = rows[i], rows[i + bit]
+                rows[i], rows[i + bit] = shuffle(a, b, first), shuffle(a, b, second)
+        bit *= 2
+    return rows
