@@ -133,7 +133,7 @@ def dim_text(dim: Dim) -> str:
     """The text of a dimension: ``896``, ``S`` or an expression such as ``(S//2)``; :func:`parse_dim` reads it."""
     if isinstance(dim, int) or dim.is_Symbol:
         return str(dim)
-    return _expr_text(dim)
+    return _expr_text(sympy.expand(dim))  # one text for equal dimensions, as for same_dim
 
 
 def _expr_text(e: Any) -> str:
