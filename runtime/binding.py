@@ -65,27 +65,22 @@ def _from_python(value: Any, spec: TensorSpec, where: str) -> Array:
 
 
 def _bind_dims(entry: EntrySpec, arrays: Sequence[Array], where: str) -> dict[str, int]:
-    ranges = {dim.name: dim for dim in entry.dims}
     sizes: dict[str, int] = {}
-    origin: dict[str, str] = {}
     for spec, array in zip(entry.inputs, arrays):
-        for axis, (extent, size) in enumerate(zip(spec.shape, array.shape)):
-            place = f"{where}({spec.name})"
-            shapes = (f"shape {_shape_text(spec.shape)}", f"shape {_shape_text(array.shape)}")
-            if isinstance(extent, int) and size != extent:
-                raise InputError(place, *shapes)
-            if not isinstance(extent, str):
-                continue
-            if size != sizes.setdefault(extent, size):
-                raise InputError(place, f"{shapes[0]} with {extent}={sizes[extent]} as in {origin[extent]}", shapes[1])
-            origin.setdefault(extent, f"axis {axis} of {spec.name}")
-            _check_range(ranges[extent], size, f"{place}, axis {axis}")
+        for extent, size in zip(spec.shape, array.shape):
+            want = sizes.setdefault(extent, size) if isinstance(extent, str) else extent
+            if size != want:
+                known = f" with {extent}={want}, as in the inputs before" if isinstance(extent, str) else ""
+                raise InputError(f"{where}({spec.name})", f"shape {_shape_text(spec.shape)}{known}",
+                                 f"shape {_shape_text(array.shape)}")
+    for dim in entry.dims:
+        _check_range(dim, sizes[dim.name], where)
     return sizes
 
 
 def _check_range(dim: DimSpec, size: int, where: str) -> None:
     if not dim.min <= size <= dim.max:
-        raise InputError(where, f"{dim.name} from {dim.min} to {dim.max}", f"{dim.name}={size}",
+        raise InputError(f"{where}, dim {dim.name}", f"a size from {dim.min} to {dim.max}", str(size),
                          "compile with another range of the dim to allow it" if size > 0 else "")
 
 

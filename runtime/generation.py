@@ -6,7 +6,8 @@ positions are written again, by decode, before any query reaches them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +44,13 @@ def generate(
     choice = (temperature, top_k, top_p, seed)
     steps = stream(session, prompts, max_new_tokens, *choice, stop_tokens, stop_sequences, chunk)
     results: list[list[int]] = [[] for _ in prompts]
-    for step, tokens in steps:
-        for result, token in zip(results, tokens):
-            if token is not None:
-                result.append(token)
-        if callback is not None:
-            callback(step, tokens)
+    with contextlib.closing(steps):  # a callback may raise; the states are given back at once
+        for step, tokens in steps:
+            for result, token in zip(results, tokens):
+                if token is not None:
+                    result.append(token)
+            if callback is not None:
+                callback(step, tokens)
     return results
 
 
@@ -56,7 +58,7 @@ def stream(
     session: Session, prompts: Prompts, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
     top_p: float = 1.0, seed: int | Sequence[int] = 0, stop_tokens: Sequence[int] = (),
     stop_sequences: Sequence[Sequence[int]] = (), chunk: int = CHUNK,
-) -> Iterator[Step]:  # fmt: skip
+) -> Generator[Step, None, None]:  # fmt: skip
     """As ``generate``, yielding ``(step, tokens)`` as they come. Arguments are checked by the call itself.
 
     The session's states are its own until it is exhausted or closed.
@@ -76,7 +78,7 @@ def stream(
 def _steps(
     batch: _Batch, max_new_tokens: int, sampling: Sampling, random: list[np.random.Generator],
     stops: list[tuple[int, ...]],
-) -> Iterator[Step]:  # fmt: skip
+) -> Generator[Step, None, None]:  # fmt: skip
     made: list[list[int]] = [[] for _ in random]
     running = set(range(len(random)))
     with batch.session.lease():
@@ -218,7 +220,7 @@ class _Batch:
         ids, start = np.zeros((size, 1), np.int64), np.zeros(size, np.int64)
         for row, index in enumerate(self.rows[:size]):
             ids[row] = made[index][-1]
-            start[row] = min(self.prompts[index].size + len(made[index]), self.capacity) - 1
+            start[row] = self.prompts[index].size + len(made[index]) - 1
         result = self.session("decode", ids=ids, start=start)["logits"]
         return {index: result[row] for row, index in enumerate(self.rows[:size]) if index in running}
 

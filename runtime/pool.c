@@ -86,7 +86,12 @@ static void park(tw_pool *pool, unsigned seen) {
     pthread_mutex_unlock(&pool->lock);
 }
 
+static int forked(const tw_pool *pool) {
+    return pool->owner != getpid();
+}
+
 static void wake_all(tw_pool *pool) {
+    if (forked(pool)) return; /* nobody to wake, and a worker may have held the lock at the moment of the fork */
     pthread_mutex_lock(&pool->lock);
     atomic_store(&pool->sleepers, 0);
     pthread_cond_broadcast(&pool->wake);
@@ -167,7 +172,7 @@ tw_pool *tw_pool_create(int threads) {
 }
 
 void tw_pool_destroy(tw_pool *pool) {
-    if (!pool || pool->owner != getpid()) return; /* a forked child has the memory but not the threads */
+    if (!pool || forked(pool)) return; /* a forked child has the memory but not the threads */
     atomic_fetch_or(&pool->state, STOP);
     wake_all(pool);
     for (int i = 0; i < pool->spawned; i++) pthread_join(pool->workers[i], NULL);

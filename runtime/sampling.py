@@ -13,6 +13,7 @@ import xxhash
 from tilewright.runtime.errors import InputError, ProgramError
 
 Array = np.ndarray[Any, Any]
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -43,35 +44,45 @@ class Sampling:
                                "compare with the reference, or compile in a wider dtype")
         if self.temperature == 0 or highest == math.inf:
             return best
-        values = logits.astype(np.float64) - highest
-        tokens = self._candidates(values)
-        weights = np.exp(values[tokens] / self.temperature)
-        cumulative = np.cumsum(weights)
-        return int(tokens[np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")])
-
-    def _candidates(self, values: Array) -> Array:
-        """The ids that may be drawn, ascending; ``values`` are logits of which the largest is 0."""
-        tokens = np.arange(values.size)
-        if 0 < self.top_k < values.size:
-            tokens = np.flatnonzero(values >= np.partition(values, -self.top_k)[-self.top_k])
-            tokens = np.sort(_descending(values, tokens)[: self.top_k])
-        if self.top_p == 1:
-            return tokens
-        return np.sort(self._nucleus(values, tokens))
-
-    def _nucleus(self, values: Array, tokens: Array) -> Array:
-        """The fewest most likely tokens whose probabilities reach ``top_p``."""
-        weights = np.exp(values[tokens] / self.temperature)
-        # Tokens below this weight hold less than 1 - top_p together, so the others reach top_p: sort only those.
-        likely = weights * tokens.size >= weights.sum() * (1 - self.top_p)
-        order = _descending(values, tokens[likely])
-        cumulative = np.cumsum(np.exp(values[order] / self.temperature))
-        count = int(np.searchsorted(cumulative, self.top_p * weights.sum())) + 1
-        return order[:count]
+        # In place from here on: for a large vocabulary fresh pages cost more than the arithmetic.
+        values = logits.astype(np.float64)
+        values -= highest
+        values /= self.temperature
+        tokens = _largest(values, self.top_k) if 0 < self.top_k < values.size else None
+        weights = values if tokens is None else values[tokens]
+        np.exp(weights, out=weights)
+        if self.top_p < 1:
+            kept = _nucleus(weights, self.top_p)
+            tokens = kept if tokens is None else tokens[kept]
+            weights = weights[kept]
+        cumulative = np.cumsum(weights, out=weights)
+        drawn = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
+        return drawn if tokens is None else int(tokens[drawn])
 
 
-def _descending(values: Array, tokens: Array) -> Array:
-    return tokens[np.argsort(-values[tokens], kind="stable")]
+def _largest(values: Array, count: int) -> Array:
+    """The indices of the ``count`` largest values, ascending."""
+    tokens = np.flatnonzero(values >= _lower_bound(values, count))
+    order = np.argsort(-values[tokens], kind="stable")[:count]
+    return np.sort(tokens[order])
+
+
+def _lower_bound(values: Array, count: int) -> Any:
+    """A value that at least ``count`` others reach, and few more: the last of the best blocks' maxima."""
+    maxima = np.maximum.reduceat(values, np.arange(0, values.size, _BLOCK))
+    if maxima.size < count:
+        maxima = values
+    return np.partition(maxima, -count)[-count]
+
+
+def _nucleus(weights: Array, top_p: float) -> Array:
+    """The indices, ascending, of the fewest largest weights that reach ``top_p`` of the sum."""
+    total = weights.sum()
+    # What is below this holds less than 1 - top_p in all, so the others reach top_p: sort only those.
+    likely = np.flatnonzero(weights * weights.size >= total * (1 - top_p))
+    order = likely[np.argsort(-weights[likely], kind="stable")]
+    count = int(np.searchsorted(np.cumsum(weights[order]), top_p * total)) + 1
+    return np.sort(order[:count])
 
 
 def generators(prompts: Sequence[Array], seed: int | Sequence[int]) -> list[np.random.Generator]:

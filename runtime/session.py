@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tilewright.runtime.loader import Program
 
 Array = np.ndarray[Any, Any]
+_Plan = tuple[Any, int, list[tuple[int, ...]]]
+"""The dims as the program takes them, the bytes of its arena and the shapes of its outputs."""
 
 
 class Session:
@@ -42,7 +44,8 @@ class Session:
         self._library = program.library
         self._lock = threading.Lock()
         self._arena = Arena()
-        self._states: list[Array] | None = None
+        self._states: list[Array] = []
+        self._plans: dict[str, tuple[tuple[int, ...], _Plan]] = {}
         self._lease = threading.Lock()
         self._lease_thread: int | None = None
         pool = self._library.pool_create(self.threads)
@@ -76,9 +79,7 @@ class Session:
         return entries[name]
 
     def _run(self, entry: str, spec: EntrySpec, arrays: Sequence[Array], sizes: Sequence[int]) -> dict[str, Array]:
-        dims = (ctypes.c_int64 * max(1, len(sizes)))(*sizes)
-        arena_bytes, shapes = self._ask_sizes(entry, spec, dims)
-        _check_shapes(entry, spec, shapes, sizes)
+        dims, arena_bytes, shapes = self._plan(entry, spec, tuple(sizes))
         # Fresh arrays: the caller keeps them. The allocator hands the same pages back once they are dropped.
         outputs = [aligned(shape, DTYPES[tensor.dtype]) for tensor, shape in zip(spec.outputs, shapes)]
         code = self._library.run[entry](
@@ -94,6 +95,15 @@ class Session:
             raise program_failure(entry, code)
         return {tensor.name: output for tensor, output in zip(spec.outputs, outputs)}
 
+    def _plan(self, entry: str, spec: EntrySpec, sizes: tuple[int, ...]) -> _Plan:
+        """What the program needs for these sizes; the last answer for each entry is kept."""
+        if entry not in self._plans or self._plans[entry][0] != sizes:
+            dims = (ctypes.c_int64 * max(1, len(sizes)))(*sizes)
+            arena_bytes, shapes = self._ask_sizes(entry, spec, dims)
+            _check_shapes(entry, spec, shapes, sizes)
+            self._plans[entry] = sizes, (dims, arena_bytes, shapes)
+        return self._plans[entry][1]
+
     def _ask_sizes(self, entry: str, spec: EntrySpec, dims: Any) -> tuple[int, list[tuple[int, ...]]]:
         ranks = [len(tensor.shape) for tensor in spec.outputs]
         answer = (ctypes.c_int64 * (1 + sum(ranks)))()
@@ -103,7 +113,7 @@ class Session:
         return arena_bytes, [tuple(next(values) for _ in range(rank)) for rank in ranks]
 
     def _state_buffers(self) -> list[Array]:
-        if self._states is None:
+        if not self._states:
             specs = self.program.manifest.states
             self._states = [pages(size * self.batch) for spec in specs for size in (spec.k_bytes, spec.v_bytes)]
         return self._states
@@ -119,7 +129,7 @@ class Session:
 
     def stream(
         self, prompts: Sequence[Sequence[int]] | Array, max_new_tokens: int, **options: Any
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Tokens as they come: see ``tilewright.runtime.generation.stream``."""
         from tilewright.runtime.generation import stream
 
@@ -142,14 +152,13 @@ class Session:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes held: ``arena``, and ``states`` (reserved; only touched pages are resident)."""
-        states = self._states or []
-        return {"arena": self._arena.bytes, "states": sum(state.size for state in states)}
+        return {"arena": self._arena.bytes, "states": sum(state.size for state in self._states)}
 
     def reset(self) -> None:
         """Forgets the states and gives all memory back; the next call starts from zeros."""
         with self._lock:
             self._arena.release()
-            self._states = None
+            self._states = []
 
     def close(self) -> None:
         """Ends the threads and gives the memory back. Waits for a running call; safe to repeat."""
@@ -157,7 +166,7 @@ class Session:
             self._pool = None
             self._finalizer()
             self._arena.release()
-            self._states = None
+            self._states = []
 
     def __enter__(self) -> Session:
         return self

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -189,22 +190,20 @@ def test_loading_while_saving(tmp_path):
     """Every load during saves gets one whole artifact."""
     path = tmp_path / "toy"
     save(path, 2)
-    stop, seen = threading.Event(), set()
+    stop = threading.Event()
 
     def read():
+        seen = set()
         while not stop.is_set():
             seen.add(scale(path))
+        return seen
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        for turn in range(30):
+    with ThreadPoolExecutor(1) as executor:
+        seen = executor.submit(read)
+        for turn in range(40):
             save(path, 2 + turn % 2)
-    finally:
         stop.set()
-        reader.join()
-    assert seen <= {2.0, 3.0}
-    assert seen
+    assert seen.result() <= {2.0, 3.0}
 
 
 def test_save_refuses_to_replace_what_is_no_artifact(tmp_path):

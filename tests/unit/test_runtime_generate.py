@@ -66,6 +66,13 @@ def test_programs_with_narrow_or_fixed_dims(folder, chunk, batch):
 WAYS = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "seed": 3}]
 
 
+def test_fixed_chunks_reach_the_last_position(folder):
+    """Capacity 20 is no multiple of 7: the last chunk begins earlier."""
+    prompt = [int(t) for t in np.random.default_rng(1).integers(0, 24, CAPACITY)]
+    with load(save(folder / "seven", chunk=(7, 7))).session(threads=1, batch=2) as session:
+        assert generate(session, [prompt, prompt[:15]], 1) == [greedy(prompt, 1), greedy(prompt[:15], 1)]
+
+
 @pytest.mark.parametrize("options", WAYS)
 def test_ragged_equals_one_by_one(session, options):
     together = generate(session, PROMPTS, 6, **options)
@@ -102,6 +109,18 @@ def test_callback_gets_what_the_stream_yields(session):
     seen = []
     generate(session, PROMPTS, 4, callback=lambda step, tokens: seen.append((step, tokens)))
     assert seen == list(session.stream(PROMPTS, 4))
+
+
+def test_raising_callback_gives_the_session_back(session):
+    def refuse(step, tokens):
+        raise ValueError("enough")
+
+    try:
+        generate(session, PROMPTS, 4, callback=refuse)
+    except ValueError:
+        assert generate(session, PROMPTS, 4) == [greedy(prompt, 4) for prompt in PROMPTS]
+    else:
+        pytest.fail("the callback's error was lost")
 
 
 def test_stop_tokens_end_each_sequence_on_its_own(session):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import threading
 import time
 
@@ -164,14 +165,17 @@ def test_destroy_ends_the_threads(library):
 
 
 def test_region_runs_in_a_forked_child(library):
+    """Forked at any moment: a worker may be about to park, with the pool's lock in its hand."""
     pool = library.tw_pool_create(3)
-    library.check(pool, 10, 100, 1)
-    child = os.fork()
-    if child == 0:
-        wrong = library.check(pool, 10, 100, 1)
-        library.tw_pool_destroy(pool)
-        os._exit(0 if wrong == 0 else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for _ in range(40):
+        library.check(pool, 3, 100, 1)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # a hang would be a failure, and end
+            wrong = library.check(pool, 3, 100, 1)
+            library.tw_pool_destroy(pool)
+            os._exit(0 if wrong == 0 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     library.tw_pool_destroy(pool)
 
 
