@@ -85,6 +85,12 @@ def sliced(op: ops.Slice, rw: Rewriter) -> None:
     replace(rw, op, ops.Reshape(new, op.result.shape))
 
 
+def single(op: ops.Iota, rw: Rewriter) -> None:
+    """An iota of one element -> a constant."""
+    if isinstance(op.length, int) and op.length == 1 and isinstance(op.start, int):
+        replace(rw, op, ops.Full((1,), op.start, op.dtype))
+
+
 def late_rows(op: ops.Embedding | ops.Gather, rw: Rewriter) -> None:
     """Rows picked by repeated or regrouped indices -> the rows, repeated or regrouped."""
     source: Any = op.indices.owner
@@ -109,4 +115,4 @@ def known_rows(op: ops.TakeAlong | ops.Gather | ops.GatherND, rw: Rewriter) -> N
         replace(rw, op, ops.Full(op.result.shape, number, op.result.dtype))
 
 
-PATTERNS: tuple[Pattern, ...] = (running_count, shifted, whole_again, sliced, late_rows, known_rows)
+PATTERNS: tuple[Pattern, ...] = (running_count, shifted, whole_again, sliced, single, late_rows, known_rows)
