@@ -157,6 +157,10 @@ class Field:
     def is_operand(self) -> bool:
         return self.kind in ("operand", "optional", "variadic")
 
+    @property
+    def is_required(self) -> bool:
+        return self.default is _REQUIRED
+
 
 _REQUIRED: Any = object()
 _INSTANCE = ("loc", "parent", "results")

@@ -13,11 +13,7 @@ from tilewright.ir.types import Dim, DType, KVType, Type, as_dim, product
 
 
 def visible(queries: Any, keys: Any, causal: bool, window: int, window_right: int, chunk: int) -> Any:
-    """Which keys (positions ``[T]``) a query (positions ``[..., S]``) attends to: bool ``[..., S, T]``.
-
-    ``window > 0`` keeps keys above ``query - window``, ``window_right > 0`` those below ``query + window_right``,
-    ``chunk > 0`` those of the query's own chunk.
-    """
+    """Which keys (positions ``[T]``) a query (positions ``[..., S]``) attends to: bool ``[..., S, T]``."""
     q, k = np.asarray(queries)[..., :, None], np.asarray(keys)
     keep = np.ones(np.broadcast_shapes(q.shape, k.shape), bool)
     if causal:
@@ -34,9 +30,7 @@ def visible(queries: Any, keys: Any, causal: bool, window: int, window_right: in
 def attend(q: Any, k: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: float, softcap: float) -> Any:
     """Scaled dot-product attention in f32: q ``[B, S, Hq, D]``, k, v ``[B, T, Hkv, ...]``.
 
-    ``keep`` and ``bias`` are ``[B|1, Hq|1, S, T]``. ``softcap`` bounds scores by ``softcap * tanh(score / softcap)``
-    (Gemma 2); ``sinks`` ``[Hq]`` adds one score a head to the denominator alone (gpt-oss). A query that sees no key
-    gives zeros.
+    ``keep`` and ``bias`` are ``[B|1, Hq|1, S, T]``; see :class:`Attention`.
     """
     group = q.shape[2] // k.shape[2]
     kk, vv = (np.repeat(num.wide(x), group, axis=2).transpose(0, 2, 1, 3) for x in (k, v))
@@ -59,7 +53,11 @@ class Attention(Op):
 
     Hkv divides Hq. Positions are aligned to the end: query i stands at ``i + T - S``. ``mask`` (bool, true attends) and
     ``bias`` (float, added to the scaled scores) broadcast to ``[B, Hq, S, T]``; ``padding`` ``[B, T]`` (bool) is true
-    for real keys. See :func:`visible` for causal, windows and chunk, :func:`attend` for sinks and softcap.
+    for real keys. ``window > 0`` keeps keys above ``query - window``, ``window_right > 0`` those below
+    ``query + window_right``, ``chunk > 0`` those of the query's own chunk.
+
+    ``softcap > 0`` bounds scores by ``softcap * tanh(score / softcap)`` (Gemma 2); ``sinks`` ``[Hq]`` adds one score a
+    head to the denominator alone (gpt-oss). A query that sees no key gives zeros.
     """
 
     name = "nn.attention"
@@ -144,7 +142,10 @@ class Append(Op):
 
 
 class Attend(Op):
-    """Causal attention of q ``[B, S, Hq, D]`` over a cache: query s of sequence b stands at ``start[b] + s``."""
+    """Causal attention of q ``[B, S, Hq, D]`` over a cache: query s of sequence b stands at ``start[b] + s``.
+
+    It sees the slots up to its own; ``bias`` broadcasts to ``[B, Hq, S, length]``; the rest is as in nn.attention.
+    """
 
     name = "kv.attend"
     q: Value
