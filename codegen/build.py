@@ -115,8 +115,8 @@ class Build:
         code = emitter.emit(kernel, schedule, self.target, f"tw_{kernel.name}")
         names = " ".join(op.name for op in kernel.body[:-1])
         seconds = time.perf_counter() - start
-        row = KernelRow(kernel.name, names, canonical(kernel), emitter.name, str(schedule), len(code.object), seconds, calls)
-        self.report.kernels.append(row)
+        text, size = canonical(kernel), len(code.object)
+        self.report.kernels.append(KernelRow(kernel.name, names, text, emitter.name, str(schedule), size, seconds, calls))
         return code
 
     def write_weights(self, out: ArtifactWriter, codes: Mapping[str, KernelCode]) -> dict[tuple[str, str], int]:

@@ -9,7 +9,7 @@ import sympy
 from tilewright.ir import Dim
 
 PRELUDE = """\
-static inline int64_t tw_floordiv(int64_t a, int64_t b) { int64_t q = a / b; return q - (a % b != 0 && (a < 0) != (b < 0)); }
+static inline int64_t tw_floordiv(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 static inline int64_t tw_mod(int64_t a, int64_t b) { return a - tw_floordiv(a, b) * b; }
 static inline int64_t tw_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t tw_min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -21,6 +21,7 @@ class KernelCode:
     ``dims`` are the kernel's free symbols, sorted. Work is ``tasks`` units; a chunk of fewer than ``grain`` is not worth a
     thread. ``packing`` maps the index of an argument that must be a weight to the text of the layout it is stored in;
     arguments not listed are plain row-major. A cache is passed as two pointers, K and V, and never again as a result.
+    ``scratch`` are the bytes of temporaries, whose pointers follow those of the results.
     """
 
     symbol: str
@@ -29,6 +30,7 @@ class KernelCode:
     tasks: Dim
     grain: Dim = 1
     packing: Mapping[int, str] = field(default_factory=dict)
+    scratch: tuple[Dim, ...] = ()
 
 
 class Emitter(Protocol):

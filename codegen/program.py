@@ -14,8 +14,6 @@ from tilewright.codegen.kernel import KernelCode
 from tilewright.ir import CodegenError, Dim, Function, KVType, Module, Op, Return, State, TensorType, Value, Weight, ops
 
 _ALIGN = 64
-
-
 @dataclass
 class Program:
     """Writes the program of a module whose functions are fused and planned.
@@ -41,6 +39,7 @@ class Program:
     def trampoline(self, kernel: Function, code: KernelCode) -> None:
         """The kernel's prototype, its argument block and the task function of the pool."""
         count = sum(len(pointers(v)) for v in kernel.args) + sum(isinstance(v.type, TensorType) for v in kernel.returns)
+        count += len(code.scratch)
         numbers = "".join(f", int64_t {d}" for d in code.dims)
         self.lines += [
             f"void {code.symbol}(int64_t begin, int64_t end{numbers}{', void *' * count});",
@@ -90,6 +89,9 @@ class _Entry:
                 if result.type.bytes not in sizes:
                     sizes.append(result.type.bytes)
 
+    def codes(self) -> list[KernelCode]:
+        return [self.program.codes[op.callee] for op in self.function.body if isinstance(op, ops.Call)]
+
     def unpack(self) -> list[str]:
         return [f"  const int64_t {d} = dims[{i}]; (void){d};" for i, d in enumerate(self.dims)]
 
@@ -101,8 +103,11 @@ class _Entry:
             size = "INT64_C(0)"
             for need in self.slots[slot]:
                 size = f"tw_max({size}, {c_dim(need)})"
-            lines.append(f"  at[{slot}] = end; end += ({size} + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN};")
-        lines += ["  return end;", "}", f"TW_EXPORT void tw_{name}_sizes(const int64_t *dims, int64_t *out) {{"]
+            lines.append(f"  at[{slot}] = end; end += {rounded(size)};")
+        lines += [f"  at[{len(self.slots)}] = end;", "  int64_t scratch = 0;"]
+        for total in dict.fromkeys(" + ".join(rounded(c_dim(s)) for s in c.scratch) for c in self.codes() if c.scratch):
+            lines.append(f"  scratch = tw_max(scratch, {total});")
+        lines += ["  return end + scratch;", "}", f"TW_EXPORT void tw_{name}_sizes(const int64_t *dims, int64_t *out) {{"]
         lines += [*self.unpack(), f"  int64_t at[{len(self.slots) + 1}];", f"  out[0] = {name}_arena(dims, at);"]
         shapes = [d for v in self.function.returns for d in v.shape]
         lines += [f"  out[{i}] = {c_dim(d)};" for i, d in enumerate(shapes, 1)]
@@ -134,9 +139,18 @@ class _Entry:
         code, name = self.program.codes[op.callee], op.callee
         places = [p for i, v in enumerate(op.args) for p in self.places(v, code.packing.get(i, ""))]
         places += [self.place(r) for r in op.results if isinstance(r.type, TensorType)]
+        places += self.scratch(code)
         block = ", ".join([*code.dims, "{" + ", ".join(f"(void *)({p})" for p in places) + "}"])
         run = f"tw_pool_run(pool, {name}_task, &a, {c_dim(code.tasks)}, {c_dim(code.grain)})"
         return [f"  {{ struct {name}_args a = {{{block}}}; {run}; }}  // {op.loc.module}"]
+
+    def scratch(self, code: KernelCode) -> list[str]:
+        """Temporaries lie behind the slots; kernels run one after the other, so they share that place."""
+        out, end = [], f"at[{len(self.slots)}]"
+        for size in code.scratch:
+            out.append(f"arena + {end}")
+            end += f" + {rounded(c_dim(size))}"
+        return out
 
     def places(self, value: Value, packing: str) -> list[str]:
         """C expressions for the pointers of an operand."""
@@ -176,6 +190,11 @@ class _Entry:
             if place != f"outputs[{i}]":
                 lines.append(f"  memcpy(outputs[{i}], {place}, {c_dim(value.tensor.bytes)});")
         return lines
+
+
+def rounded(size: str) -> str:
+    """The C expression ``size`` rounded up to the alignment of buffers."""
+    return f"({size} + {_ALIGN - 1}) / {_ALIGN} * {_ALIGN}"
 
 
 def behind(value: Value) -> Value:

@@ -1,4 +1,4 @@
-"""Operations -> kernels: ``linear, add, mul`` -> ``kernel.call {callee="k0"}`` and ``kernel @k0`` with the three as its body.
+"""Operations -> kernels: ``linear, add`` -> ``kernel.call {callee="k0"}`` and a ``kernel @k0`` with both as its body.
 
 Kernels with the same canonical text are one kernel. Reshapes between kernels stay: they move nothing.
 """

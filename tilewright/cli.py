@@ -157,7 +157,7 @@ def opened(model: Path, passes: str, target: str, length: int | None, dtype: str
 def opt(
     source: Annotated[Path, typer.Argument(help="IR text (.twir); '-' reads standard input.")],
     passes: Annotated[str, typer.Option("--passes", "-p")] = "",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the result goes; standard output if left out.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the result goes, if not to stdout.")] = None,
     print_before: Annotated[list[str] | None, typer.Option(help="Print the IR before this pass (or 'all').")] = None,
     print_after: Annotated[list[str] | None, typer.Option(help="Print the IR after this pass (or 'all').")] = None,
     stop_after: Annotated[str | None, typer.Option(help="Stop after the first run of this pass.")] = None,

@@ -26,7 +26,7 @@ from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Model = "torch.nn.Module | str | os.PathLike[str] | Module"
 Progress = Callable[[str, int, int], None]

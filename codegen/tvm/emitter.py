@@ -1,0 +1,209 @@
+"""TVM kernels: one IR operation -> tensor expression -> schedule by rule -> TIR with our calling convention -> object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import sympy
+
+from tilewright.codegen.kernel import KernelCode
+from tilewright.codegen.schedule import Schedule, knob
+from tilewright.codegen.target import CpuTarget
+from tilewright.ir import CodegenError, Dim, Function, Op, Return, as_dim, product, sym
+
+_LONGEST_SORT = 8192
+
+
+@dataclass(frozen=True)
+class TvmSchedule(Schedule):
+    """``inner``: how many trailing axes of the result stay inside one task; the others are split over threads."""
+
+    name: ClassVar[str] = "tvm"
+    inner: int = knob(1, (1, 2, 3))
+    unroll: int = knob(16, (0, 16, 64))
+
+
+class TvmEmitter:
+    """The long tail: convolution, pooling, resizing, sorting, scatter, experts, batched matmul."""
+
+    name: ClassVar[str] = "tvm"
+
+    def match(self, kernel: Function, target: CpuTarget) -> str | None:
+        from tilewright.codegen.tvm.compute import TABLE, supported_dtype
+        from tilewright.ir import ops
+
+        body = [op for op in kernel.body if not isinstance(op, Return)]
+        if len(body) != 1:
+            return f"{len(body)} operations in one kernel; there is a tensor expression only for one"
+        op = body[0]
+        if type(op) not in TABLE:
+            return f"{op.name} has no tensor expression"
+        if isinstance(op, (ops.Sort, ops.TopK)):
+            n = op.x.shape[op.axis]
+            if not isinstance(n, int) or n > _LONGEST_SORT:
+                return f"sorting {n} elements (at most {_LONGEST_SORT}, known when compiling)"
+        return supported_dtype(op)
+
+    def default_schedule(self, kernel: Function, target: CpuTarget) -> Schedule:
+        return TvmSchedule()
+
+    def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
+        if not isinstance(schedule, TvmSchedule):
+            raise CodegenError(f"{self.name} takes a tvm schedule, not {schedule}")
+        op = kernel.body[0]
+        dims = tuple(kernel.symbols())
+        inner = min(schedule.inner, max(op.results[0].tensor.rank - 1, 1))
+        function = lower(op, kernel, dims, inner, schedule)
+        scratch = tuple(buffer_bytes(b) for b in function.body.block.alloc_buffers)
+        function = with_pointers(function, dims)
+        tasks: Dim = as_dim(product(op.results[0].shape[: op.results[0].tensor.rank - inner]))
+        return KernelCode(symbol, compile_tir(function, symbol, target), dims, tasks, scratch=scratch)
+
+
+def lower(op: Op, kernel: Function, dims: Sequence[str], inner: int, schedule: TvmSchedule) -> Any:
+    """TIR of ``op`` over buffers ``args..., results...``, scheduled."""
+    from tvm import te, tirx
+
+    from tilewright.codegen.tvm.compute import TABLE
+    from tilewright.codegen.tvm.dims import narrowed, placeholder, widened
+
+    names = {d: tirx.Var(d, "int64") for d in dims}
+    inputs = {v: placeholder(v, f"a{i}", names) for i, v in enumerate(kernel.args)}
+    wide = {v: widened(t, v.dtype) for v, t in inputs.items()}
+    results = TABLE[type(op)](op, [None if v is None else wide[v] for v in op.operand_slots()], names)
+    outputs = [narrowed(t, r.dtype) for t, r in zip(results, op.results)]
+    function = te.create_prim_func([*inputs.values(), *outputs])
+    return scheduled(function, [t.op.name for t in outputs], inner, schedule)
+
+
+def scheduled(function: Any, outputs: Sequence[str], inner: int, schedule: TvmSchedule) -> Any:
+    """One outer loop over tasks; in it, everything that leads to the outputs."""
+    from tvm import s_tir
+
+    sch = s_tir.Schedule(function)
+    blocks = [b for b in blocks_of(sch) if sch.get(b).name_hint not in outputs]
+    for block in blocks:
+        if not is_reduction(sch, block):
+            with suppress(s_tir.ScheduleError):  # what a block cannot take in stays a stage of its own
+                sch.compute_inline(block)
+    main = sch.get_sblock(outputs[-1])
+    loops = sch.get_loops(main)
+    spatial = [x for x in loops if is_spatial(sch, main, x)]
+    outer = spatial[: len(spatial) - inner] or spatial[:0]
+    tasks = sch.fuse(*outer) if len(outer) > 1 else outer[0] if outer else sch.add_unit_loop(loops[0])
+    rest = [b for b in blocks_of(sch) if sch.get(b).name_hint != outputs[-1]]
+    for block in reversed(rest):
+        # Another output reads this one (values by their indices); everything else comes before it.
+        place = sch.reverse_compute_at if sch.get(block).name_hint in outputs else sch.compute_at
+        place(block, tasks, preserve_unit_loops=True)
+    for block in blocks_of(sch):
+        arrange(sch, block, tasks, schedule)
+    return sch.mod["main"]
+
+
+def blocks_of(sch: Any) -> list[Any]:
+    """Blocks in order of execution."""
+    return list(sch.get_child_blocks(sch.get_sblock("root")))
+
+
+def is_reduction(sch: Any, block: Any) -> bool:
+    return any(v.iter_type == 2 for v in sch.get(block).iter_vars)
+
+
+def is_spatial(sch: Any, block: Any, loop: Any) -> bool:
+    """Whether a loop runs over an axis of the result: loops stand in the order of the block's axes."""
+    place = [sch.get(x).loop_var for x in sch.get_loops(block)].index(sch.get(loop).loop_var)
+    return sch.get(block).iter_vars[place].iter_type != 2
+
+
+def arrange(sch: Any, block: Any, tasks: Any, schedule: TvmSchedule) -> None:
+    """Put the last axis of the result innermost, below the reduction, so that it vectorises."""
+    if not is_reduction(sch, block):
+        return
+    loops = sch.get_loops(block)
+    at = [sch.get(x).loop_var for x in loops].index(sch.get(tasks).loop_var) + 1
+    kinds = [v.iter_type for v in sch.get(block).iter_vars]
+    below = loops[at:]
+    reducing = sum(k == 2 for k in kinds)
+    spatial, reduce = below[: len(below) - reducing], below[len(below) - reducing :]
+    if not spatial or not reduce:
+        return
+    sch.reorder(*spatial[:-1], *reduce, spatial[-1])
+    sch.decompose_reduction(block, reduce[0])
+
+
+def with_pointers(function: Any, dims: Sequence[str]) -> Any:
+    """``function`` over raw pointers, its outermost loop cut to ``[begin, end)``; temporaries become parameters.
+
+    TVM would take temporaries from its own runtime, which an artifact does without.
+    """
+    from tvm import ir, s_tir, tirx
+
+    variables = {v.name: v for b in function.params for e in b.shape for v in variables_of(e)}
+    names = [variables[d] if d in variables else tirx.Var(d, "int64") for d in dims]
+    begin, end = tirx.Var("begin", "int64"), tirx.Var("end", "int64")
+    root = function.body.block
+    loop = root.body
+    cut = tirx.For(loop.loop_var, begin, end - begin, loop.kind, loop.body)
+    block = s_tir.SBlock([], [], [], root.name_hint, cut, None, [], [], {})
+    buffers = [*function.params, *root.alloc_buffers]
+    handles = [tirx.Var(f"p{i}", ir.PointerType(ir.PrimType(str(b.dtype)), "global")) for i, b in enumerate(buffers)]
+    declared = [tirx.DeclBuffer(b, data=h) for b, h in zip(buffers, handles)]
+    whole = s_tir.SBlockRealize([], tirx.const(True, "bool"), block)
+    body = tirx.SeqStmt([*declared, whole])
+    made = tirx.PrimFunc([begin, end, *names, *handles], body, None, None)
+    return made.with_attrs({"calling_conv": 1, "s_tir": True, "tirx.noalias": True})
+
+
+def variables_of(expr: Any) -> list[Any]:
+    """The variables in a TVM expression."""
+    from tvm import tirx
+
+    return [] if isinstance(expr, int) else list(tirx.analysis.undefined_vars(tirx.Evaluate(expr)))
+
+
+def buffer_bytes(buffer: Any) -> Dim:
+    """Size of a TVM buffer as an IR size."""
+    import numpy as np
+
+    return as_dim(product([from_tvm(e) for e in buffer.shape]) * np.dtype(str(buffer.dtype)).itemsize)
+
+
+def from_tvm(expr: Any) -> Dim:
+    """A TVM size as an IR size."""
+    kind = type(expr).__name__
+    if isinstance(expr, int) or kind == "IntImm":
+        return int(expr)
+    if kind == "Var":
+        return sym(expr.name)
+    a, b = from_tvm(expr.a), from_tvm(expr.b)
+    combine = {"Add": lambda: a + b, "Sub": lambda: a - b, "Mul": lambda: a * b, "FloorDiv": lambda: a // b,
+               "Max": lambda: sympy.Max(a, b), "Min": lambda: sympy.Min(a, b)}  # fmt: skip
+    return as_dim(combine[kind]())
+
+
+def compile_tir(function: Any, symbol: str, target: CpuTarget) -> bytes:
+    """Object code of ``function`` under ``symbol`` for exactly the target's features."""
+    import tempfile
+    from pathlib import Path
+
+    import tvm
+
+    module = tvm.IRModule({symbol: function.with_attr("global_symbol", symbol)})
+    built = tvm.compile(module, tvm_target(target))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        built.mod.write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+@cache
+def tvm_target(target: CpuTarget) -> Any:
+    import tvm
+
+    features = [f"+{f}" for f in sorted(target.features)]
+    return tvm.target.Target({"kind": "llvm", "mcpu": "x86-64", "mattr": features, "num-cores": 1})
