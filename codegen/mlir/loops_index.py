@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -38,6 +38,16 @@ class Atom:
     def lane(self) -> Var | None:
         """The vector variable this depends on."""
         return None
+
+    @property
+    def is_size(self) -> bool:
+        """Whether this depends on no variable."""
+        return True
+
+    @property
+    def range(self) -> tuple[Poly, Poly]:
+        """Least and greatest value."""
+        return Poly.of(self), Poly.of(self)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,14 @@ class Var(Atom):
     def lane(self) -> Var | None:
         return self if self.lanes else None
 
+    @property
+    def is_size(self) -> bool:
+        return False
+
+    @property
+    def range(self) -> tuple[Poly, Poly]:
+        return self.lo, self.hi
+
 
 @dataclass(frozen=True)
 class _Quotient(Atom):
@@ -82,13 +100,28 @@ class _Quotient(Atom):
     def lane(self) -> Var | None:
         return self.num.lane or self.den.lane
 
+    @cached_property
+    def is_size(self) -> bool:  # type: ignore[override]
+        return all(atom.is_size for atom in (*self.num.atoms, *self.den.atoms))
+
 
 class Floor(_Quotient):
     """``num // den`` that no range could resolve."""
 
+    @cached_property
+    def range(self) -> tuple[Poly, Poly]:  # type: ignore[override]
+        if self.is_size:
+            return Poly.of(self), Poly.of(self)
+        low, high = bounds(self.num)
+        return floor_div(low, self.den), floor_div(high, self.den)
+
 
 class Mod(_Quotient):
     """``num % den`` that no range could resolve."""
+
+    @property
+    def range(self) -> tuple[Poly, Poly]:
+        return (Poly.of(self), Poly.of(self)) if self.is_size else (Poly(), self.den - 1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +144,9 @@ class Poly:
         for atoms, factor in terms:
             total[atoms] = total.get(atoms, 0) + factor
         kept = [(atoms, factor) for atoms, factor in total.items() if factor]
-        return Poly(tuple(sorted(kept, key=lambda term: [atom.key for atom in term[0]])))
+        if len(kept) > 1:
+            kept.sort(key=_term_key)
+        return Poly(tuple(kept))
 
     @cached_property
     def _hash(self) -> int:
@@ -128,6 +163,10 @@ class Poly:
 
     def __mul__(self, other: Poly | int) -> Poly:
         other = Poly.of(other)
+        if self.constant is not None:
+            self, other = other, self
+        if other.constant is not None:  # the order of terms stays
+            return Poly(tuple((atoms, n * other.constant) for atoms, n in self.terms)) if other.constant else Poly()
         products = ((a + b, m * n) for a, m in self.terms for b, n in other.terms)
         return Poly._collect((tuple(sorted(atoms, key=lambda atom: atom.key)), n) for atoms, n in products)
 
@@ -139,7 +178,7 @@ class Poly:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    @property
+    @cached_property
     def constant(self) -> int | None:
         """The number this is, if it is one."""
         if not self.terms:
@@ -190,6 +229,10 @@ class Poly:
 Index = tuple[Poly, ...]
 
 
+def _term_key(term: tuple[tuple[Atom, ...], int]) -> list[str]:
+    return [atom.key for atom in term[0]]
+
+
 def _replace(atom: Atom, mapping: Mapping[Atom, Poly]) -> Poly:
     if atom in mapping:
         return mapping[atom]
@@ -206,37 +249,35 @@ def _replace(atom: Atom, mapping: Mapping[Atom, Poly]) -> Poly:
 
 def bounds(poly: Poly) -> tuple[Poly, Poly]:
     """Least and greatest value, as polynomials over sizes. Every atom is at least 0."""
+    if all(atom.is_size for atom in poly.atoms):
+        return poly, poly
     low, high = Poly(), Poly()
     for atoms, factor in poly.terms:
         least, most = Poly.of(factor), Poly.of(factor)
         for atom in atoms:
-            a, b = _atom_bounds(atom)
+            a, b = atom.range
             least, most = least * a, most * b
         low, high = (low + least, high + most) if factor > 0 else (low + most, high + least)
     return low, high
-
-
-def _atom_bounds(atom: Atom) -> tuple[Poly, Poly]:
-    if isinstance(atom, Var):
-        return atom.lo, atom.hi
-    if isinstance(atom, Floor) and any(isinstance(a, (Var, _Quotient)) for a in atom.num.atoms):
-        low, high = bounds(atom.num)
-        return floor_div(low, atom.den), floor_div(high, atom.den)
-    if isinstance(atom, Mod):
-        return Poly(), atom.den - 1
-    return Poly.of(atom), Poly.of(atom)
 
 
 def nonnegative(poly: Poly) -> bool:
     """Whether a polynomial over sizes can be seen to be at least 0 for all sizes."""
     if poly.constant is not None:
         return poly.constant >= 0
-    shifted = poly.substitute({a: Poly.of(a) + a.least for a in poly.atoms if isinstance(a, Size) and a.least})
+    shifted = Poly()
+    for atoms, factor in poly.terms:
+        term = Poly.of(factor)
+        for atom in atoms:
+            term = term * (Poly.of(atom) + atom.least if isinstance(atom, Size) else Poly.of(atom))
+        shifted = shifted + term
     return all(factor >= 0 for _, factor in shifted.terms)
 
 
 def less(a: Poly, b: Poly) -> bool:
     """Whether ``a < b`` can be proved."""
+    if a.constant is not None and b.constant is not None:
+        return a.constant < b.constant
     return nonnegative(bounds(b - a)[0] - 1) or nonnegative(bounds(b)[0] - bounds(a)[1] - 1)
 
 
@@ -272,7 +313,7 @@ def modulo(num: Poly, den: Poly | int) -> Poly:
 
 def _divide(num: Poly, den: Poly) -> tuple[Poly, Poly]:
     """``num == exact * den + rest`` by long division with the leading term of ``den``."""
-    lead, factor = max(den.terms, key=lambda term: (len(term[0]), [atom.key for atom in term[0]]))
+    lead, factor = max(den.terms, key=lambda term: (len(term[0]), _term_key(term)))
     exact, rest = Poly(), num
     for _ in range(_STEPS):
         step = next((s for s in (_quotient(term, lead, factor) for term in rest.terms) if s.terms), None)
@@ -330,6 +371,7 @@ def _to_sympy(atom: Atom) -> Any:
     return (sympy.Max if atom.key.startswith("max") else sympy.Min)(*map(as_dim, atom.parts))
 
 
+@lru_cache(4096)
 def _from_sympy(e: Any) -> Poly:
     if e.is_Integer:
         return Poly.of(int(e))

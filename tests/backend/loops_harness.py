@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -39,10 +40,10 @@ class Native:
         self.code: KernelCode = EMITTER.emit(kernel, schedule, target, "tw_k")
         self.function = native._function(self.code.object, "tw_k")
 
-    def __call__(self, inputs: Sequence[np.ndarray], cuts: int = 3) -> list[np.ndarray]:
-        import ctypes
-
-        dims = bind_dims(self.kernel.args, inputs)
+    def __call__(self, inputs: Sequence[np.ndarray], cuts: int = 3, dims: Mapping[str, int] | None = None
+                 ) -> list[np.ndarray]:  # fmt: skip
+        """The results; ``dims`` are sizes that no input tells."""
+        dims = {**(dims or {}), **bind_dims(self.kernel.args, inputs)}
         args = [_aligned(a) for a in inputs]
         outs = [_result(v, dims) for v in self.kernel.returns]
         guards = [o.base_bytes() for o in outs]
