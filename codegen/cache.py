@@ -1,9 +1,9 @@
 """How a key/value cache lies in memory: blocks that decode attention reads as a stream of whole vectors.
 
-Per sequence and head: keys in panels of 16, ``[length / 16][dim / pair][16][pair]``, so that one vector holds one
-component of 16 keys; values ``[length / pair][vdim][pair]``, so that one vector holds components of one key (or of two
-neighbours, side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. Sizes are rounded up; the
-filling must be finite, and is zero in a fresh cache.
+Per sequence and head: keys in panels of 64, ``[length / 64][dim / pair][64][pair]``, so that vectors hold one component
+of many keys; values ``[length / pair][vdim][pair]``, so that vectors hold components of one key (or of two neighbours,
+side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. Sizes are rounded up; the filling must
+be finite, and is zero in a fresh cache.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,15 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-PANEL = 16
-_BLOCK = 128  # the most keys that a kernel takes at a time
+from tilewright.codegen.target import CpuTarget
+from tilewright.ir import KVType
+
+PANEL = 64
+"""Keys of one panel."""
+VALUE_STEP = 16
+"""A value's size is rounded up to a multiple of this."""
+
+_BLOCK = 512  # the most keys that a kernel takes at a time
 _STORED = {"f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -51,11 +58,11 @@ class CacheLayout:
     @property
     def value_size(self) -> int:
         """Components of a value in memory."""
-        return round_up(self.vdim, PANEL)
+        return round_up(self.vdim, VALUE_STEP)
 
     @property
     def k_shape(self) -> tuple[int, ...]:
-        """Of one sequence: heads, panels, steps, 16, pair."""
+        """Of one sequence: heads, panels, steps, 64, pair."""
         return self.heads, self.slots // PANEL, self.key_size // self.pair, PANEL, self.pair
 
     @property
@@ -98,3 +105,8 @@ class CacheLayout:
         wide_v[:, :tokens, :, :self.vdim] = values
         v[...] = wide_v.reshape(batch, -1, self.pair, self.heads, self.value_size).transpose(0, 3, 1, 4, 2)
         return k, v
+
+
+def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout:
+    """The layout in which kernels for ``target`` keep a cache."""
+    return CacheLayout(type.heads, type.dim, type.vdim, type.length, type.dtype.value)

@@ -61,11 +61,13 @@ class Fuse(Pass):
         return sorted({id(g): g for g in taken.values()}.values(), key=lambda g: order[g.root])
 
     def only_cloned(self, op: Op) -> bool:
-        """A constant that each of its users copies into its own kernel needs none itself."""
-        if self.mode == "single" or not is_creation(op):
+        """A constant or view that each of its users copies into its own kernel needs none itself."""
+        if self.mode == "single":
             return False
         users = [u for r in op.results for u in r.users]
-        return not any(is_anchor(u) or isinstance(u, (Return, ops.Reshape, ops.Call)) for u in users)
+        if is_creation(op):
+            return not any(is_anchor(u) or isinstance(u, (Return, ops.Reshape, ops.Call)) for u in users)
+        return isinstance(op, ops.Slice) and is_view_of_columns(op) and all(map(reads_columns, users))
 
     def anchored(self, anchor: Op, taken: dict[Op, Group]) -> Group:
         """The anchor with the elementwise operations that trail it."""
@@ -106,6 +108,13 @@ def producers(value: Value) -> list[Op]:
         return [op] if op is not None and not isinstance(op, ops.Call) else []
     behind = op.x.owner
     return [op, behind] if behind is not None and not isinstance(behind, (ops.Reshape, ops.Call)) else []
+
+
+def reads_columns(user: Op) -> bool:
+    """Whether ``user`` is an attention kernel's operation, or the reshape into heads before some."""
+    if isinstance(user, ops.Reshape):
+        return is_view_of_columns(user) and all(map(reads_columns, user.result.users))
+    return isinstance(user, (ops.Attention, ops.Attend, ops.Append))
 
 
 def outline(module: Module, group: Group, kernels: dict[str, str]) -> None:

@@ -1,0 +1,189 @@
+"""IR kernels around ``nn.attention``, ``kv.attend`` and ``kv.append`` -> attention kernels.
+
+An operand may be a slice of whole columns of a wider tensor (a fused QKV projection): the kernel reads through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tilewright.codegen.cache import CacheLayout, cache_layout
+from tilewright.codegen.kernel import KernelCode
+from tilewright.codegen.mlir.attention import (
+    DENSE,
+    AttentionBuffers,
+    AttentionSpec,
+    Extents,
+    Slice,
+    emit_attention,
+)
+from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.elementwise import dim_value
+from tilewright.codegen.mlir.kv import AppendBuffers, AppendSpec, AttendBuffers, AttendSpec, emit_append, emit_attend
+from tilewright.codegen.mlir.lower import compile_kernel
+from tilewright.codegen.schedule import AttentionSchedule, Schedule
+from tilewright.codegen.target import CpuTarget
+from tilewright.ir import Argument, CodegenError, Dim, Function, KVType, Op, Return, Value, as_dim, ops, same_dim
+
+_DTYPES = ("f32", "bf16", "f16")
+_KINDS = (ops.Attention, ops.Attend, ops.Append)
+
+
+@dataclass(frozen=True)
+class View:
+    """Where an operand lies: an argument of the kernel, seen through a slice of columns."""
+
+    source: Value
+    place: Slice
+
+
+def view_of(value: Value) -> View | str:
+    """The argument behind ``value``, or why there is none that a kernel can read directly."""
+    if isinstance(value, Argument):
+        return View(value, DENSE)
+    op = value.owner
+    if isinstance(op, ops.Reshape):
+        inner = view_of(op.x)
+        return inner if isinstance(inner, str) or keeps_rows(op) else "a reshape changes rows"
+    if not isinstance(op, ops.Slice) or not isinstance(op.x, Argument) or op.x.tensor.rank != 3:
+        return f"operand {value!r} is computed in the kernel"
+    width, start = op.x.shape[-1], op.starts[-1]
+    if not (isinstance(width, int) and isinstance(start, int)) or any(s != 1 for s in op.steps):
+        return "a slice that is not of whole columns"
+    if not all(a == 0 and same_dim(b, n) for a, b, n in zip(op.starts[:-1], op.stops[:-1], op.x.shape[:-1])):
+        return "a slice of rows"
+    return View(op.x, Slice(width, start))
+
+
+def keeps_rows(op: ops.Reshape) -> bool:
+    """Whether a reshape only splits the last axis."""
+    lead = op.x.shape[:-1]
+    return len(op.shape) >= len(lead) and all(map(same_dim, lead, op.shape))
+
+
+def axes_of(value: Value | None) -> str | None:
+    """The axes of ``[B, Hq, S, T]`` that a broadcast operand has."""
+    if value is None:
+        return None
+    shape = (1,) * (4 - value.tensor.rank) + value.shape
+    return "".join(name for name, d in zip("bhst", shape) if d != 1)
+
+
+class AttentionEmitter:
+    """Attention over tensors or a cache, and appending to a cache."""
+
+    name: ClassVar[str] = "mlir.attention"
+
+    def match(self, kernel: Function, target: CpuTarget) -> str | None:
+        found = find(kernel)
+        if isinstance(found, str):
+            return found
+        for value in found.operands:
+            if isinstance(value.type, KVType):
+                if value.type.layout != "contiguous" or value.dtype.value not in _DTYPES:
+                    return f"no kernel for {value.type}"
+            elif isinstance(view := view_of(value), str):
+                return view
+        narrow = [v for v in tensors(found) if v.dtype.value not in _DTYPES]
+        return f"no attention of {narrow[0].dtype.value}" if narrow else None
+
+    def default_schedule(self, kernel: Function, target: CpuTarget) -> Schedule:
+        return AttentionSchedule.default(target)
+
+    def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
+        if (reason := self.match(kernel, target)) or not isinstance(schedule, AttentionSchedule):
+            raise CodegenError(f"{self.name} cannot lower @{kernel.name} with {schedule}: {reason}")
+        anchor = find(kernel)
+        dims = tuple(kernel.symbols())
+        with Kernel(symbol, target, dims, arguments(kernel)) as k:
+            place = places(kernel, k.buffers)
+            emitters = {ops.Attention: _attention, ops.Attend: _attend, ops.Append: _append}
+            tasks = emitters[type(anchor)](anchor, k, place, schedule, target)  # type: ignore[index]
+        return KernelCode(symbol, compile_kernel(k), dims, as_dim(tasks))
+
+
+def find(kernel: Function) -> Op | str:
+    """The attention operation of ``kernel``, or why it has none."""
+    anchors = [op for op in kernel.body if isinstance(op, _KINDS)]
+    if len(anchors) != 1:
+        return "not one attention operation"
+    others = [op for op in kernel.body if op is not anchors[0] and not isinstance(op, (ops.Slice, ops.Reshape, Return))]
+    if others:
+        return f"{others[0].name} does not run in an attention kernel"
+    return anchors[0] if kernel.returns == anchors[0].results else "the attention's result is used in the kernel"
+
+
+def tensors(op: Op) -> list[Value]:
+    """The operands that hold queries, keys and values."""
+    names = {"q", "k", "v"}
+    return [getattr(op, f.name) for f in op.fields if f.name in names]
+
+
+def arguments(kernel: Function) -> list[tuple[str, str]]:
+    """Names and element types of the pointers: two for a cache."""
+    pairs = []
+    for i, value in enumerate(kernel.args):
+        parts = ("k", "v") if isinstance(value.type, KVType) else ("",)
+        pairs += [(f"a{i}{part}", value.dtype.value) for part in parts]
+    return pairs + [("out", v.dtype.value) for v in kernel.returns if not isinstance(v.type, KVType)]
+
+
+def places(kernel: Function, buffers: Sequence[Buffer]) -> dict[Any, Any]:
+    """Buffers by argument (a pair for a cache), and the result's under ``"out"``."""
+    found: dict[Any, Any] = {}
+    rest = iter(buffers)
+    for value in kernel.args:
+        found[value] = (next(rest), next(rest)) if isinstance(value.type, KVType) else next(rest)
+    found["out"] = next(rest, None)
+    return found
+
+
+def _view(value: Value) -> View:
+    found = view_of(value)
+    assert isinstance(found, View)
+    return found
+
+
+def _at(place: dict[Any, Any], value: Value | None) -> Any:
+    return None if value is None else place[_view(value).source]
+
+
+def _attention(op: ops.Attention, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Dim:
+    q, key, value = _view(op.q), _view(op.k), _view(op.v)
+    heads, dim = op.q.shape[2:]
+    spec = AttentionSpec(
+        int(heads), int(op.k.shape[2]), int(dim), int(op.v.shape[3]), op.q.dtype.value, op.result.dtype.value,
+        op.scale, op.causal, op.window, op.window_right, op.chunk, op.softcap, axes_of(op.mask), axes_of(op.bias),
+        op.bias.dtype.value if op.bias else "f32", op.sinks.dtype.value if op.sinks else None, op.padding is not None,
+        q.place, key.place, value.place,
+    )  # fmt: skip
+    b, s, t = op.q.shape[0], op.q.shape[1], op.k.shape[1]
+    extra = (_at(place, v) for v in (op.mask, op.bias, op.sinks, op.padding))
+    buffers = AttentionBuffers(place[q.source], place[key.source], place[value.source], place["out"], *extra)
+    emit_attention(k, spec, schedule, Extents(*(dim_value(d, k.dims) for d in (b, s, t))), buffers)
+    return as_dim(spec.tasks(schedule, b, s))
+
+
+def _attend(op: ops.Attend, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Dim:
+    q, layout = _view(op.q), cache_layout(op.cache.cache, target)
+    spec = AttendSpec(
+        int(op.q.shape[2]), layout, op.q.dtype.value, op.result.dtype.value, op.scale, op.window, op.chunk, op.softcap,
+        axes_of(op.bias), op.bias.dtype.value if op.bias else "f32", op.sinks.dtype.value if op.sinks else None, q.place,
+    )  # fmt: skip
+    b, s = op.q.shape[:2]
+    extra = (_at(place, v) for v in (op.bias, op.sinks))
+    buffers = AttendBuffers(place[q.source], *place[op.cache], _at(place, op.start), place["out"], *extra)
+    emit_attend(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
+    return as_dim(spec.tasks(schedule, b, s))
+
+
+def _append(op: ops.Append, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Dim:
+    key, value = _view(op.k), _view(op.v)
+    layout: CacheLayout = cache_layout(op.cache.cache, target)
+    spec = AppendSpec(layout, op.k.dtype.value, key.place, value.place)
+    b, s = op.k.shape[:2]
+    buffers = AppendBuffers(*place[op.cache], place[key.source], place[value.source], _at(place, op.start))
+    emit_append(k, spec, dim_value(s, k.dims), buffers)
+    return as_dim(spec.tasks(b))
