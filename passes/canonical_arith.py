@@ -51,7 +51,7 @@ def absorbing_operand(op: ops.Binary, rw: Rewriter) -> None:
 
 
 def join_constants(op: ops.Binary, rw: Rewriter) -> None:
-    """``(x + 1) + 2`` -> ``x + 3``, likewise ``*``."""
+    """``(x + 1) + 2`` -> ``x + 3`` of integers, likewise ``*``, also of floats when nothing can overflow or vanish."""
     inner = op.a.owner
     number = scalar(op.b)
     if number is None or not isinstance(op, (ops.Add, ops.Mul)) or not isinstance(inner, type(op)):
@@ -60,7 +60,13 @@ def join_constants(op: ops.Binary, rw: Rewriter) -> None:
     if first is None or isinstance(first, bool):
         return
     joined = first + number if isinstance(op, ops.Add) else first * number
+    if op.a.dtype.is_float and (isinstance(op, ops.Add) or not all(map(_is_moderate, (first, number, joined)))):
+        return  # adding floats in another order rounds differently
     replace(rw, op, type(op)(inner.a, _constant(rw, op, joined, op.b)))
+
+
+def _is_moderate(number: Number) -> bool:
+    return 1e-6 <= abs(number) <= 1e6
 
 
 def subtraction(op: ops.Binary, rw: Rewriter) -> None:

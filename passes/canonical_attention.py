@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from tilewright.ir import DType, Op, Pattern, Rewriter, Value, ops, same_dim
+from dataclasses import dataclass
+
+from tilewright.ir import Builder, Dim, DType, Op, Pattern, Rewriter, Value, as_dim, ops, same_dim
 from tilewright.passes.masks import Meaning, read_mask
-from tilewright.passes.match import is_one, is_scalar, joined, made_by, replace, same_shape, scalar, used_once
+from tilewright.passes.match import is_one, is_scalar, joined, made_by, padded, replace, same_shape, scalar, used_once
 
 HIDDEN = -1e4  # a number added to a score below which models mean "never"
 
@@ -81,15 +83,15 @@ def _compatible(op: ops.Attention, said: Meaning) -> bool:
 
 
 def unrepeated_mask(op: ops.Attention, rw: Rewriter) -> None:
-    """Masks and biases broadcast by themselves; axes of size one are kept, so that both stay of rank 4."""
+    """Masks and biases broadcast by themselves; they keep four axes."""
     for name in ("mask", "bias"):
         value: Value | None = getattr(op, name)
         repeat = made_by(value, ops.Broadcast)
-        if repeat is not None:
-            lead = (1,) * (len(repeat.shape) - repeat.x.tensor.rank)
-            source = repeat.x if not lead else rw.before(op).add(ops.Reshape(repeat.x, (*lead, *repeat.x.shape)))
-            _change(op, rw, **{name: source})
-            return
+        source = repeat.x if repeat is not None else value
+        if source is None or (source is value and len(source.shape) == 4):
+            continue
+        _change(op, rw, **{name: rw.before(op).add(ops.Reshape(source, padded(source.shape, 4)))})
+        return
 
 
 def whole_padding(op: ops.Attention, rw: Rewriter) -> None:
@@ -100,24 +102,45 @@ def whole_padding(op: ops.Attention, rw: Rewriter) -> None:
 
 def grouped_heads(op: ops.Attention, rw: Rewriter) -> None:
     """Keys and values repeated for each query head -> the keys and values: attention groups heads by itself."""
-    k, v = _unrepeated(op.k), _unrepeated(op.v)
-    if k is None or v is None or not same_dim(k.shape[2], v.shape[2]):
+    found = _unrepeated(op.k), _unrepeated(op.v)
+    if found[0] is None or found[1] is None or found[0].heads != found[1].heads:
         return
-    pair = [rw.before(op).add(ops.Reshape(x.x, (*x.x.shape[:2], x.x.shape[2], x.shape[4]))) for x in (k, v)]
-    _change(op, rw, k=pair[0], v=pair[1])
+    k, v = (g.single(rw.before(op)) for g in found if g is not None)
+    _change(op, rw, k=k, v=v)
 
 
-def _unrepeated(value: Value) -> ops.Broadcast | None:
-    """The broadcast ``[B, T, Hkv, 1, D] -> [B, T, Hkv, n, D]`` behind ``[B, T, Hkv * n, D]``."""
-    reshape = made_by(value, ops.Reshape)
-    repeat = made_by(reshape.x, ops.Broadcast) if reshape is not None else made_by(value, ops.Broadcast)
-    if repeat is None:
+@dataclass
+class Grouped:
+    """A broadcast ``[.., Hkv, 1, ..] -> [.., Hkv, n, ..]``; ``flip`` when heads stand before positions."""
+
+    source: Value
+    axis: int
+    flip: bool
+
+    @property
+    def heads(self) -> Dim:
+        return self.source.shape[self.axis]
+
+    def single(self, b: Builder) -> Value:
+        """Each head once, ``[B, T, Hkv, D]``."""
+        shape = self.source.shape
+        heads = b.add(ops.Reshape(self.source, (*shape[: self.axis + 1], *shape[self.axis + 2 :])))
+        return b.add(ops.Transpose(heads, (0, 2, 1, 3))) if self.flip else heads
+
+
+def _unrepeated(value: Value) -> Grouped | None:
+    flip = made_by(value, ops.Transpose)
+    if flip is not None and flip.perm != (0, 2, 1, 3):
         return None
-    if len(repeat.shape) == 5 and repeat.x.tensor.rank == 5 and is_one(repeat.x.shape[3]):
-        others = [i for i in range(5) if i != 3]
-        keeps = all(same_dim(repeat.shape[i], repeat.x.shape[i]) for i in others)
-        return repeat if keeps and same_shape(value.shape[:2], repeat.shape[:2]) else None
-    return None
+    joined_heads = made_by(flip.x if flip is not None else value, ops.Reshape)
+    repeat = made_by(joined_heads.x, ops.Broadcast) if joined_heads is not None else None
+    axis = 2 if flip is None else 1
+    if joined_heads is None or repeat is None or len(repeat.shape) != 5 or len(repeat.x.shape) != 5:
+        return None
+    kept = all(same_dim(a, b) for i, (a, b) in enumerate(zip(repeat.x.shape, repeat.shape)) if i != axis + 1)
+    merged = (*repeat.shape[:axis], as_dim(repeat.shape[axis] * repeat.shape[axis + 1]), *repeat.shape[axis + 2 :])
+    fits = kept and is_one(repeat.x.shape[axis + 1]) and same_shape(joined_heads.shape, merged)
+    return Grouped(repeat.x, axis, flip is not None) if fits else None
 
 
 def shared_head(op: ops.Attention, rw: Rewriter) -> None:

@@ -79,9 +79,7 @@ def sliced(op: ops.Slice, rw: Rewriter) -> None:
         return
     axis = sizes[0]
     start, step, length = op.starts[axis], op.steps[axis], op.result.shape[axis]
-    new: Value = rw.before(op).add(
-        ops.Iota(length, iota.dtype, as_dim(iota.start + start * iota.step), iota.step * step)
-    )
+    new: Value = rw.before(op).add(ops.Iota(length, iota.dtype, as_dim(iota.start + start * iota.step), iota.step * step))
     replace(rw, op, ops.Reshape(new, op.result.shape))
 
 

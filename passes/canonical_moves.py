@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.ir import Dim, Pattern, Rewriter, Shape, Value, as_dim, ops, same_dim
-from tilewright.passes.match import is_one, made_by, replace, same_shape, scalar
+from tilewright.passes.match import is_one, made_by, padded, replace, same_shape, scalar
 
 
 def known_elements(op: ops.Reshape | ops.Transpose | ops.Broadcast | ops.Slice | ops.Cast, rw: Rewriter) -> None:
@@ -32,7 +32,7 @@ def reshapes(op: ops.Reshape, rw: Rewriter) -> None:
 
 def broadcasts(op: ops.Broadcast, rw: Rewriter) -> None:
     """A broadcast to the same shape -> its operand; to ones in front -> a reshape; of a broadcast -> one broadcast."""
-    inner = made_by(op.x, ops.Broadcast)
+    inner, regrouped = made_by(op.x, ops.Broadcast), made_by(op.x, ops.Reshape)
     lead = len(op.shape) - op.x.tensor.rank
     if same_shape(op.shape, op.x.shape):
         replace(rw, op, op.x)
@@ -40,6 +40,8 @@ def broadcasts(op: ops.Broadcast, rw: Rewriter) -> None:
         replace(rw, op, ops.Broadcast(inner.x, op.shape))
     elif all(map(is_one, op.shape[:lead])) and same_shape(op.shape[lead:], op.x.shape):
         replace(rw, op, ops.Reshape(op.x, op.shape))
+    elif regrouped is not None and same_shape(padded(regrouped.x.shape, len(regrouped.shape)), regrouped.shape):
+        replace(rw, op, ops.Broadcast(regrouped.x, op.shape))
 
 
 def covers(op: ops.Slice) -> bool:
@@ -95,9 +97,7 @@ def slice_of_broadcast(op: ops.Slice, rw: Rewriter) -> None:
     if inner is None:
         return
     lead = len(inner.shape) - inner.x.tensor.rank
-    whole = [
-        (is_zero(a) and same_dim(b, n) and s == 1) for a, b, s, n in zip(op.starts, op.stops, op.steps, inner.shape)
-    ]
+    whole = [(is_zero(a) and same_dim(b, n) and s == 1) for a, b, s, n in zip(op.starts, op.stops, op.steps, inner.shape)]
     cut = [i for i in range(inner.x.tensor.rank) if not whole[lead + i] and not is_one(inner.x.shape[i])]
     x: Value = inner.x
     if cut:

@@ -71,9 +71,9 @@ def symbolic(op: Op) -> bool:
 def computed(rw: Rewriter, op: Op) -> Value | Op:
     """The result as a new weight, or as a ``core.full`` when all elements are equal."""
     array = np.asarray(evaluate(op, {v: v.load() for v in op.operands if isinstance(v, Weight)}))
-    first = array.reshape(-1)[:1]
-    if array.size and (array.view(np.uint8).reshape(array.size, -1) == first.view(np.uint8)).all():
-        return ops.Full(op.result.shape, first[0].item(), op.result.dtype)
+    rows = np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
+    if array.size and (rows == rows[0]).all():  # bit by bit: NaN is equal to itself, 0.0 is not to -0.0
+        return ops.Full(op.result.shape, array.reshape(-1)[0].item(), op.result.dtype)
     weights = [v for v in op.operands if isinstance(v, Weight)]
     base = weights[0].name if weights else op.loc.module or "constant"
     return rw.module.constant(array, f"{base}.{op.name.rpartition('.')[2]}")

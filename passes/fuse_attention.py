@@ -58,6 +58,8 @@ def attention(op: ops.Softmax, rw: Rewriter) -> None:
     shape = op.x.shape
     product = _values_product(op.result)
     if op.axis != len(shape) - 1 or product is None:
+        if any(isinstance(u, ops.Matmul) for u in op.result.users):
+            rw.skip(op, "something else than the product with the values takes the weights too")
         return
     found = Scores()
     try:

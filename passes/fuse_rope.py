@@ -166,7 +166,7 @@ def narrow(op: ops.Cast, rw: Rewriter) -> None:
     """``cast(rope(cast(x)))`` back to the type of x -> ``rope(x)``, which computes in f32 anyway."""
     flip = made_by(op.x, ops.Transpose)
     rope = made_by(flip.x if flip is not None else op.x, ops.Rope)
-    inside = made_by(rope.x, ops.Transpose) if rope is not None and flip is not None else None
+    inside = made_by(rope.x, ops.Transpose) if rope is not None else None
     if rope is None or not used_once(rope.result) or not used_once(op.x):
         return
     wide = made_by(inside.x if inside is not None else rope.x, ops.Cast)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from tilewright.ir import DType, Op, Shape, Value, as_dim, ops, same_dim
-from tilewright.passes.match import is_one, padded
+from tilewright.passes.masks_constant import constant_window
+from tilewright.passes.match import is_one, padded, same_shape
 
 _MIRRORED: dict[Any, Any] = {ops.Le: ops.Ge, ops.Ge: ops.Le, ops.Lt: ops.Gt, ops.Gt: ops.Lt}
 _QUERY, _KEY = -2, -1
@@ -101,21 +102,27 @@ def _conjunction(mask: Value) -> Iterator[Value]:
     if isinstance(op, ops.And) and mask.dtype is DType.bool:
         yield from _conjunction(op.a)
         yield from _conjunction(op.b)
-    elif isinstance(op, ops.Broadcast):
+    elif isinstance(op, ops.Broadcast) or (isinstance(op, ops.Reshape) and _only_leads(op)):
         yield from _conjunction(op.x)
     else:
         yield mask
+
+
+def _only_leads(op: ops.Reshape) -> bool:
+    """Whether a reshape only adds axes of size one in front."""
+    return len(op.x.shape) < len(op.shape) and same_shape(padded(op.x.shape, len(op.shape)), op.shape)
 
 
 def _read_part(known: Meaning, part: Value, q: Value, k: Value) -> Meaning:
     op = part.owner
     if isinstance(op, ops.Full) and op.value:
         return known
-    if isinstance(op, ops.Compare):
-        found = _read_compare(op, as_dim(k.shape[1] - q.shape[1]))
-        merged = _merge(known, found) if found is not None else None
-        if merged is not None:
-            return merged
+    found = _read_compare(op, as_dim(k.shape[1] - q.shape[1])) if isinstance(op, ops.Compare) else None
+    window = constant_window(part, q, k) if found is None else None
+    found = found if window is None else Meaning(causal=True, window=window)
+    merged = _merge(known, found) if found is not None else None
+    if merged is not None:
+        return merged
     shape = padded(part.shape, 4)
     keys = len(shape) == 4 and is_one(shape[1]) and is_one(shape[2])
     if keys and same_dim(shape[0], q.shape[0]) and same_dim(shape[3], k.shape[1]):
