@@ -154,10 +154,11 @@ def _attention(op: ops.Attention, k: Kernel, place: dict[Any, Any], schedule: At
     q, key, value = _view(op.q), _view(op.k), _view(op.v)
     heads, dim = op.q.shape[2:]
     spec = AttentionSpec(
-        int(heads), int(op.k.shape[2]), int(dim), int(op.v.shape[3]), op.q.dtype.value, op.result.dtype.value,
-        op.scale, op.causal, op.window, op.window_right, op.chunk, op.softcap, axes_of(op.mask), axes_of(op.bias),
-        op.bias.dtype.value if op.bias else "f32", op.sinks.dtype.value if op.sinks else None, op.padding is not None,
-        q.place, key.place, value.place,
+        heads=int(heads), kv_heads=int(op.k.shape[2]), dim=int(dim), vdim=int(op.v.shape[3]),
+        dtype=op.q.dtype.value, out_dtype=op.result.dtype.value, scale=op.scale, causal=op.causal, window=op.window,
+        window_right=op.window_right, chunk=op.chunk, softcap=op.softcap, mask=axes_of(op.mask), bias=axes_of(op.bias),
+        bias_dtype=op.bias.dtype.value if op.bias else "f32", sinks=op.sinks.dtype.value if op.sinks else None,
+        padding=op.padding is not None, q=q.place, k=key.place, v=value.place,
     )  # fmt: skip
     b, s, t = op.q.shape[0], op.q.shape[1], op.k.shape[1]
     extra = (_at(place, v) for v in (op.mask, op.bias, op.sinks, op.padding))
@@ -169,8 +170,9 @@ def _attention(op: ops.Attention, k: Kernel, place: dict[Any, Any], schedule: At
 def _attend(op: ops.Attend, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Dim:
     q, layout = _view(op.q), cache_layout(op.cache.cache, target)
     spec = AttendSpec(
-        int(op.q.shape[2]), layout, op.q.dtype.value, op.result.dtype.value, op.scale, op.window, op.chunk, op.softcap,
-        axes_of(op.bias), op.bias.dtype.value if op.bias else "f32", op.sinks.dtype.value if op.sinks else None, q.place,
+        heads=int(op.q.shape[2]), cache=layout, dtype=op.q.dtype.value, out_dtype=op.result.dtype.value, scale=op.scale,
+        window=op.window, chunk=op.chunk, softcap=op.softcap, bias=axes_of(op.bias),
+        bias_dtype=op.bias.dtype.value if op.bias else "f32", sinks=op.sinks.dtype.value if op.sinks else None, q=q.place,
     )  # fmt: skip
     b, s = op.q.shape[:2]
     extra = (_at(place, v) for v in (op.bias, op.sinks))
@@ -182,7 +184,7 @@ def _attend(op: ops.Attend, k: Kernel, place: dict[Any, Any], schedule: Attentio
 def _append(op: ops.Append, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Dim:
     key, value = _view(op.k), _view(op.v)
     layout: CacheLayout = cache_layout(op.cache.cache, target)
-    spec = AppendSpec(layout, op.k.dtype.value, key.place, value.place)
+    spec = AppendSpec(layout, op.k.dtype.value, k=key.place, v=value.place)
     b, s = op.k.shape[:2]
     buffers = AppendBuffers(*place[op.cache], place[key.source], place[value.source], _at(place, op.start))
     emit_append(k, spec, dim_value(s, k.dims), buffers)

@@ -56,15 +56,27 @@ class TvmEmitter:
             raise CodegenError(f"{self.name} takes a tvm schedule, not {schedule}")
         op = kernel.body[0]
         dims = tuple(kernel.symbols())
-        inner = min(schedule.inner, max(op.results[0].tensor.rank - 1, 1))
-        function = lower(op, kernel, dims, inner, schedule)
+        outer = split_axes(op.results[0].shape, schedule.inner)
+        function = lower(op, kernel, dims, outer, schedule)
         scratch = tuple(buffer_bytes(b) for b in function.body.block.alloc_buffers)
         function = with_pointers(function, dims)
-        tasks: Dim = as_dim(product(op.results[0].shape[: op.results[0].tensor.rank - inner]))
+        tasks: Dim = as_dim(product(op.results[0].shape[:outer]))
         return KernelCode(symbol, compile_tir(function, symbol, target), dims, tasks, scratch=scratch)
 
 
-def lower(op: Op, kernel: Function, dims: Sequence[str], inner: int, schedule: TvmSchedule) -> Any:
+def split_axes(shape: Sequence[Dim], inner: int) -> int:
+    """How many leading axes of the result the tasks run over.
+
+    Fusing an axis whose size is not known when compiling would make indices that TVM cannot analyse: such an axis may
+    only come first.
+    """
+    count = 1
+    while count < len(shape) - inner and isinstance(shape[count], int):
+        count += 1
+    return count
+
+
+def lower(op: Op, kernel: Function, dims: Sequence[str], outer: int, schedule: TvmSchedule) -> Any:
     """TIR of ``op`` over buffers ``args..., results...``, scheduled."""
     from tvm import te, tirx
 
@@ -77,10 +89,10 @@ def lower(op: Op, kernel: Function, dims: Sequence[str], inner: int, schedule: T
     results = TABLE[type(op)](op, [None if v is None else wide[v] for v in op.operand_slots()], names)
     outputs = [narrowed(t, r.dtype) for t, r in zip(results, op.results)]
     function = te.create_prim_func([*inputs.values(), *outputs])
-    return scheduled(function, [t.op.name for t in outputs], inner, schedule)
+    return scheduled(function, [t.op.name for t in outputs], outer, schedule)
 
 
-def scheduled(function: Any, outputs: Sequence[str], inner: int, schedule: TvmSchedule) -> Any:
+def scheduled(function: Any, outputs: Sequence[str], outer: int, schedule: TvmSchedule) -> Any:
     """One outer loop over tasks; in it, everything that leads to the outputs."""
     from tvm import s_tir
 
@@ -92,9 +104,7 @@ def scheduled(function: Any, outputs: Sequence[str], inner: int, schedule: TvmSc
                 sch.compute_inline(block)
     main = sch.get_sblock(outputs[-1])
     loops = sch.get_loops(main)
-    spatial = [x for x in loops if is_spatial(sch, main, x)]
-    outer = spatial[: len(spatial) - inner] or spatial[:0]
-    tasks = sch.fuse(*outer) if len(outer) > 1 else outer[0] if outer else sch.add_unit_loop(loops[0])
+    tasks = sch.fuse(*loops[:outer]) if outer > 1 else loops[0]
     rest = [b for b in blocks_of(sch) if sch.get(b).name_hint != outputs[-1]]
     for block in reversed(rest):
         # Another output reads this one (values by their indices); everything else comes before it.
@@ -112,12 +122,6 @@ def blocks_of(sch: Any) -> list[Any]:
 
 def is_reduction(sch: Any, block: Any) -> bool:
     return any(v.iter_type == 2 for v in sch.get(block).iter_vars)
-
-
-def is_spatial(sch: Any, block: Any, loop: Any) -> bool:
-    """Whether a loop runs over an axis of the result: loops stand in the order of the block's axes."""
-    place = [sch.get(x).loop_var for x in sch.get_loops(block)].index(sch.get(loop).loop_var)
-    return sch.get(block).iter_vars[place].iter_type != 2
 
 
 def arrange(sch: Any, block: Any, tasks: Any, schedule: TvmSchedule) -> None:
