@@ -37,8 +37,7 @@ def square(shapes: ShapeValues, value: Value, n: int) -> Array:
     if n * n * (heads or [1])[0] > MAX_ELEMENTS:
         raise refuse(
             value,
-            f"makes a mask or bias of {n} x {n} for each head, too large to be evaluated; "
-            "give kv-layout a smaller length",
+            f"makes a mask or bias of {n} x {n} for each head, too large to be evaluated; give kv-layout a smaller length",
         )
     array = shapes.at(value, n)
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)

@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "relative-window": {"bias": tiny.relative, "attention": {"causal": True, "window": 5}},
     "uneven": {"bias": tiny.uneven},
     "merged": {"rope": True, "merged": True},
+    "no attention": {"layers": 0},
 }
 
 
