@@ -16,7 +16,7 @@ from tilewright.runtime.native import Library
 from tilewright.runtime.session import Session
 from tilewright.runtime.weights import data_offset
 
-_ATTEMPTS = 3
+_ATTEMPTS = 10
 
 
 class Weights:
