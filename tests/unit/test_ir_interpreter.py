@@ -1,6 +1,5 @@
 """Running modules: inputs, dims, weights, kernels, freeing, errors."""
 
-import gc
 import weakref
 
 import numpy as np
@@ -154,7 +153,6 @@ def test_values_live_until_their_last_use() -> None:
     alive: list[list[bool]] = []
 
     def observer(op: Op, results: object) -> None:
-        gc.collect()
         alive.append([r() is not None for r in made])
         made.extend(weakref.ref(r) for r in results)  # type: ignore[attr-defined]
 
