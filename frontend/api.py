@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from tilewright.frontend.convert import Sources, convert
+from tilewright.frontend.convert import Sources, convert, drop_dead
 from tilewright.frontend.export import export
 from tilewright.frontend.pretrained import Recipe, is_pretrained, recipe
-from tilewright.ir.core import Module, Op, Return, Value
+from tilewright.ir.core import Module, Return, Value
 from tilewright.ir.errors import CheckpointError, TraceError
 from tilewright.ir.verifier import verify
 
@@ -107,8 +107,4 @@ def _drop_outputs_without_weights(module: Module, missing: set[str]) -> None:
     ends.drop()
     function.append(Return(kept, loc=ends.loc))
     module.meta["outputs"] = json.dumps(names)
-    dead: list[Op] = [op for op in reversed(function.body) if not isinstance(op, Return)]
-    for op in dead:
-        if not any(r.users for r in op.results):
-            op.drop()
-    module.weights = {n: w for n, w in module.weights.items() if w.users}
+    drop_dead(module)

@@ -181,15 +181,14 @@ def dropout(c: Context, x: Value, p: float, train: bool | None) -> Any:
 def binary(c: Context, kind: type[Op], x: Any, y: Any, dtype: DType | None = None) -> Value:
     """``kind`` of two operands in ``dtype`` (the node's own when None).
 
-    torch does not round a plain number to a narrow float before it computes with it; where that shows, the operation
-    is done in f32.
+    torch does not round a plain number to a narrow float before it multiplies or divides with it; where that shows, the
+    operation is done in f32.
     """
     dtype = dtype or c.out.dtype
     plain = [v for v in (x, y) if isinstance(v, (int, float))]
-    if all(is_exact(v, dtype) for v in plain):
+    if kind not in (ops.Mul, ops.Div) or all(is_exact(v, dtype) for v in plain):
         return c(kind, c.value(x, dtype), c.value(y, dtype))
-    wide = c(kind, c.value(x, DType.f32), c.value(y, DType.f32))
-    return wide if wide.dtype is DType.bool else c.cast(wide, dtype)
+    return c.cast(c(kind, c.value(x, DType.f32), c.value(y, DType.f32)), dtype)
 
 
 def _scaled(c: Context, y: Any, alpha: Any) -> Any:

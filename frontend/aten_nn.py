@@ -107,9 +107,7 @@ def native_layer_norm(
 
 
 @lowers(aten.rms_norm.default)
-def rms_norm(
-    c: Context, x: Value, shape: Sequence[Dim], weight: Value | None = None, eps: float | None = None
-) -> Value:
+def rms_norm(c: Context, x: Value, shape: Sequence[Dim], weight: Value | None = None, eps: float | None = None) -> Value:
     if eps is None:
         eps = torch.finfo(c.node.meta["val"].dtype).eps
     flat, (w,) = _over_last(c, x, shape, weight)
@@ -204,6 +202,24 @@ def batch_norm_inference(
     eps: float,
 ) -> tuple[Value, Value, Value]:
     return _scale_shift(c, x, weight, bias, mean, var, eps), mean, var
+
+
+@lowers(aten.instance_norm.default)
+def instance_norm(
+    c: Context,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value | None,
+    var: Value | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Value:
+    if not use_input_stats and mean is not None and var is not None:
+        return _scale_shift(c, x, weight, bias, mean, var, eps)
+    return c(ops.GroupNorm, x, weight, bias, int(x.shape[1]), eps)
 
 
 # ---- convolution and pooling ---------------------------------------------------------------------------------------

@@ -116,9 +116,7 @@ def var_mean(
 
 
 @lowers(aten.linalg_vector_norm.default)
-def vector_norm(
-    c: Context, x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Value:
+def vector_norm(c: Context, x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
     x = c.cast(x, c.out.dtype)
     if ord == 2:
         return c(ops.Sqrt, reduce(c, c(ops.Mul, x, x), "sum", dim, keepdim))

@@ -67,7 +67,7 @@ class _Conversion:
                     self.output(node, keep)
                 else:
                     raise UnsupportedError(f"a graph node of kind {node.op} ({node.target})", self.c.b.loc)
-        self.drop_unused()
+        drop_dead(self.module)
         return self.module
 
     # -- inputs ------------------------------------------------------------------------------------------------------
@@ -172,9 +172,6 @@ class _Conversion:
         self.function.append(Return(tuple(returned.values()), loc=Loc(self.locator.root)))
         self.module.meta["outputs"] = json.dumps(list(returned))
 
-    def drop_unused(self) -> None:
-        self.module.weights = {n: w for n, w in self.module.weights.items() if w.users}
-
     # -- refusals ----------------------------------------------------------------------------------------------------
 
     def refuse(self, node: fx.Node) -> None:
@@ -202,6 +199,14 @@ class _Conversion:
             "between calls\n  remedy: return the new value and pass it in again",
             loc,
         )
+
+
+def drop_dead(module: Module) -> None:
+    """Leave out operations and weights that no result needs."""
+    for op in reversed(module.functions[ENTRY].body[:-1]):
+        if not any(r.users for r in op.results):
+            op.drop()
+    module.weights = {n: w for n, w in module.weights.items() if w.users}
 
 
 def _output_names(spec: Any) -> list[str]:

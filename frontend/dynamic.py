@@ -46,9 +46,7 @@ class DimSpec:
             return given
         name, *bounds = (given,) if isinstance(given, str) else tuple(given)
         if not isinstance(name, str) or not name.isidentifier() or name != name.upper() or len(bounds) not in (0, 2):
-            raise TraceError(
-                f'dynamic: {where} is {given!r}; expected an upper case name such as "B", or ("B", low, high)'
-            )
+            raise TraceError(f'dynamic: {where} is {given!r}; expected an upper case name such as "B", or ("B", low, high)')
         return cls(name, *bounds, origin="given") if bounds else cls(name)
 
 

@@ -145,6 +145,8 @@ def _needs_work(node: fx.Node) -> bool:
         return True
     if node.op != "call_function" or node.target in IGNORED or node.target in TABLE:
         return False
+    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
+        return False
     return isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
 
 

@@ -32,9 +32,7 @@ class Recipe:
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether ``model`` is one of transformers', without importing transformers to find out."""
-    return any(
-        t.__name__ == "PreTrainedModel" and t.__module__.startswith("transformers.") for t in type(model).__mro__
-    )
+    return any(t.__name__ == "PreTrainedModel" and t.__module__.startswith("transformers.") for t in type(model).__mro__)
 
 
 def task_of(model: Any) -> str:

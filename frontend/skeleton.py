@@ -67,9 +67,7 @@ def model_class(config: Any, task: str | None) -> Any:
         return found[0] if isinstance(found, tuple) else found
     names = getattr(config, "architectures", None) or []
     if len(names) != 1 or not hasattr(transformers, names[0]):
-        raise UnsupportedError(
-            f"config.json names the architectures {names}, expected one of transformers'; give a task"
-        )
+        raise UnsupportedError(f"config.json names the architectures {names}, expected one of transformers'; give a task")
     return getattr(transformers, names[0])
 
 

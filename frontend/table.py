@@ -116,8 +116,9 @@ class Context:
     # -- moving elements -------------------------------------------------------------------------------------------
 
     def reshape(self, x: Value, shape: Sequence[Dim]) -> Value:
-        """``x`` under another shape; one size may be -1."""
+        """``x`` under another shape; one size may be -1. A reshape of a reshape becomes one."""
         shape = self._filled(x, list(shape))
+        x = x.owner.x if isinstance(x.owner, Reshape) else x
         if len(shape) == x.tensor.rank and all(map(same_dim, shape, x.shape)):
             return x
         return self(Reshape, x, tuple(shape))

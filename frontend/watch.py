@@ -11,6 +11,7 @@ from tilewright.ir.core import Loc
 from tilewright.ir.errors import TraceError
 
 _TABLES = ("_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks")
+_TORCH_OWN = ("_flat_weights", "_flat_weight_refs")  # a recurrent layer's other names for its parameters
 
 
 def _mark(value: Any) -> Any:
@@ -26,7 +27,7 @@ def _mark(value: Any) -> Any:
 
 
 def _marks(module: nn.Module) -> dict[str, Any]:
-    return {k: _mark(v) for k, v in module.__dict__.items() if k not in _TABLES}
+    return {k: _mark(v) for k, v in module.__dict__.items() if k not in _TABLES + _TORCH_OWN}
 
 
 class AttributeWatch:
