@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +25,6 @@ from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter
 
-if TYPE_CHECKING:
-    pass
-
-Model = "torch.nn.Module | str | os.PathLike[str] | Module"
 Progress = Callable[[str, int, int], None]
 _CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -43,6 +39,7 @@ def compile(
     target: str = "native",
     max_length: int | None = None,
     dtype: str | None = None,
+    task: str | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -52,6 +49,8 @@ def compile(
     ``{"x": {0: "B"}}``), the path of a Hugging Face folder, or a module of our IR. ``passes`` is a pipeline
     (``"O2"``, ``"w8a16"``, or a list of passes), ``target`` a CPU (``"native"``, ``"cpu{arch=x86-64-v3}"``).
     ``max_length`` is the capacity of the KV cache in tokens, ``dtype`` the element type to load a folder's weights in.
+    ``task="causal-lm"`` says that a module of your own maps token ids ``[B, S]`` to logits ``[B, S, V]`` causally, so that
+    it gets a KV cache; Hugging Face models say so themselves.
     The artifact is written to ``out``, or kept in a temporary folder until :meth:`Compiled.save`.
 
     Raises a subclass of ``TilewrightError`` that names the module, the op and the line it is about.
@@ -61,6 +60,7 @@ def compile(
     pipeline = with_length(Pipeline.parse(passes), max_length)
     with started("trace"):
         module, source = trace(model, args, kwargs, dynamic, dtype)
+        module.meta |= {"task": task} if task else {}
     return lower(module, pipeline, cpu, source=source, out=out, stages=started)
 
 
