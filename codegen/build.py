@@ -21,6 +21,7 @@ from tilewright.codegen.kernel import Emitter, KernelCode
 from tilewright.codegen.link import link
 from tilewright.codegen.program import Program, behind, entry_dims
 from tilewright.codegen.schedule import Schedule
+from tilewright.codegen.store import KernelStore, kernel_key
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import Dim, Function, Module, State, Value, Weight, canonical, dim_text, ops, print_module
 from tilewright.runtime.artifact import (
@@ -53,6 +54,8 @@ class KernelRow:
     code_bytes: int
     seconds: float
     calls: int
+    stored: bool
+    """Whether the code was found in the kernel store instead of being compiled."""
 
 
 @dataclass
@@ -67,12 +70,16 @@ class BuildReport:
 
 @dataclass
 class Build:
-    """One build of ``module`` for ``target``. ``schedules`` overrides the default schedule of kernels by name."""
+    """One build of ``module`` for ``target``.
+
+    ``schedules`` overrides the default schedule of kernels by name; ``store`` keeps compiled kernels between builds.
+    """
 
     module: Module
     target: CpuTarget
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
     progress: Progress = lambda stage, done, total: None
+    store: KernelStore | None = None
     report: BuildReport = field(default_factory=BuildReport)
 
     def write(self, out: ArtifactWriter, meta: Mapping[str, str]) -> Manifest:
@@ -106,17 +113,24 @@ class Build:
             codes[name] = self.compile_kernel(self.module.functions[name], calls[name])
             (folder / f"{name}.o").write_bytes(codes[name].object)
         self.progress("kernels", len(calls), len(calls))
+        if self.store:
+            self.store.prune()
         return codes
 
     def compile_kernel(self, kernel: Function, calls: int) -> KernelCode:
         start = time.perf_counter()
         emitter: Emitter = choose(kernel, self.target)
         schedule = self.schedules.get(kernel.name) or emitter.default_schedule(kernel, self.target)
-        code = emitter.emit(kernel, schedule, self.target, f"tw_{kernel.name}")
+        key = kernel_key(kernel, emitter, schedule, self.target)
+        found = self.store.get(key) if self.store else None
+        code = found or emitter.emit(kernel, schedule, self.target, f"tw_{key[:16]}")
+        if self.store and not found:
+            self.store.put(key, code)
         names = " ".join(op.name for op in kernel.body[:-1])
         seconds = time.perf_counter() - start
         text, size = canonical(kernel), len(code.object)
-        self.report.kernels.append(KernelRow(kernel.name, names, text, emitter.name, str(schedule), size, seconds, calls))
+        where = (emitter.name, str(schedule))
+        self.report.kernels.append(KernelRow(kernel.name, names, text, *where, size, seconds, calls, found is not None))
         return code
 
     def write_weights(self, out: ArtifactWriter, codes: Mapping[str, KernelCode]) -> dict[tuple[str, str], int]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.build import Build
+from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import CpuTarget, parse_target
 from tilewright.ir import Module, TilewrightError
 from tilewright.passes.base import PassContext
@@ -102,7 +103,7 @@ def lower(
     holder = None if out is not None else Holder()
     path = Path(out) if out is not None else holder.path  # type: ignore[union-attr]
     with stages("build"), ArtifactWriter(path) as writer:
-        build = Build(module, target, progress=stages.progress)
+        build = Build(module, target, progress=stages.progress, store=KernelStore(default_folder()))
         manifest = build.write(writer, {**module.meta, "pipeline": str(pipeline)})
         carry(source, writer)
         report.kernels = [asdict(k) for k in build.report.kernels]
