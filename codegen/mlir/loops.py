@@ -10,14 +10,14 @@ f32 and rounded when they are stored. An index out of range reads the nearest el
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.loops_compute import refusal
-from tilewright.codegen.mlir.loops_plan import grain, make_plan, result_sets, rows_on_stack, shared_axes
+from tilewright.codegen.mlir.loops_cost import grain, result_sets, rows_on_stack
+from tilewright.codegen.mlir.loops_plan import make_plan, shared_axes
 from tilewright.codegen.schedule import Schedule, knob
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import CodegenError, Function, KVType, Op, TensorType, Value, ops
@@ -57,9 +57,8 @@ class LoopsEmitter:
 
     def default_schedule(self, kernel: Function, target: CpuTarget) -> LoopsSchedule:
         """A good schedule by rule: two vectors at a time where elements are short and only move."""
-        moves = all(rd.is_move(op) or isinstance(op, (*rd.CREATION, *rd.PIECES)) for op in kernel.body[:-1])
         short = all(v.dtype.size <= 2 for v in kernel.returns)
-        return LoopsSchedule(width=2 if moves and short else 1)
+        return LoopsSchedule(width=2 if short and rd.only_moves(kernel) else 1)
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         """The code of ``kernel`` under the name ``symbol``. Raises CodegenError when ``match`` gives a reason."""
@@ -72,7 +71,7 @@ class LoopsEmitter:
         plan = make_plan(kernel, schedule.task, target.lanes * schedule.width)
         built = build(kernel, plan, schedule, target, symbol)
         dims = tuple(kernel.symbols())
-        return KernelCode(symbol, compile_kernel(built), dims, plan.tasks, grain(kernel, plan))
+        return KernelCode(symbol, compile_kernel(built), dims, plan.tasks, grain(kernel, plan.work))
 
 
 def _op_refusal(op: Op) -> str | None:
@@ -83,16 +82,9 @@ def _op_refusal(op: Op) -> str | None:
         return refusal(op)
     if isinstance(op, rd.ROWS) and not op.operands[0].dtype.is_float:
         return f"{op.name} of {op.operands[0].dtype.value}"
-    if picked := [v for v in _tables(op) if v.owner is not None and not _is_cheap(v.owner)]:
+    if picked := [v for v in rd.tables(op) if v.owner is not None and not _is_cheap(v.owner)]:
         return f"{op.name} reads single elements of {picked[0].owner.name}"  # type: ignore[union-attr]
     return None
-
-
-def _tables(op: Op) -> Sequence[Value]:
-    """Operands that are read at places found in data."""
-    if not rd.picks_data(op):
-        return ()
-    return (op.table,) if isinstance(op, ops.Embedding) else (op.operands[0],)
 
 
 def _is_cheap(op: Op) -> bool:

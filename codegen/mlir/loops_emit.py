@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.builder import Kernel
 from tilewright.codegen.mlir.loops_eval import Evaluator
-from tilewright.codegen.mlir.loops_index import Index, Poly, Var, delinear, linear
-from tilewright.codegen.mlir.loops_plan import Group, Plan
+from tilewright.codegen.mlir.loops_index import Index, Poly, Var
+from tilewright.codegen.mlir.loops_plan import TILE, Group, Plan
+from tilewright.codegen.mlir.loops_shapes import delinear, linear
 from tilewright.codegen.mlir.value import Val
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import Function, Value
@@ -23,7 +25,7 @@ def build(kernel: Function, plan: Plan, schedule: LoopsSchedule, target: CpuTarg
     with Kernel(symbol, target, tuple(kernel.symbols()), specs) as k:
         arguments = dict(zip(kernel.args, k.buffers))
         lanes = target.lanes * schedule.width
-        evaluator = Evaluator(k, arguments, plan.buffered, lanes, schedule.streams)
+        evaluator = Evaluator(k, arguments, plan.buffered, lanes, schedule.streams, rd.only_moves(kernel))
         _Writer(evaluator, kernel, plan, schedule.unroll).write()
     return k
 
@@ -33,11 +35,11 @@ class _Writer:
         self.ev, self.plan, self.unroll = evaluator, plan, unroll
         self.results: tuple[Value, ...] = kernel.returns
         self.outputs = evaluator.kernel.buffers[len(kernel.args):]
-        self.spaces = [(*plan.outer[:len(plan.outer) - bool(plan.block)], *g.dims) for g in plan.groups]
+        self.spaces = [(*plan.lead, *g.dims) for g in plan.groups]
 
     def write(self) -> None:
         k, plan = self.ev.kernel, self.plan
-        if plan.block and len(plan.outer) == 1:
+        if plan.block and not plan.lead:
             self._flat()
             return
         with self.ev.loop(k.begin, k.end) as loop:
@@ -80,7 +82,7 @@ class _Writer:
     def _loops(self, group: Group, space: tuple[Poly, ...], outer: Index, order: tuple[int, ...],
                at: dict[int, Poly]) -> None:
         if not order:
-            self._store(group, space, (*outer, *(at[axis] for axis in range(len(group.dims)))))
+            self._leaf(group, space, outer, tuple(at[axis] for axis in range(len(group.dims))))
             return
         axis, *rest = order
         if axis == group.vector:
@@ -94,6 +96,21 @@ class _Writer:
             return []
 
         self.ev.each(Poly(), group.dims[axis], body, [])
+
+    def _leaf(self, group: Group, space: tuple[Poly, ...], outer: Index, inner: Index) -> None:
+        tiled = self.plan.tiled
+        if tiled is None:
+            self._store(group, space, (*outer, *inner))
+            return
+        start, n = outer[tiled] * TILE, space[tiled]
+        stop = self.ev.number(start + TILE).min(self.ev.number(n))
+
+        def body(i: Var, carry: list[Val]) -> list[Val]:
+            place = Poly.of(self.ev.variable(0, n - 1, i.val))
+            self._store(group, space, (*outer[:tiled], place, *outer[tiled + 1:], *inner))
+            return []
+
+        self.ev.each(start, Poly.of(self.ev.variable(0, n, stop)), body, [])
 
     def _vectors(self, group: Group, space: tuple[Poly, ...], outer: Index, order: tuple[int, ...],
                  at: dict[int, Poly], start: Poly, stop: Poly) -> None:

@@ -13,20 +13,10 @@ from torch_mlir.dialects import vector
 from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.loops_compute import compute, compute_dtype
-from tilewright.codegen.mlir.loops_index import (
-    Complex,
-    Index,
-    Poly,
-    Var,
-    at_most,
-    lane_form,
-    less,
-    linear,
-    size,
-    substitute_all,
-)
+from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, at_most, lane_form, less, substitute_all
 from tilewright.codegen.mlir.loops_rows import Rows
 from tilewright.codegen.mlir.loops_scope import Nest
+from tilewright.codegen.mlir.loops_shapes import linear, size
 from tilewright.codegen.mlir.value import Val, constant, iota, mlir_type, shuffle
 from tilewright.ir import Dim, Op, Value, ops
 
@@ -37,13 +27,17 @@ class Evaluator(Rows, Nest):
     """``value(v, index)`` emits one element of ``v``, or the lanes of a vector when the index has a vector variable."""
 
     def __init__(self, kernel: Kernel, buffers: Mapping[Value, Buffer], buffered: Collection[Value], lanes: int,
-                 unroll: int) -> None:
-        """``buffered`` are the values whose rows are kept on the stack."""
+                 unroll: int, moves: bool) -> None:
+        """``buffered`` are the values whose rows are kept on the stack; ``moves``: no number is ever computed with."""
         super().__init__(kernel, lanes)
-        self.buffers, self.buffered, self.unroll = buffers, buffered, unroll
+        self.buffers, self.buffered, self.unroll, self.moves = buffers, buffered, unroll, moves
+
+    def dtype(self, v: Value) -> str:
+        """The element type of ``v`` in registers: narrow floats widen, unless they only move."""
+        return v.dtype.value if self.moves else compute_dtype(v.dtype)
 
     def value(self, v: Value, index: Index) -> Val:
-        """``v[index]`` in its compute type."""
+        """``v[index]``, of type ``dtype(v)``."""
         depth = max((i.depth for i in index), default=0)
         return self.memo((v, index), depth, lambda: self._make(v, index))
 
@@ -63,7 +57,7 @@ class Evaluator(Rows, Nest):
             places = rd.reads(op, index, self._pick)
             values = [self.value(*place) for place in places]
             return values[0] if rd.is_move(op) else compute(op, values)
-        dtype = compute_dtype(op.result.dtype)
+        dtype = self.dtype(op.result)
         match op:
             case ops.Full():
                 return constant(op.value, dtype)
@@ -83,7 +77,7 @@ class Evaluator(Rows, Nest):
 
     def _load(self, v: Value, index: Index) -> Val:
         buffer = self.buffers[v]
-        return self.load(buffer, linear(index, v.shape)).to(compute_dtype(v.dtype))
+        return self.load(buffer, linear(index, v.shape)).to(self.dtype(v))
 
     def load(self, buffer: Buffer, place: Poly) -> Val:
         """The element at ``place``, or the vector when it has a vector variable; raises `Complex`."""
@@ -116,7 +110,7 @@ class Evaluator(Rows, Nest):
     def _by_lane(self, v: Value, index: Index) -> Val:
         """A vector made lane by lane through a few bytes of stack: where lanes go separate ways."""
         var = next(i.lane for i in index if i.lane is not None)
-        spill = self.kernel.scratch(var.lanes, compute_dtype(v.dtype))
+        spill = self.kernel.scratch(var.lanes, self.dtype(v))
         stop = constant(var.lanes) if var.remaining is None else var.remaining.min(constant(var.lanes))
         with self.loop(0, stop) as loop:
             one = self.variable(var.lo, var.hi, var.val + loop.index)
@@ -160,7 +154,7 @@ class Evaluator(Rows, Nest):
         return self.kernel.branch(condition, *sides)[0]
 
     def _pad(self, op: ops.Pad, index: Index) -> Val:
-        filler = constant(op.value, compute_dtype(op.x.dtype))
+        filler = constant(op.value, self.dtype(op.x))
         conditions: list[Val] = []
         for i, first, last in rd.pad_ranges(op, index):
             if less(i, first) or at_most(last, i):

@@ -8,28 +8,18 @@ which places of the innermost axis the formula changes, and on which axes reduct
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import sympy
 
 from tilewright.codegen.mlir import loops_reads as rd
-from tilewright.codegen.mlir.loops_index import (
-    Index,
-    Poly,
-    Var,
-    as_dim,
-    at_most,
-    delinear,
-    floor_div,
-    less,
-    linear,
-    modulo,
-    size,
-)
-from tilewright.codegen.mlir.loops_rows import fits_stack, keeps_exponentials
-from tilewright.ir import Dim, Function, Op, Shape, Value, ops, product
+from tilewright.codegen.mlir.loops_cost import result_sets, rows_on_stack
+from tilewright.codegen.mlir.loops_index import Index, Poly, Var, at_most, floor_div, less, modulo
+from tilewright.codegen.mlir.loops_shapes import as_dim, delinear, linear, size
+from tilewright.ir import Dim, Function, Op, Shape, Value, ops
 
 FEW = 4
+TILE = 16
 _SEGMENTS = 8
 Space = tuple[Poly, ...]
 
@@ -48,12 +38,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tasks run over ``outer``, row-major; in each, the groups' loops. ``block`` cuts the vector axis into tasks."""
+    """Tasks run over ``outer``, row-major; in each, the groups' loops. ``block`` cuts the vector axis into tasks.
 
-    outer: Space
+    ``tiled`` is an outer axis of which a task does `TILE` places: they run innermost, since they are neighbours in the
+    memory that a transposition reads.
+    """
+
+    lead: Space
     groups: tuple[Group, ...]
     block: int
     buffered: frozenset[Value]
+    tiled: int | None = None
+
+    @property
+    def outer(self) -> Space:
+        """The axes that tasks run over."""
+        axes = list(self.lead)
+        if self.tiled is not None:
+            axes[self.tiled] = floor_div(axes[self.tiled] + (TILE - 1), TILE)
+        if self.block:
+            axes.append(floor_div(self.groups[0].dims[-1] + (self.block - 1), self.block))
+        return tuple(axes)
 
     @property
     def tasks(self) -> Dim:
@@ -63,10 +68,9 @@ class Plan:
     @property
     def work(self) -> Dim:
         """About ``tasks``, without rounding up."""
-        if not self.block:
-            return self.tasks
-        whole = _count((*self.outer[:-1], *self.groups[0].dims))
-        return sympy.sympify(as_dim(whole)) / self.block
+        if self.block:
+            return sympy.sympify(as_dim(_count((*self.lead, *self.groups[0].dims)))) / self.block
+        return sympy.sympify(as_dim(_count(self.lead))) / (TILE if self.tiled is not None else 1)
 
 
 class Survey:
@@ -203,20 +207,9 @@ def make_plan(kernel: Function, limit: int, lanes: int) -> Plan:
         group = Group(tuple(sets[0]), (), (), None)
         return Plan(space, (group,), 0, buffered)
     first = _first_inner(survey, limit)
-    block = _block(survey, first, vector, limit)
-    group = _group(sets[0], survey, first, vector)
-    outer = space[:first]
-    if block:
-        outer = (*outer, floor_div(space[-1] + (block - 1), block))
-    return Plan(outer, (group,), block, buffered)
-
-
-def result_sets(kernel: Function) -> list[list[int]]:
-    """Results by their number of elements; those of equal number share a nest."""
-    sets: dict[Poly, list[int]] = {}
-    for i, value in enumerate(kernel.returns):
-        sets.setdefault(size(product(value.shape)), []).append(i)
-    return list(sets.values())
+    tiled = _tiled(survey, first, vector)
+    block = 0 if tiled is not None else _block(survey, first, vector, limit)
+    return Plan(space[:first], (_group(sets[0], survey, first, vector),), block, buffered, tiled)
 
 
 def shared_axes(kernel: Function) -> Shape:
@@ -277,6 +270,21 @@ def _first_inner(survey: Survey, limit: int) -> int:
     return first
 
 
+def _tiled(survey: Survey, first: int, vector: int | None) -> int | None:
+    """The outer axis along which an access is contiguous that is strided along the vectors."""
+    if vector is None or survey.row_vars or survey.inner_vars or first < len(survey.space) - 1:
+        return None
+    last = survey.vars[-1]
+    for place in survey.places:
+        factors = {atoms: factor for atoms, factor in place.terms if not any(q in atoms for q in place.quotients())}
+        if ((last,) in factors and factors[last,] == 1) or not any(last in atoms for atoms in factors):
+            continue
+        for axis, var in enumerate(survey.vars[:first]):
+            if factors.get((var,)) == 1:
+                return axis
+    return None
+
+
 def _block(survey: Survey, first: int, vector: int | None, limit: int) -> int:
     """Elements of the vector axis that are one task, 0 when it is not cut."""
     plain = not survey.row_vars and not survey.inner_vars
@@ -308,105 +316,3 @@ def _count(space: Space) -> Poly:
     for n in space:
         total = total * n
     return total
-
-
-# --- what it costs ------------------------------------------------------------------------------------------------
-
-_DEAR = {
-    ops.Exp: 8, ops.Log: 8, ops.Log1p: 12, ops.Sin: 10, ops.Cos: 10, ops.Tanh: 12, ops.Sigmoid: 10, ops.Silu: 10,
-    ops.Erf: 14, ops.Gelu: 14, ops.GeluTanh: 12, ops.Softplus: 20, ops.Pow: 30, ops.Div: 2, ops.Sqrt: 2, ops.Rsqrt: 4,
-    ops.Mod: 20, ops.FloorDiv: 20, ops.Softmax: 14, ops.LayerNorm: 4, ops.RmsNorm: 3, ops.GroupNorm: 4, ops.Rope: 2,
-}  # fmt: skip
-_DEARER_THAN_A_LOAD = 8
-
-
-def op_weight(op: Op) -> int:
-    """Rough cost of one element, in additions."""
-    return 0 if isinstance(op, rd.CREATION) else _DEAR.get(type(op), 1)
-
-
-@dataclass
-class _Passes:
-    """In which loops each value of a kernel is computed, and how dear one element of it is."""
-
-    kernel: Function
-    loops: dict[Value, set[object]] = field(default_factory=dict)
-    weights: dict[Value, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for op in self.kernel.body[:-1]:
-            for result in op.results:
-                self.weights[result] = self.weight(op)
-
-    def weight(self, op: Op) -> int:
-        if isinstance(op, ops.Reduce) and not rd.is_trailing(op):
-            return 50
-        if isinstance(op, rd.FOLDS):
-            return 0
-        last = op.result.shape[-1:]
-        varying = [v for v in op.operands if v.shape[-1:] == last and last != (1,)] if last else []
-        if isinstance(op, (ops.Reshape, ops.Transpose)):
-            varying = op.operands
-        return op_weight(op) + sum(self.weights.get(v, 0) for v in varying)
-
-    def run(self, op: Op, result: Value) -> set[object]:
-        """The loops in which the operands are read."""
-        mine = self.loops.get(result, set())
-        if isinstance(op, rd.FOLDS):
-            return {(op, 0)}
-        if isinstance(op, ops.RmsNorm):
-            return {(op, 0), *mine}
-        if isinstance(op, (ops.LayerNorm, ops.GroupNorm)):
-            return {(op, 0), (op, 1), *mine}
-        if isinstance(op, ops.Softmax):
-            return {(op, 0), (op, 1), *(() if keeps_exponentials(op) else mine)}
-        return mine
-
-
-def rows_on_stack(kernel: Function) -> tuple[frozenset[Value], str | None]:
-    """Values whose rows are kept because several loops need them and they are dear; and why one cannot be kept."""
-    passes = _Passes(kernel)
-    for i, value in enumerate(kernel.returns):
-        passes.loops.setdefault(value, set()).add("results" if len(result_sets(kernel)) == 1 else i)
-    kept: set[Value] = set()
-    for op in reversed(kernel.body[:-1]):
-        result = op.results[0]
-        loops = passes.loops.get(result, set())
-        if len(loops) > 1 and passes.weights[result] >= _DEARER_THAN_A_LOAD:
-            if not fits_stack(result):
-                return frozenset(), f"{op.name} is needed in {len(loops)} loops, and its row does not fit the stack"
-            kept.add(result)
-            passes.loops[result] = {(result, "row")}
-        for value in op.operands:
-            passes.loops.setdefault(value, set()).update(passes.run(op, result))
-    return frozenset(kept), None
-
-
-_PICOSECONDS = 25
-_PICOSECONDS_A_BYTE = 30
-_CHUNK = 3_000_000
-
-
-def grain(kernel: Function, plan: Plan) -> Dim:
-    """Tasks that take about three microseconds."""
-    tasks = plan.work
-    work = [
-        (product((op.operands[0] if isinstance(op, (*rd.FOLDS, *rd.ROWS)) else op.results[0]).shape),
-         op_weight(op) * _PICOSECONDS)
-        for op in kernel.body[:-1]
-    ]  # fmt: skip
-    values = (*kernel.returns, *(a for a in kernel.args if not _is_table(a)))
-    work += [(product(v.shape), v.dtype.size * _PICOSECONDS_A_BYTE) for v in values]
-    if not isinstance(tasks, int):
-        work = [(n, cost) for n, cost in work if not isinstance(n, int)]  # small beside what grows with the tasks
-    total = sum((n * cost for n, cost in work), start=sympy.Integer(1) * 0)
-    if total == 0:
-        return 1
-    count = sympy.cancel(_CHUNK * sympy.sympify(tasks) / total)
-    return 1 + (int(count) if count.is_Rational else sympy.floor(count))
-
-
-def _is_table(value: Value) -> bool:
-    """Only some rows are read."""
-    return any(rd.picks_data(user) and user.operands.index(value) == (isinstance(user, ops.Embedding)) for user in
-               value.users)

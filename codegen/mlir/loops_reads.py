@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilewright.codegen.mlir.loops_index import Index, Pick, Poly, delinear, floor_div, linear, modulo, size
-from tilewright.ir import Dim, Op, Shape, Value, ops
+from tilewright.codegen.mlir.loops_index import Index, Poly, floor_div, modulo
+from tilewright.codegen.mlir.loops_shapes import delinear, linear, size
+from tilewright.ir import Dim, Function, Op, Shape, Value, ops
 
 Read = tuple[Value, Index]
+Pick = Callable[[Value, Index, Dim], Poly]
+"""Turns data into an index: (the tensor of indices, where to read it, the size it must lie in) -> index."""
 
 ROWS = (ops.Softmax, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
 FOLDS = (ops.Reduce, ops.ArgMax)
 CREATION = (ops.Full, ops.Iota, ops.SizeOf)
 PIECES = (ops.Concat, ops.Pad)
-SCATTERS = (ops.ScatterND, ops.ScatterAlong)
 
 
 def broadcast_index(index: Index, shape: Shape) -> Index:
@@ -81,6 +83,11 @@ def is_move(op: Op) -> bool:
     return type(op) in _RULES
 
 
+def only_moves(kernel: Function) -> bool:
+    """Whether a kernel computes nothing: elements go from arguments to results as they are."""
+    return all(is_move(op) or isinstance(op, (*PIECES, ops.Full)) for op in kernel.body[:-1])
+
+
 def is_plain(op: Op) -> bool:
     """Whether ``reads`` knows the operation."""
     return is_move(op) or isinstance(op, ops.Elementwise)
@@ -94,6 +101,13 @@ def reads(op: Op, index: Index, pick: Pick) -> list[Read]:
 def picks_data(op: Op) -> bool:
     """Whether an operand tells where to read."""
     return isinstance(op, (ops.Gather, ops.TakeAlong, ops.GatherND, ops.Embedding))
+
+
+def tables(op: Op) -> tuple[Value, ...]:
+    """Operands that are read at places found in data."""
+    if not picks_data(op):
+        return ()
+    return (op.table,) if isinstance(op, ops.Embedding) else (op.operands[0],)
 
 
 # --- rope ---------------------------------------------------------------------------------------------------------

@@ -70,6 +70,33 @@ def test_transposes(target, rng):
 
 
 @each_target
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "bool"])
+def test_tiled_transposes(target, dtype, rng):
+    """Read along one axis, written along another: 16 rows at a time."""
+    shapes = [[(n, s)] for n, s in ((1, 1), (15, 17), (16, 32), (40, 70))]
+    run(target, lambda b, x: b(ops.Transpose, x, (1, 0)), [((N, S), dtype)], shapes, rng)
+
+    def keys(b, x, y):
+        return b(ops.Add, b(ops.Transpose, x, (0, 2, 3, 1)), y)
+
+    if dtype == "f32":
+        types = [((B, S, 2, 24), dtype), ((24, S), dtype)]
+        run(target, keys, types, [[(b, s, 2, 24), (24, s)] for b, s in PAIRS], rng)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f64", "bool", "i8"])
+def test_moves_keep_the_bits(target, dtype, rng):
+    def build(b, x, ids):
+        rows = b(ops.Gather, b(ops.Concat, (x, x), 1), ids, 1)
+        return b(ops.Pad, rows, (0, 1, 2), (0, 0, 3), 1)
+
+    native = Native(kernel_of(build, ((B, S, 20), dtype), ((4,), "i64")), target)
+    for b, s in PAIRS:
+        check(native, [random_array(rng, (b, s, 20), dtype), rng.integers(0, 2 * s, (4,))], 1e-300)
+
+
+@each_target
 def test_slices(target, rng):
     def build(b, x):
         tail = b(ops.Slice, x, (0, S - 1, 3), (B, S, 40), (1, 1, 1))
