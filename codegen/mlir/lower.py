@@ -175,6 +175,8 @@ def _old_float(kind: str, literal: str) -> str:
         number = float(literal.replace("qnan", "nan"))
         if kind == "float":
             number = struct.unpack("<f", struct.pack("<f", number))[0]
-    if kind in ("half", "bfloat"):
+    if kind == "half":
+        return f"0xH{struct.unpack('<H', struct.pack('<e', number))[0]:04X}"
+    if kind == "bfloat":
         raise LoweringError(f"cannot write the {kind} constant {literal}")
     return f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
