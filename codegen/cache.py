@@ -1,9 +1,9 @@
 """How a key/value cache lies in memory: blocks that decode attention reads as a stream of whole vectors.
 
 Per sequence and head: keys in panels of 64, ``[length / 64][dim / pair][64][pair]``, so that vectors hold one component
-of many keys; values ``[length / pair][vdim][pair]``, so that vectors hold components of one key (or of two neighbours,
-side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. Sizes are rounded up; the filling must
-be finite, and is zero in a fresh cache.
+of many keys; values in panels of up to 64 components, ``[vdim / 64][length / pair][64][pair]``, so that vectors hold
+components of one value (or of two neighbours, side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands,
+else 1. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,19 @@ from tilewright.codegen.target import CpuTarget
 from tilewright.ir import KVType
 
 PANEL = 64
-"""Keys of one panel."""
+"""Keys, or components of values, of one panel."""
 VALUE_STEP = 16
 """A value's size is rounded up to a multiple of this."""
-
-_BLOCK = 512  # the most keys that a kernel takes at a time
 _STORED = {"f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
+
+
+def value_panels(size: int) -> list[tuple[int, int]]:
+    """First component and width of each panel of values; ``size`` is a multiple of VALUE_STEP."""
+    return [(start, min(PANEL, size - start)) for start in range(0, size, PANEL)]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class CacheLayout:
     @property
     def slots(self) -> int:
         """Slots in memory."""
-        return round_up(self.length, _BLOCK)
+        return round_up(self.length, PANEL)
 
     @property
     def key_size(self) -> int:
@@ -67,8 +70,8 @@ class CacheLayout:
 
     @property
     def v_shape(self) -> tuple[int, ...]:
-        """Of one sequence: heads, steps, vdim, pair."""
-        return self.heads, self.slots // self.pair, self.value_size, self.pair
+        """Of one sequence: heads, then all panels."""
+        return self.heads, self.slots * self.value_size
 
     @property
     def k_bytes(self) -> int:
@@ -89,22 +92,34 @@ class CacheLayout:
         """Plain copies: K ``[B, length, heads, dim]`` and V ``[B, length, heads, vdim]``."""
         keys = k.reshape(-1, *self.k_shape).transpose(0, 2, 4, 1, 3, 5)
         keys = keys.reshape(len(keys), self.slots, self.heads, self.key_size)
-        values = v.reshape(-1, *self.v_shape).transpose(0, 2, 4, 1, 3)
-        values = values.reshape(len(values), self.slots, self.heads, self.value_size)
+        values = np.zeros((len(keys), self.slots, self.heads, self.value_size), v.dtype)
+        for view, start, width in self._value_views(v):
+            values[..., start:start + width] = view.reshape(len(keys), self.slots, self.heads, width)
         return keys[:, :self.length, :, :self.dim], values[:, :self.length, :, :self.vdim]
 
     def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A cache whose first slots hold ``keys`` [B, T, heads, dim] and ``values`` [B, T, heads, vdim]."""
         batch, tokens = keys.shape[:2]
         k, v = self.empty(batch)
-        wide_k = np.zeros((batch, self.slots, self.heads, self.key_size), k.dtype)
-        wide_k[:, :tokens, :, :self.dim] = keys
+        wide = np.zeros((batch, self.slots, self.heads, self.key_size), k.dtype)
+        wide[:, :tokens, :, :self.dim] = keys
         steps = self.key_size // self.pair
-        k[...] = wide_k.reshape(batch, -1, PANEL, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
-        wide_v = np.zeros((batch, self.slots, self.heads, self.value_size), v.dtype)
-        wide_v[:, :tokens, :, :self.vdim] = values
-        v[...] = wide_v.reshape(batch, -1, self.pair, self.heads, self.value_size).transpose(0, 3, 1, 4, 2)
+        k[...] = wide.reshape(batch, -1, PANEL, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
+        wide = np.zeros((batch, self.slots, self.heads, self.value_size), v.dtype)
+        wide[:, :tokens, :, :self.vdim] = values
+        for view, start, width in self._value_views(v):
+            view[...] = wide[..., start:start + width].reshape(view.shape)
         return k, v
+
+    def _value_views(self, v: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
+        """Each panel of values as ``[B, slots / pair, pair, heads, width]``, with its first component and width."""
+        flat = v.reshape(-1, *self.v_shape)
+        views = []
+        for start, width in value_panels(self.value_size):
+            panel = flat[:, :, start * self.slots:(start + width) * self.slots]
+            view = panel.reshape(len(flat), self.heads, self.slots // self.pair, width, self.pair)
+            views.append((view.transpose(0, 2, 4, 1, 3), start, width))
+        return views
 
 
 def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout:

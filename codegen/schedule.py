@@ -156,9 +156,5 @@ class AttentionSchedule(Schedule):
 
     name: ClassVar[str] = "attention"
     rows: int = knob(64, (16, 32, 64, 128))
-    keys: int = knob(64, (32, 64, 128))
+    keys: int = knob(64, (64, 128, 256, 512))
     prefetch: int = knob(0, (0, 2048, 4096, 8192, 16384))
-
-    @classmethod
-    def default(cls, target: CpuTarget) -> Self:
-        return cls() if target.vector_bits == 512 else cls(keys=32)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.codegen.cache import PANEL, round_up
+from tilewright.codegen.cache import VALUE_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Adjust, Flash, Shape, Visible
+from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
 from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
@@ -32,7 +32,8 @@ DENSE = Slice()
 class AttentionSpec:
     """q ``[B, S, heads, dim]``, k ``[B, T, kv_heads, dim]``, v ``[B, T, kv_heads, vdim]`` -> ``[B, S, heads, vdim]``.
 
-    B, S and T are dims. ``mask`` (bool) and ``bias`` name the axes they have, out of "bhst"; absent axes broadcast.
+    B, S and T are dims; ``s`` is S when it is static. ``mask`` (bool) and ``bias`` name the axes they have, out of
+    "bhst"; absent axes broadcast.
     Query i stands at ``i + T - S``; ``window`` and ``window_right`` > 0 keep keys above ``position - window`` and below
     ``position + window_right``, ``chunk`` > 0 those of the query's own chunk.
     """
@@ -54,6 +55,7 @@ class AttentionSpec:
     bias_dtype: str = "f32"
     sinks: str | None = None
     padding: bool = False
+    s: int | None = None
     q: Slice = DENSE
     k: Slice = DENSE
     v: Slice = DENSE
@@ -126,8 +128,8 @@ class _Attention:
         stored = "bf16" if dot else "f32"
         pair = 2 if dot else 1
         self.keys = kernel.scratch(schedule.keys * round_up(spec.dim, pair), stored)
-        self.values = kernel.scratch(schedule.keys * round_up(spec.vdim, PANEL), stored)
-        shape = Shape(spec.group, spec.dim, spec.vdim, stored, dot, spec.scale, spec.softcap)
+        self.values = kernel.scratch(schedule.keys * round_up(spec.vdim, VALUE_STEP), stored)
+        shape = Shape(spec.group, spec.dim, spec.vdim, stored, dot, spec.scale, spec.softcap, spec.s)
         self.flash = Flash(kernel, shape, schedule, (self.keys, self.values))
 
     def emit(self) -> None:
@@ -153,7 +155,8 @@ class _Attention:
             key = blocks.index
             count = (high - key).min(constant(step))
             self._pack(batch, head, key, count)
-            flash.block((self.keys, constant(0)), (self.values, constant(0)), key, count, rows,
+            keys, values = Keys(self.keys, constant(0)), Values(self.values, constant(0), step, constant(0))
+            flash.block(keys, values, key, count, rows,
                         lambda query: visible(shift + query), self._adjust(batch, head, first))
         for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: self._finish(
             row, batch, first + query, head * self.spec.group + member))
@@ -168,14 +171,14 @@ class _Attention:
         return (batch * length + token) * (where.stride or heads * size) + (head * size + where.offset)
 
     def _pack(self, batch: Val, head: Val, key: Val, count: Val) -> None:
-        spec, step = self.spec, self.schedule.keys
+        spec = self.spec
         for name, memory, size in (("k", self.buffers.k, spec.dim), ("v", self.buffers.v, spec.vdim)):
             stride = getattr(spec, name).stride or spec.kv_heads * size
             rows = Rows(memory, self._place(name, batch, key, head), stride, size)
             if name == "k":
-                pack_keys(self.kernel, rows, count, step, self.keys)
+                pack_keys(self.kernel, rows, count, self.keys)
             else:
-                pack_values(self.kernel, rows, count, self.values)
+                pack_values(self.kernel, rows, count, self.schedule.keys, self.values)
 
     def _finish(self, row: Val, batch: Val, token: Val, head: Val) -> None:
         sink = self.buffers.sinks.load(head).to("f32") if self.buffers.sinks else None

@@ -2,22 +2,24 @@
 
 A task owns some rows, each one query of one head, that share a stream of keys and values. For every block of keys:
 scores = q k^T (micro-kernels on registers), softmax with the statistics kept per row, sums += p v. Blocks come as
-`CacheLayout` describes, whether they are a cache or were packed on the spot.
+`CacheLayout` describes, whether they are a cache or were packed on the spot. Scores are in units of log 2, which saves
+a multiplication in every exponential.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import PANEL, round_up
+from tilewright.codegen.cache import PANEL, VALUE_STEP, round_up, value_panels
 from tilewright.codegen.mlir import math
-from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
+from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.value import Val, constant, iota
-from tilewright.codegen.schedule import AttentionSchedule
+from tilewright.codegen.schedule import AttentionSchedule, registers
 
 _LOWEST = -1e30  # below every real score, yet finite: differences of two of them are 0, not NaN
-_TALLEST = 6
-_ROWS = (4, 2, 1)  # what is left of the rows after tallest tiles, in halves
+_LOG2E = 1.4426950408889634
+_HEIGHTS = (6, 3, 2, 1)  # of tiles, when the count of rows is only known at run time
+_UNROLL = 4  # vectors of scores at a time
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,29 @@ class Shape:
     dot: bool
     scale: float
     softcap: float
+    queries: int | None = None  # of a sequence in one call, when known
 
 
 Adjust = Callable[[Val, Val, Val, int], Val]
 """``(scores, row, key, lanes) -> scores``: add a bias to, or mask, the scores of ``lanes`` keys from ``key`` on."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where a block of keys starts."""
+
+    memory: Buffer
+    place: Val
+
+
+@dataclass(frozen=True)
+class Values:
+    """A block of values: its head's ``slots`` values start at ``place``, the block is from the ``first`` on."""
+
+    memory: Buffer
+    place: Val
+    slots: int
+    first: Val
 
 
 @dataclass(frozen=True)
@@ -56,9 +77,14 @@ class Flash:
         """``blocks`` are the buffers (not offset) that keys and values will be read from."""
         self.kernel, self.shape, self.keys, self.lanes = kernel, shape, schedule.keys, kernel.lanes
         self.rows = max(schedule.rows // shape.group, 1) * shape.group
+        self.exact = shape.queries == 1  # every task has the same few rows
+        if self.exact:
+            self.rows = shape.group
+        self.split = shape.dtype == "bf16" and not shape.dot
+        self.heights = self._even_heights() if self.exact else list(_HEIGHTS)
         self.compute = "bf16" if shape.dot else "f32"
         pair = 2 if shape.dtype == "bf16" else 1
-        self.q_size, self.out_size = round_up(shape.dim, pair), round_up(shape.vdim, PANEL)
+        self.q_size, self.out_size = round_up(shape.dim, pair), round_up(shape.vdim, VALUE_STEP)
         self.q = kernel.scratch(self.rows * self.q_size, self.compute)
         self.scores = kernel.scratch(self.rows * self.keys, "f32")
         self.p = kernel.scratch(self.rows * self.keys, self.compute)
@@ -70,47 +96,64 @@ class Flash:
     # --- micro-kernels ------------------------------------------------------------------------------------------------
 
     def _build_micro_kernels(self, blocks: tuple[Buffer, Buffer], prefetch: int) -> None:
-        widest, shape = 4 if self.lanes == 16 else 2, self.shape
-        k, v = blocks
-        score_feed = Feed(self.compute, shape.dtype, PANEL, self.lanes, shape.dot)
-        self.score_parts = _cut(self.keys // self.lanes, widest)
-        self.score_kernels = {
-            count: self._tiles(f"scores{count}", score_feed, self._key_columns(count), (self.q, k, self.scores),
-                               (self.q_size, self.keys), prefetch, fresh=True)
-            for count in set(self.score_parts)
-        }
-        value_feed = Feed(self.compute, shape.dtype, self.out_size, self.lanes, shape.dot)
-        self.value_parts = _cut(self.out_size // self.lanes, widest)
-        columns = tuple(i * self.lanes * value_feed.pair for i in range(widest))
-        self.value_kernels = {
-            count: self._tiles(f"values{count}", value_feed, columns[:count], (self.p, v, self.sums),
-                               (self.keys, self.out_size), prefetch)
-            for count in set(self.value_parts)
-        }
-        self.step, self.pair = value_feed.step, value_feed.pair
+        shape, (k, v) = self.shape, blocks
+        self.pair = 2 if shape.dtype == "bf16" else 1
+        self.score_kernels, self.value_kernels = {}, {}
+        feed = self._feed(PANEL)
+        self.step = feed.step
+        for height in sorted(set(self.heights)):
+            width = self._score_width(height)
+            tile = self._tile(height, width, (self.q_size, self.keys), prefetch, fresh=True)
+            self.score_kernels[height] = emit_micro_kernel(
+                self.kernel, f"scores{height}x{width}", feed, tile, self.step, (self.q, k, self.scores))
+            for panel, width in sorted({(p, w) for _, p in value_panels(self.out_size) for w in self._widths(height, p)}):
+                tile = self._tile(height, width, (self.keys, self.out_size), prefetch)
+                self.value_kernels[height, panel, width] = emit_micro_kernel(
+                    self.kernel, f"values{height}x{width}of{panel}", self._feed(panel), tile, self.step,
+                    (self.p, v, self.sums))
 
-    def _tiles(self, name: str, feed: Feed, columns: tuple[int, ...], buffers: Sequence[Buffer],
-               strides: tuple[int, int], prefetch: int, fresh: bool = False) -> dict[int, Function]:
-        made = {}
-        for rows in (_TALLEST, *_ROWS):
-            tile = Tile(rows, columns, *strides, max(1, 4 // rows), prefetch, fresh)
-            made[rows] = emit_micro_kernel(self.kernel, f"{name}_rows{rows}", feed, tile, feed.step, buffers)
-        return made
+    def _feed(self, panel: int) -> Feed:
+        return Feed(self.compute, self.shape.dtype, panel, self.lanes, self.shape.dot)
 
-    def _key_columns(self, vectors: int) -> tuple[int, ...]:
-        """Where vectors of keys lie: panels of 16 keys, one or two vectors each."""
-        per_panel, pair = PANEL // self.lanes, 2 if self.shape.dtype == "bf16" else 1
-        return tuple(v // per_panel * PANEL * self.q_size + v % per_panel * self.lanes * pair for v in range(vectors))
+    def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False) -> Tile:
+        columns = tuple(vector * self.lanes * self.pair for vector in range(width))
+        return Tile(height, columns, *strides, max(1, 4 // height), prefetch, fresh)
 
-    def _walk(self, tiles: dict[int, Function], rows: Val, call: Callable[[Function, Val], None]) -> None:
-        """``call`` a tile function for all rows, the tallest tiles first."""
-        full = rows // _TALLEST * _TALLEST
-        with self.kernel.loop(0, full, _TALLEST) as loop:
-            call(tiles[_TALLEST], loop.index)
-        left = rows - full
-        for count in _ROWS:
-            with self.kernel.when((left & count).ne(0)):
-                call(tiles[count], full + (left & ~(2 * count - 1)))
+    def _even_heights(self) -> list[int]:
+        """All rows, in as few tiles as registers allow, nearly equal."""
+        parts = -(-self.rows // (4 if self.split else 6))
+        return [self.rows // parts + (i < self.rows % parts) for i in range(parts)]
+
+    def _widest(self, height: int) -> int:
+        """Vectors that a tile of so many rows has registers for; bf16 without a dot product takes two for each."""
+        count = registers(self.kernel.target)
+        return max((count // 2 if self.split else count * 3 // 4) // height, 1)
+
+    def _score_width(self, height: int) -> int:
+        """Vectors of keys of a tile: a whole part of a panel."""
+        return min(1 << (self._widest(height).bit_length() - 1), PANEL // self.lanes)
+
+    def _widths(self, height: int, panel: int) -> list[int]:
+        """Vectors of components of each tile in a panel, nearly equal."""
+        vectors = panel // self.lanes
+        parts = -(-vectors // self._widest(height))
+        return [vectors // parts + (i < vectors % parts) for i in range(parts)]
+
+    def _walk(self, rows: Val, call: Callable[[int, Val], None]) -> None:
+        """``call(height, first row)`` for tiles that cover all rows."""
+        done = constant(0)
+        if self.exact:
+            for height in self.heights:
+                call(height, done)
+                done = done + height
+            return
+        for height in _HEIGHTS[:2]:
+            start, done = done, done + (rows - done) // height * height
+            with self.kernel.loop(start, done, height) as loop:
+                call(height, loop.index)
+        for height in _HEIGHTS[2:]:
+            with self.kernel.when((rows - done).eq(height)):
+                call(height, done)
 
     # --- a task -------------------------------------------------------------------------------------------------------
 
@@ -134,79 +177,92 @@ class Flash:
             inside = None if keep >= self.lanes else self.kernel.mask(constant(keep), self.lanes)
             self.q.store(value, row * self.q_size + start, inside)
 
-    def block(self, k: tuple[Buffer, Val], v: tuple[Buffer, Val], key: Val, count: Val, rows: Val,
+    def block(self, keys: Keys, values: Values, key: Val, count: Val, rows: Val,
               visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
-        """Attend to ``count`` keys from ``key`` on; ``k`` and ``v`` say where the block starts.
+        """Attend to ``count`` keys from ``key`` on.
 
         ``visible(query)`` gives the keys that the rows of a query see, ``query`` counting from 0 in this task.
         """
-        self._score(k, rows)
+        panels = (count + (PANEL - 1)) // PANEL
+        self._score(keys, panels, rows)
         with self.kernel.loop(0, rows // self.shape.group) as queries:
             seen = visible(queries.index)
             with self.kernel.loop(0, self.shape.group) as heads:
-                self._soften(queries.index * self.shape.group + heads.index, key, seen, adjust)
-        self._add_values(v, count, rows)
+                row = queries.index * self.shape.group + heads.index
+                self._soften(row, key, panels * PANEL, seen, adjust)
+        self._add_values(values, count, rows)
 
-    def _score(self, k: tuple[Buffer, Val], rows: Val) -> None:
-        memory, place = k
+    def _score(self, keys: Keys, panels: Val, rows: Val) -> None:
         steps = self.q_size // self.step
-        done = 0
-        for count in self.score_parts:
-            start = done
 
-            def call(micro: Function, row: Val, start: int = start) -> None:
-                at = place + start // (PANEL // self.lanes) * PANEL * self.q_size
-                numbers = (row * self.q_size, at, row * self.keys + start * self.lanes, steps, 0)
-                micro((self.q, memory, self.scores), numbers)
+        def call(height: int, row: Val) -> None:
+            width = self._score_width(height)
+            with self.kernel.loop(0, panels) as loop:
+                for vector in range(0, PANEL // self.lanes, width):
+                    at = keys.place + loop.index * (PANEL * self.q_size) + vector * self.lanes * self.pair
+                    score_at = row * self.keys + loop.index * PANEL + vector * self.lanes
+                    numbers = (row * self.q_size, at, score_at, steps, 0)
+                    self.score_kernels[height]((self.q, keys.memory, self.scores), numbers)
 
-            self._walk(self.score_kernels[count], rows, call)
-            done += count
+        self._walk(rows, call)
 
-    def _add_values(self, v: tuple[Buffer, Val], count: Val, rows: Val) -> None:
-        memory, place = v
+    def _add_values(self, values: Values, count: Val, rows: Val) -> None:
         steps = (count + (self.step - 1)) // self.step
-        done = 0
-        for vectors in self.value_parts:
-            start = done * self.lanes
 
-            def call(micro: Function, row: Val, start: int = start) -> None:
-                numbers = (row * self.keys, place + start * self.pair, row * self.out_size + start, steps, 0)
-                micro((self.p, memory, self.sums), numbers)
+        def call(height: int, row: Val) -> None:
+            for start, panel in value_panels(self.out_size):
+                column = 0
+                for width in self._widths(height, panel):
+                    at = values.place + values.first * panel + (start * values.slots + column * self.pair)
+                    numbers = (row * self.keys, at, row * self.out_size + start + column, steps, 0)
+                    self.value_kernels[height, panel, width]((self.p, values.memory, self.sums), numbers)
+                    column += width * self.lanes
 
-            self._walk(self.value_kernels[vectors], rows, call)
-            done += vectors
+        self._walk(rows, call)
 
-    def _soften(self, row: Val, key: Val, seen: Visible, adjust: Adjust | None) -> None:
+    def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
         """One row of scores becomes one row of p; the row's statistics follow."""
-        scores = [self._masked(row, key, start, seen, adjust) for start in range(0, self.keys, self.lanes)]
-        top = scores[0]
-        for score in scores[1:]:
-            top = top.max(score)
+        at = row * self.keys
         old = self.top.load(row)
-        new = old.max(top.reduce("max"))
+        with self.kernel.loop(0, keys, _UNROLL * self.lanes, [old.splat(self.lanes)]) as loop:
+            (top,) = loop.values
+            for start in range(0, _UNROLL * self.lanes, self.lanes):
+                score = self._masked(row, key, loop.index + start, seen, adjust)
+                self.scores.store(score, at + loop.index + start)
+                top = top.max(score)
+            loop.next(top)
+        new = loop.results[0].reduce("max")
         with self.kernel.when(new > old):
             self._rescale(row, old, new)
-        total = self.weight.load(row * self.lanes, self.lanes)
-        for index, score in enumerate(scores):
-            p = math.exp(score - new)
-            total = total + p
-            self.p.store(p.to(self.compute), row * self.keys + index * self.lanes)
-        self.weight.store(total, row * self.lanes)
+        with self.kernel.loop(0, keys, _UNROLL * self.lanes, [self.weight.load(row * self.lanes, self.lanes)]) as loop:
+            (total,) = loop.values
+            for start in range(0, _UNROLL * self.lanes, self.lanes):
+                place = at + loop.index + start
+                p = math.exp2_of_negative(self.scores.load(place, self.lanes) - new)
+                total = total + p
+                self.p.store(p.to(self.compute), place)
+            loop.next(total)
+        self.weight.store(loop.results[0], row * self.lanes)
 
-    def _masked(self, row: Val, key: Val, start: int, seen: Visible, adjust: Adjust | None) -> Val:
-        score = self.scores.load(row * self.keys + start, self.lanes) * self.shape.scale
-        if self.shape.softcap:
-            score = math.tanh(score * (1 / self.shape.softcap)) * self.shape.softcap
-        if adjust is not None:
-            score = adjust(score, row, key + start, self.lanes)
-        number = iota(self.lanes) + start
-        keep = number < (seen.high - key).to("i32").splat(self.lanes)
+    def _masked(self, row: Val, key: Val, start: Val, seen: Visible, adjust: Adjust | None) -> Val:
+        score = self.scores.load(row * self.keys + start, self.lanes)
+        if not self.shape.softcap and adjust is None:
+            score = score * (self.shape.scale * _LOG2E)
+        else:
+            score = score * self.shape.scale
+            if self.shape.softcap:
+                score = math.tanh(score * (1 / self.shape.softcap)) * self.shape.softcap
+            if adjust is not None:
+                score = adjust(score, row, key + start, self.lanes)
+            score = score * _LOG2E
+        number = iota(self.lanes)
+        keep = number < (seen.high - key - start).to("i32").splat(self.lanes)
         if seen.low is not None:
-            keep = keep & (number >= (seen.low - key).to("i32").splat(self.lanes))
+            keep = keep & (number >= (seen.low - key - start).to("i32").splat(self.lanes))
         return keep.select(score, float("-inf"))
 
     def _rescale(self, row: Val, old: Val, new: Val) -> None:
-        factor = math.exp((old - new).splat(self.lanes))
+        factor = math.exp2_of_negative((old - new).splat(self.lanes))
         self.top.store(new, row)
         self.weight.store(self.weight.load(row * self.lanes, self.lanes) * factor, row * self.lanes)
         for start in range(0, self.out_size, self.lanes):
@@ -218,10 +274,10 @@ class Flash:
         total = self.weight.load(row * self.lanes, self.lanes).reduce("sum")
         factor = (total > 0.0).select(1.0 / total, constant(0.0, "f32"))
         if sink is not None:
-            top = self.top.load(row)
+            top, sink = self.top.load(row), sink * _LOG2E
             both = top.max(sink)
-            share = math.exp(top - both)
-            factor = share / (total * share + math.exp(sink - both))
+            share = math.exp2_of_negative(top - both)
+            factor = share / (total * share + math.exp2_of_negative(sink - both))
         for start in range(0, self.out_size, self.lanes):
             left = self.shape.vdim - start
             if left <= 0:

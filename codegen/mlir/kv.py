@@ -1,12 +1,12 @@
 """Kernels over a key/value cache in the layout of `CacheLayout`: append new tokens, attend to all of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tilewright.codegen.cache import PANEL, CacheLayout
+from tilewright.codegen.cache import PANEL, CacheLayout, value_panels
 from tilewright.codegen.mlir.attention import DENSE, Slice, for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Adjust, Flash, Shape, Visible
+from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 from tilewright.codegen.target import CpuTarget
@@ -16,7 +16,7 @@ from tilewright.codegen.target import CpuTarget
 class AttendSpec:
     """q ``[B, S, heads, dim]`` over a cache -> ``[B, S, heads, vdim]``; query s of sequence b stands at start[b] + s.
 
-    ``bias`` names the axes it has, out of "bhst" with t the cache's length.
+    ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
     """
 
     heads: int
@@ -30,6 +30,7 @@ class AttendSpec:
     bias: str | None = None
     bias_dtype: str = "f32"
     sinks: str | None = None
+    s: int | None = None
     q: Slice = DENSE
     out: Slice = DENSE
 
@@ -41,6 +42,11 @@ class AttendSpec:
     def queries(self, schedule: AttentionSchedule) -> int:
         """Queries of one task."""
         return max(schedule.rows // self.group, 1)
+
+    def default_schedule(self, target: CpuTarget) -> AttentionSchedule:
+        """Decoding wants long runs through memory, a prompt blocks that stay in the first-level cache."""
+        decoding = self.s is not None and self.s * self.group < 16
+        return replace(AttentionSchedule.default(target), keys=256 if decoding else 64)
 
     def tasks(self, schedule: AttentionSchedule, b: Any, s: Any) -> Any:
         """Number of tasks: an int, or an expression when ``b`` or ``s`` is symbolic."""
@@ -88,7 +94,7 @@ class _Attend:
         self.kernel, self.spec, self.schedule, self.b, self.s, self.buffers = kernel, spec, schedule, b, s, buffers
         cache = spec.cache
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
-        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, dot, spec.scale, spec.softcap)
+        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, dot, spec.scale, spec.softcap, spec.s)
         self.flash = Flash(kernel, shape, schedule, (buffers.k, buffers.v))
 
     def emit(self) -> None:
@@ -111,8 +117,9 @@ class _Attend:
         lane = (batch * cache.heads + head) * cache.slots
         with self.kernel.loop(begin, high, step) as blocks:
             key = blocks.index
-            k_at, v_at = (lane + key) * cache.key_size, (lane + key) * cache.value_size
-            flash.block((self.buffers.k, k_at), (self.buffers.v, v_at), key, (high - key).min(constant(step)), rows,
+            keys = Keys(self.buffers.k, (lane + key) * cache.key_size)
+            values = Values(self.buffers.v, lane * cache.value_size, cache.slots, key)
+            flash.block(keys, values, key, (high - key).min(constant(step)), rows,
                         lambda query: self._visible(position + query), self._adjust(batch, head, first))
         for_rows(self.kernel, queries, spec.group, lambda query, member, row: self._finish(
             row, batch, first + query, head * spec.group + member))
@@ -214,16 +221,16 @@ def _append_key(kernel: Kernel, cache: CacheLayout, source: Buffer, row: Buffer,
 
 def _append_value(kernel: Kernel, cache: CacheLayout, source: Buffer, v: Buffer, slot: Val) -> None:
     """Write one value; in a pair, the first clears the second, which it precedes, and the second keeps the first."""
-    place = slot // cache.pair * (cache.pair * cache.value_size)
-    for start in range(0, cache.value_size, kernel.lanes):
-        if start >= cache.vdim:
-            break
-        value = _load(kernel, source, start, cache.vdim, cache.dtype)
-        at = place + start * cache.pair
-        if cache.pair == 1:
-            v.store(value, at)
-            continue
-        wide = value.bitcast("i16").to("i32") & 0xFFFF
-        kept = v.load(at, 2 * kernel.lanes).bitcast("i32") & 0xFFFF
-        both = (slot % 2).eq(0).select(wide, (wide << 16) | kept)
-        v.store(both.bitcast("bf16"), at)
+    for start, width in value_panels(cache.value_size):
+        for column in range(0, width, kernel.lanes):
+            if start + column >= cache.vdim:
+                return
+            value = _load(kernel, source, start + column, cache.vdim, cache.dtype)
+            at = slot // cache.pair * (cache.pair * width) + (start * cache.slots + column * cache.pair)
+            v.store(value if cache.pair == 1 else _paired(kernel, value, v, at, slot), at)
+
+
+def _paired(kernel: Kernel, value: Val, v: Buffer, at: Val, slot: Val) -> Val:
+    wide = value.bitcast("i16").to("i32") & 0xFFFF
+    kept = v.load(at, 2 * kernel.lanes).bitcast("i32") & 0xFFFF
+    return (slot % 2).eq(0).select(wide, (wide << 16) | kept).bitcast("bf16")

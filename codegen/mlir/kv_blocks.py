@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import PANEL, round_up
+from tilewright.codegen.cache import PANEL, VALUE_STEP, round_up, value_panels
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.value import Val, constant, shuffle
 
@@ -18,13 +18,13 @@ class Rows:
     size: int
 
 
-def pack_keys(kernel: Kernel, source: Rows, count: Val, keys: int, block: Buffer) -> None:
-    """The first ``count`` tokens of ``source`` into ``block`` of ``keys`` slots; slots past ``count`` get copies."""
+def pack_keys(kernel: Kernel, source: Rows, count: Val, block: Buffer) -> None:
+    """The first ``count`` tokens of ``source`` into ``block``; the slots that fill up a vector get copies."""
     lanes, dtype = kernel.lanes, block.dtype
     pair = 2 if dtype == "bf16" else 1
     size = round_up(source.size, pair)
     last = count - 1
-    with kernel.loop(0, keys, lanes) as loop:
+    with kernel.loop(0, count, lanes) as loop:
         panel = loop.index // PANEL * (PANEL * size) + loop.index % PANEL * pair
         tokens = [(loop.index + i).min(last) for i in range(lanes)]
         for start in range(0, size, lanes * pair):
@@ -35,19 +35,18 @@ def pack_keys(kernel: Kernel, source: Rows, count: Val, keys: int, block: Buffer
                     block.store(column.bitcast(dtype), place)
 
 
-def pack_values(kernel: Kernel, source: Rows, count: Val, block: Buffer) -> None:
-    """The first ``count`` tokens of ``source`` into ``block``; the second of an odd last pair is zero."""
-    lanes, dtype = kernel.lanes, block.dtype
-    pair = 2 if dtype == "bf16" else 1
-    size = round_up(source.size, PANEL)
+def pack_values(kernel: Kernel, source: Rows, count: Val, slots: int, block: Buffer) -> None:
+    """The first ``count`` tokens of ``source`` into ``block`` of ``slots``; the second of an odd last pair is zero."""
+    pair = 2 if block.dtype == "bf16" else 1
     with kernel.loop(0, count, pair) as loop:
-        for start in range(0, size, lanes):
-            value = _load(kernel, source, loop.index, start, lanes, dtype)
-            if pair == 2:
-                following = _load(kernel, source, (loop.index + 1).min(count - 1), start, lanes, dtype)
-                following = (loop.index + 1 < count).select(following, constant(0, dtype, lanes))
-                value = interleave(value, following)
-            block.store(value, loop.index * size + start * pair)
+        following = loop.index + 1 < count
+        for start, width in value_panels(round_up(source.size, VALUE_STEP)):
+            for column in range(0, width, kernel.lanes):
+                value = _load(kernel, source, loop.index, start + column, kernel.lanes, block.dtype)
+                if pair == 2:
+                    second = _load(kernel, source, (loop.index + 1).min(count - 1), start + column, kernel.lanes, "bf16")
+                    value = interleave(value, following.select(second, constant(0, "bf16", kernel.lanes)))
+                block.store(value, loop.index * width + (start * slots + column * pair))
 
 
 def _load(kernel: Kernel, source: Rows, token: Val, start: int, lanes: int, dtype: str) -> Val:

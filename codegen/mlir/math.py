@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from tilewright.codegen.mlir.builder import Kernel
 from tilewright.codegen.mlir.value import Val, constant, float_from_bits, fma, intrinsic
 
-_LOG2E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.42860682030941723212e-6
+_LOG2E_HIGH, _LOG2E_LOW = 1.44269502162933349609375, 1.92596299112661746887e-8
 
 
 def _c(value: float, like: Val) -> Val:
@@ -27,32 +26,34 @@ def polynomial(x: Val, coefficients: Sequence[float]) -> Val:
 
 # --- exponentials -------------------------------------------------------------------------------------------------
 
-_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP2 = (1.3276470126584172e-3, 9.675540961325169e-3, 5.550713464617729e-2, 0.24022120237350464, 0.6931469440460205,
+         1.0000001192092896)
 
 
 def exp(x: Val) -> Val:
     """e**x within 2e-7; 0 where the result would be (nearly) denormal, inf above 88.73."""
-    clamped = _c(89.0, x).min(_c(-104.0, x).max(x))  # the constant first: a NaN stays a NaN
-    n = (clamped * _LOG2E).round_even()
-    f = fma(n, _c(-_LN2_HIGH, x), clamped)
-    f = fma(n, _c(-_LN2_LOW, x), f)
-    p = fma(polynomial(f, _EXP), f * f, f) + 1.0
-    return _scale(p, n)
+    clamped = _c(89.0, x).min(_c(-105.0, x).max(x))  # the constant first: a NaN stays a NaN
+    n = (clamped * _LOG2E_HIGH).round_even()
+    f = fma(clamped, _c(_LOG2E_HIGH, x), -n)
+    f = fma(clamped, _c(_LOG2E_LOW, x), f)
+    return _scale(polynomial(f, _EXP2), n)
+
+
+def exp2_of_negative(x: Val) -> Val:
+    """2**x for x <= 0, within 1.5e-7; 0 where the result would be (nearly) denormal."""
+    clamped = _c(-152.0, x).max(x)
+    n = clamped.round_even()
+    return _scale(polynomial(clamped - n, _EXP2), n)
 
 
 def _scale(p: Val, n: Val) -> Val:
-    """p * 2**n for -150 <= n <= 128 and p near 1; zero where the result would be denormal."""
+    """p * 2**n for -152 <= n <= 128 and p near 1; zero where the result would be denormal."""
     if p.lanes == 16 and Kernel.current().target.vector_bits == 512:
         every, current = constant(-1, "i16"), constant(4, "i32")
         return intrinsic("llvm.x86.avx512.mask.scalef.ps.512", "f32", 16, p, n, _c(0.0, p), every, current)
     # 2**n in two factors: the exponent field alone reaches 127, and n may be 128.
     half = ((n.to("i32") + 126) << 23).bitcast("f32")
     return (n < -125.0).select(_c(0.0, p), (p * half) * 2.0)
-
-
-def expm1_of_small(x: Val) -> Val:
-    """e**x - 1 for |x| <= 0.35 without cancellation."""
-    return fma(polynomial(x, _EXP), x * x, x)
 
 
 def sigmoid(x: Val) -> Val:
@@ -189,7 +190,7 @@ def _log_f64(x: Val) -> Val:
 def _exp_f64(x: Val) -> Val:
     """e**x of f64 ``x`` rounded to f32."""
     clamped = _c(100.0, x).min(_c(-120.0, x).max(x))
-    n = (clamped * _LOG2E).round_even()
+    n = (clamped * 1.4426950408889634).round_even()
     f = fma(n, _c(-0.6931471805599453, x), clamped)
     scale = ((n.to("i32").to("i64") + 1023) << 52).bitcast("f64")
     return (polynomial(f, _EXP64) * scale).to("f32")

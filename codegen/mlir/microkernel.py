@@ -148,12 +148,31 @@ def _one_step(feed: Feed, tile: Tile, streams: tuple[Buffer, Buffer], step: Val,
     x, w = streams
     place = step * (feed.step * feed.panel)
     _prefetch(feed, tile, w, place)
-    weights = [feed.weights(w, place + column) for column in tile.columns]
+    if tile.rows > tile.vectors:
+        return _row_by_row(feed, tile, x.at(step * feed.step), w.at(place), totals)
+    return _vector_by_vector(feed, tile, x.at(step * feed.step), w.at(place), totals)
+
+
+def _row_by_row(feed: Feed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
+    """Weights stay in registers while the rows pass."""
+    weights = [feed.weights(w, constant(column)) for column in tile.columns]
     sums = []
     for r in range(tile.rows):
-        inputs = feed.inputs(x, step * feed.step + r * tile.x_stride)
+        inputs = feed.inputs(x, constant(r * tile.x_stride))
         row = totals[r * tile.vectors:(r + 1) * tile.vectors]
         sums += [feed.accumulate(total, weight, inputs) for total, weight in zip(row, weights)]
+    return sums
+
+
+def _vector_by_vector(feed: Feed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
+    """Inputs stay in registers while the weights pass."""
+    inputs = [feed.inputs(x, constant(r * tile.x_stride)) for r in range(tile.rows)]
+    sums = list(totals)
+    for v, column in enumerate(tile.columns):
+        weights = feed.weights(w, constant(column))
+        for r in range(tile.rows):
+            place = r * tile.vectors + v
+            sums[place] = feed.accumulate(sums[place], weights, inputs[r])
     return sums
 
 
@@ -167,10 +186,9 @@ def _prefetch(feed: Feed, tile: Tile, w: Buffer, place: Val) -> None:
 
 
 def _add_tail(feed: Feed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:
-    zero = constant(0)
     for r in range(tile.rows):
-        inputs = feed.inputs(x, zero + r * tile.x_stride, tail=True)
+        inputs = feed.inputs(x, constant(r * tile.x_stride), tail=True)
         for v, column in enumerate(tile.columns):
             place = r * tile.sums_stride + v * feed.lanes
-            weights = feed.weights(w, zero + column, tail=True)
+            weights = feed.weights(w, constant(column), tail=True)
             sums.store(feed.accumulate(sums.load(place, feed.lanes), weights, inputs), place)

@@ -262,12 +262,16 @@ class Val:
         return shuffle(self, self, range(start, start + count))
 
     def reduce(self, fn: str) -> Val:
-        """All lanes combined by ``sum``, ``prod``, ``max`` or ``min`` into a scalar (the order is the compiler's)."""
-        kinds = {"sum": "add", "prod": "mul"}
-        if fn in ("max", "min"):
-            kinds = {fn: f"{fn}numf" if self.is_float else f"{fn}{'ui' if self.dtype in UNSIGNED else 'si'}"}
-        kind = ir.Attribute.parse(f"#vector.kind<{kinds[fn]}>")
-        return Val(vector.reduction(mlir_type(self.dtype), kind, self.ir), self.dtype)
+        """All lanes combined by ``sum``, ``prod``, ``max`` or ``min`` into a scalar, halving the vector each time.
+
+        The order is fixed; ``max`` and ``min`` treat a NaN as the methods of that name do.
+        """
+        combine = {"sum": Val.__add__, "prod": Val.__mul__, "max": Val.max, "min": Val.min}[fn]
+        value = self
+        while value.lanes > 1:
+            half = value.lanes // 2
+            value = combine(value.slice(0, half), value.slice(half, half))
+        return value.lane(0)
 
     # --- casts ------------------------------------------------------------------------------------------------------
 

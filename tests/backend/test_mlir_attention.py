@@ -97,7 +97,8 @@ def test_lengths(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "vdim"), [(1, 1, 1, 1), (3, 1, 7, 65), (6, 2, 33, 20), (71, 1, 16, 16), (2, 2, 128, 80)]
+    ("heads", "kv_heads", "dim", "vdim"),
+    [(1, 1, 1, 1), (3, 1, 7, 65), (6, 2, 33, 20), (71, 1, 16, 16), (2, 2, 128, 80)],
 )
 def test_sizes_of_heads(name: str, dtype: str, heads: int, kv_heads: int, dim: int, vdim: int) -> None:
     Full(name, AttentionSpec(heads, kv_heads, dim, vdim, dtype, dtype, scale=dim**-0.5)).check(2, 9, 70)
