@@ -64,7 +64,6 @@ class BuildReport:
 
     kernels: list[KernelRow] = field(default_factory=list)
     weight_bytes: dict[str, int] = field(default_factory=dict)
-    fallbacks: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -122,7 +122,7 @@ def outline(module: Module, group: Group, kernels: dict[str, str]) -> None:
     function = group.root.parent
     assert function is not None
     members = with_copies(group, [op for op in function.body if op in group.ops])
-    kernel, operands = extract(f"k{len(kernels)}", members, group.root)
+    kernel, operands = extract(free_name(module), members, group.root)
     name = kernels.setdefault(canonical(kernel), kernel.name)
     if name == kernel.name:
         module.add(kernel)
@@ -132,6 +132,14 @@ def outline(module: Module, group: Group, kernels: dict[str, str]) -> None:
         old.replace_all_uses(new)
     for op in sorted(group.ops, key=function.body.index, reverse=True):
         op.drop()
+
+
+def free_name(module: Module) -> str:
+    """A name for the next kernel."""
+    n = len(module.kernels())
+    while f"k{n}" in module.functions:
+        n += 1
+    return f"k{n}"
 
 
 def with_copies(group: Group, members: list[Op]) -> list[Op]:
@@ -174,6 +182,22 @@ def extract(name: str, members: Iterable[Op], root: Op) -> tuple[Function, tuple
         mapping.update(zip(op.results, copy.results))
     kernel.append(Return(tuple(mapping[r] for r in root.results)))
     return kernel, tuple(operands)
+
+
+def unfuse(module: Module, name: str) -> None:
+    """Undo the fusion of kernel ``name``: every call becomes one kernel an operation, unplanned."""
+    kernel = module.functions.pop(name)
+    for call in [op for op in module.ops(ops.Call) if isinstance(op, ops.Call) and op.callee == name]:
+        function = call.parent
+        assert function is not None
+        mapping: dict[Value, Value] = dict(zip(kernel.args, call.args))
+        for op in kernel.body[:-1]:
+            copy = function.insert(function.body.index(call), op.clone(mapping))
+            mapping.update(zip(op.results, copy.results))
+        for old, new in zip(call.results, kernel.returns):
+            old.replace_all_uses(mapping[new])
+        call.drop()
+    Fuse(mode="single").run(module, PassContext())
 
 
 def drop_dead(function: Function) -> None:

@@ -74,7 +74,7 @@ def may_pull(op: Op, group: Collection[Op]) -> bool:
     if not isinstance(op, (ops.Elementwise, *_MOVES)):
         return False
     reducers = [m for m in group if isinstance(m, _REDUCING)]
-    return not reducers or (isinstance(op, (ops.Elementwise, ops.Broadcast)) and all(map(_short_row, reducers)))
+    return not reducers or (isinstance(op, (ops.Elementwise, ops.Broadcast, ops.Slice)) and all(map(_short_row, reducers)))
 
 
 def _short_row(op: Op) -> bool:

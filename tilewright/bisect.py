@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from tilewright.ir import (
 )
 from tilewright.ir.interpreter import bind_dims
 from tilewright.passes.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from tilewright.codegen.target import CpuTarget
 
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]
@@ -196,7 +199,8 @@ def bisect_kernels(module: Module, inputs: Inputs, execute: Execute, tolerance: 
         want, got = flat(run.results), flat(execute(run))
         error = largest_error(want, got)
         if error > tolerance:
-            return Culprit("kernel", run.kernel.name, (), error, tolerance, "kernel.call", run.op.loc, error)
+            names = " ".join(op.name for op in run.kernel.body[:-1])
+            return Culprit("kernel", run.kernel.name, (), error, tolerance, names, run.op.loc, error)
     return None
 
 
@@ -246,11 +250,38 @@ def bisect_folder(
     tokens: int = 16,
     seed: int = 0,
 ) -> Culprit | None:
-    """:func:`bisect` of the model in a folder on random inputs of ``tokens`` tokens."""
+    """The first pass, or else kernel, that breaks the model in a folder, on random inputs of ``tokens`` tokens."""
     from tilewright.compiler import trace
 
     module, _ = trace(model, (), None, None, dtype)
-    return bisect(module, Pipeline.parse(passes), random_inputs(module, tokens, seed), tolerance)
+    return bisect_all(module, Pipeline.parse(passes), target, random_inputs(module, tokens, seed), tolerance)
+
+
+def bisect_all(
+    module: Module, pipeline: Pipeline, target: str, inputs: Inputs, tolerance: float = 1e-3
+) -> Culprit | None:
+    """:func:`bisect`, and when no pass is to blame, each compiled kernel against the interpreter."""
+    from tilewright.codegen.target import parse_target
+
+    found = bisect(module, pipeline, inputs, tolerance)
+    if found is not None:
+        return found
+    lowered = copy_of(module)
+    pipeline.run(lowered)
+    return bisect_kernels(lowered, inputs, compiled_kernels(parse_target(target)), tolerance)
+
+
+def compiled_kernels(target: CpuTarget) -> Execute:
+    """Runs kernels compiled for ``target`` on this host, each compiled once."""
+    from tilewright.codegen.standalone import StandaloneKernel
+
+    known: dict[str, StandaloneKernel] = {}
+
+    def execute(run: KernelRun) -> Sequence[Any]:
+        kernel = known.get(run.kernel.name) or known.setdefault(run.kernel.name, StandaloneKernel(run.kernel, target))
+        return kernel(run.operands, run.dims)
+
+    return execute
 
 
 def random_inputs(module: Module, tokens: int, seed: int = 0) -> dict[str, Array]:

@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.build import Build
+from tilewright.codegen.emitters import FAMILIES, refusals
 from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import CpuTarget, parse_target
-from tilewright.ir import Module, TilewrightError
+from tilewright.ir import Module, TilewrightError, ops, verify
 from tilewright.passes.base import PassContext
+from tilewright.passes.fuse import unfuse
 from tilewright.passes.pipeline import Pipeline
+from tilewright.passes.plan_memory import PlanMemory
 from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter
@@ -98,7 +101,8 @@ def lower(
     ctx = PassContext()
     with stages("passes"):
         rows = pipeline.run(module, ctx=ctx).rows
-    report = CompileReport(module.name, target.text, str(pipeline), passes=[asdict(r) for r in rows])
+        fallbacks = unfuse_refused(module, target)
+    report = CompileReport(module.name, target.text, str(pipeline), passes=[asdict(r) for r in rows], fallbacks=fallbacks)
     report.notes = [f"{where}: {line}" for where, line in ctx.notes]
     holder = None if out is not None else Holder()
     path = Path(out) if out is not None else holder.path  # type: ignore[union-attr]
@@ -108,13 +112,28 @@ def lower(
         carry(source, writer)
         report.kernels = [asdict(k) for k in build.report.kernels]
         report.weight_bytes = build.report.weight_bytes
-        report.fallbacks = list(build.report.fallbacks)
         report.cache_bytes = sum(s.k_bytes + s.v_bytes for s in manifest.states)
         report.seconds = stages.finished()
         report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         writer.add(FILE, report.to_json())
         writer.commit(manifest)
     return Compiled(path, report, holder)
+
+
+def unfuse_refused(module: Module, target: CpuTarget) -> list[str]:
+    """Take apart the fused kernels that no kernel family lowers whole; gives a line for the report on each."""
+    lines = []
+    for kernel in module.kernels():
+        operations = [op.name for op in kernel.body[:-1] if not isinstance(op, ops.Reshape)]
+        reasons = refusals(kernel, target)
+        if len(operations) > 1 and len(reasons) == len(FAMILIES):
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            lines.append(f"{' '.join(operations)} ({kernel.body[0].loc.describe()}) run one by one: {why}")
+            unfuse(module, kernel.name)
+    if lines:
+        PlanMemory().run(module, PassContext())
+        verify(module)
+    return lines
 
 
 def carry(source: Path | None, writer: ArtifactWriter) -> None:
