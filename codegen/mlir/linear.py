@@ -2,8 +2,9 @@
 
 One kernel serves every M. A task is one panel of output features (see `Packing`) for one block of rows; inside, blocks
 of K keep the panel in cache while register tiles walk over the rows. With one tile of rows or fewer the panel is
-streamed once, which is the matrix-vector product. Sums wait in an f32 scratch, from which a separate small loop applies
-scales, bias, activation and the caller's epilogue, and stores.
+streamed once, which is the matrix-vector product. Weights (or x) that need converting are converted on the fly for one
+or two rows, and block by block into scratch memory for more. Sums wait in an f32 scratch, from which a separate small
+loop applies scales, bias, activation and the caller's epilogue, and stores.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +13,15 @@ from typing import Any
 
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
-from tilewright.codegen.mlir.microkernel import Tile, emit_micro_kernel, feed_for
+from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel, feed_for
 from tilewright.codegen.mlir.value import Val, constant
+from tilewright.codegen.mlir.widen import core_feed, widen_inputs, widen_weights
 from tilewright.codegen.packing import Packing
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
+
+_FEW = 2  # rows up to which converting weights in registers beats storing the converted block
+_WIDE_BLOCK = 256  # k's of a converted block
 
 
 def _relu(x: Val) -> Val:
@@ -123,6 +128,22 @@ def emit_linear(kernel: Kernel, spec: LinearSpec, schedule: LinearSchedule, m: V
     _Linear(kernel, spec, schedule, m, buffers, epilogue, sink).emit()
 
 
+@dataclass(frozen=True)
+class _Path:
+    """Micro-kernels by count of rows, and the buffers of x and weights that they were made for."""
+
+    feed: Feed
+    tiles: dict[int, Function]
+    x: Buffer
+    weights: Buffer
+    x_stride: int
+
+    @property
+    def tallest(self) -> int:
+        """Rows of the tallest tile."""
+        return max(self.tiles)
+
+
 class _Linear:
     """The state of one emission."""
 
@@ -131,19 +152,38 @@ class _Linear:
         self.kernel, self.spec, self.schedule, self.m, self.buffers = kernel, spec, schedule, m, buffers
         self.epilogue, self.sink = epilogue, sink or self._store
         self.packing = spec.packing(schedule, kernel.target)
-        self.feed = feed_for(kernel, spec.x_dtype, spec.weight, self.packing.panel)
         self.x_stride, self.y_stride = spec.x_stride or spec.k, spec.y_stride or spec.n
         rows = -(-schedule.block_m // schedule.tile_m) * schedule.tile_m
         self.sums = [kernel.scratch(rows * self.packing.panel, "f32") for _ in range(spec.parts)]
-        self.tiles = {count: self._micro_kernel(count) for count in range(1, schedule.tile_m + 1)}
+        feed = feed_for(kernel, spec.x_dtype, spec.weight, self.packing.panel)
+        core = core_feed(kernel, feed)
+        if feed == core:
+            self.direct, self.wide = self._direct(feed, schedule.tile_m), None
+        else:
+            self.direct, self.wide = self._direct(feed, _FEW), self._wide(feed, core, rows)
 
-    def _micro_kernel(self, rows: int) -> Function:
-        schedule = self.schedule
-        unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
-        columns = tuple(vector * self.feed.lanes * self.feed.pair for vector in range(schedule.tile_v))
-        tile = Tile(rows, columns, self.x_stride, self.packing.panel, unroll, schedule.prefetch)
-        buffers = (self.buffers.x, self.buffers.weights[0], self.sums[0])
-        return emit_micro_kernel(self.kernel, f"rows{rows}", self.feed, tile, self.spec.k, buffers)
+    def _direct(self, feed: Feed, tallest: int) -> _Path:
+        """Micro-kernels that read x and the packed weights where they are."""
+        return self._path("direct", feed, tallest, self.buffers.x, self.buffers.weights[0], self.x_stride)
+
+    def _wide(self, feed: Feed, core: Feed, rows: int) -> _Path:
+        """Micro-kernels that read blocks converted for many rows."""
+        block_k = min(self.schedule.block_k, _WIDE_BLOCK)
+        weights = self.kernel.scratch(block_k * core.panel, core.w_dtype)
+        x, stride = self.buffers.x, self.x_stride
+        if feed.x_dtype != core.x_dtype:
+            x, stride = self.kernel.scratch(rows * block_k, "f32"), block_k
+        return self._path("wide", core, self.schedule.tile_m, x, weights, stride)
+
+    def _path(self, name: str, feed: Feed, tallest: int, x: Buffer, weights: Buffer, x_stride: int) -> _Path:
+        tiles = {}
+        for rows in range(1, tallest + 1):
+            unroll = max(1, min(self.schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
+            columns = tuple(vector * feed.lanes * feed.pair for vector in range(self.schedule.tile_v))
+            tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, self.schedule.prefetch)
+            buffers = (x, weights, self.sums[0])
+            tiles[rows] = emit_micro_kernel(self.kernel, f"{name}{rows}", feed, tile, self.spec.k, buffers)
+        return _Path(feed, tiles, x, weights, x_stride)
 
     def emit(self) -> None:
         kernel, tile_m = self.kernel, self.schedule.tile_m
@@ -164,31 +204,48 @@ class _Linear:
 
     def _multiply(self, part: int, panel: Val, row: Val, rows: Val) -> None:
         """sums[part] += x[row : row + rows] @ panel.T, block by block of K."""
-        k, step = self.spec.k, self.feed.step
         # One tile of rows uses each weight once: no reason to stop along the way.
-        block = (self.m <= self.schedule.tile_m).select(constant(k), self.schedule.block_k)
+        at_once = self.m <= self.direct.tallest
+        if self.wide is None:
+            block = at_once.select(constant(self.spec.k), self.schedule.block_k)
+            self._multiply_blocks(self.direct, part, (panel, row, rows), block)
+            return
+        with self.kernel.when(at_once):
+            self._multiply_blocks(self.direct, part, (panel, row, rows), constant(self.spec.k))
+        with self.kernel.when(~at_once):
+            block = constant(min(self.schedule.block_k, _WIDE_BLOCK))
+            self._multiply_blocks(self.wide, part, (panel, row, rows), block)
+
+    def _multiply_blocks(self, path: _Path, part: int, where: tuple[Val, Val, Val], block: Val) -> None:
+        panel, row, rows = where
+        k, step = self.spec.k, path.feed.step
         with self.kernel.loop(0, k, block) as blocks:
             start = blocks.index
             left = constant(k) - start
             count = block.min(left)
             tail = (left.eq(count).to("index") if k % step else constant(0))
-            x_at = row * self.x_stride + (start + self.spec.x_offset)
-            w_at = panel * self.packing.panel_size + start * self.packing.panel
-            self._walk_rows(part, rows, (x_at, w_at, count // step, tail))
+            x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
+            w, w_at = self.buffers.weights[part], panel * self.packing.panel_size + start * self.packing.panel
+            if path is self.wide:
+                widen_weights(self.kernel, self.direct.feed, path.feed, w.at(w_at), count, path.weights)
+                w, w_at = path.weights, constant(0)
+            if path.x is not self.buffers.x:
+                widen_inputs(self.kernel, x.at(x_at), self.x_stride, rows, count, path.x, path.x_stride)
+                x, x_at = path.x, constant(0)
+            self._walk_rows(path, rows, (x, w, self.sums[part]), (x_at, w_at, count // step, tail))
 
-    def _walk_rows(self, part: int, rows: Val, numbers: tuple[Val, Val, Val, Val]) -> None:
+    def _walk_rows(self, path: _Path, rows: Val, buffers: tuple[Buffer, Buffer, Buffer],
+                   numbers: tuple[Val, Val, Val, Val]) -> None:
         x_at, w_at, steps, tail = numbers
-        tile_m = self.schedule.tile_m
-        buffers = (self.buffers.x, self.buffers.weights[part], self.sums[part])
-        full = rows // tile_m * tile_m
+        full = rows // path.tallest * path.tallest
 
         def call(count: int, row: Val) -> None:
-            places = (x_at + row * self.x_stride, w_at, row * self.packing.panel)
-            self.tiles[count](buffers, (*places, steps, tail))
+            places = (x_at + row * path.x_stride, w_at, row * self.packing.panel)
+            path.tiles[count](buffers, (*places, steps, tail))
 
-        with self.kernel.loop(0, full, tile_m) as loop:
-            call(tile_m, loop.index)
-        for count in range(1, tile_m):
+        with self.kernel.loop(0, full, path.tallest) as loop:
+            call(path.tallest, loop.index)
+        for count in range(1, path.tallest):
             with self.kernel.when((rows - full).eq(count)):
                 call(count, full)
 

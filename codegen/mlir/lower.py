@@ -14,11 +14,10 @@ from typing import Any
 from tilewright.codegen.mlir.builder import Kernel
 from tilewright.codegen.target import CpuTarget
 
-_PIPELINE = """builtin.module(canonicalize,cse,loop-invariant-code-motion,convert-vector-to-scf{full-unroll=true},
-expand-strided-metadata,lower-affine,convert-scf-to-cf,
+_PIPELINE = """builtin.module(canonicalize,cse,loop-invariant-code-motion,convert-scf-to-cf,
 convert-vector-to-llvm{enable-x86=true reassociate-fp-reductions=true},convert-math-to-llvm,finalize-memref-to-llvm,
-convert-func-to-llvm{use-bare-ptr-memref-call-conv=1},convert-arith-to-llvm,convert-cf-to-llvm,convert-index-to-llvm,
-convert-ub-to-llvm,reconcile-unrealized-casts,canonicalize,cse)""".replace("\n", "")
+convert-func-to-llvm{use-bare-ptr-memref-call-conv=1},convert-arith-to-llvm,convert-cf-to-llvm,convert-ub-to-llvm,
+reconcile-unrealized-casts,cse)""".replace("\n", "")
 _TRIPLE = "x86_64-unknown-linux-gnu"
 
 
@@ -47,7 +46,9 @@ def llvm_ir(kernel: Kernel) -> str:
         # The kernel may be lowered more than once: work on a copy.
         module = ir.Module.parse(kernel.module.operation.get_asm(print_generic_op_form=True))
         try:
-            PassManager.parse(_PIPELINE).run(module.operation)
+            passes = PassManager.parse(_PIPELINE)
+            passes.enable_verifier(False)  # the translation verifies once more
+            passes.run(module.operation)
         except ir.MLIRError as error:
             raise LoweringError(f"kernel {kernel.name}: {error}") from None
         for operation in module.body.operations:

@@ -1,0 +1,56 @@
+"""Turn blocks of x and of packed weights into what the fastest micro-kernel eats, when many rows will share them."""
+
+from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.microkernel import Feed
+from tilewright.codegen.mlir.value import Val, constant
+
+
+def core_feed(kernel: Kernel, feed: Feed) -> Feed:
+    """The feed worth converting blocks to: bf16 pairs where they multiply exactly, else f32."""
+    if kernel.target.has_bf16_dot and feed.x_dtype == "bf16" and feed.w_dtype in ("bf16", "i8"):
+        return Feed("bf16", "bf16", feed.panel, feed.lanes, dot=True)
+    return Feed("f32", "f32", feed.panel, feed.lanes, dot=False)
+
+
+def widen_weights(kernel: Kernel, feed: Feed, core: Feed, w: Buffer, count: Val, block: Buffer) -> None:
+    """``count`` k's of the panel at ``w``, stored for ``feed``, into ``block`` for ``core``; an odd pair ends in zero."""
+    step = max(feed.step, core.pair)
+    whole = count // step * step
+    with kernel.loop(0, whole, step) as loop:
+        for column in range(0, feed.panel, feed.lanes):
+            rows = _weights(feed, w, loop.index, column, step)
+            _store(core, block, loop.index, column, rows)
+    with kernel.when((count - whole).ne(0)):
+        for column in range(0, feed.panel, feed.lanes):
+            rows = _weights(feed, w, whole, column, step)[:1]
+            _store(core, block, whole, column, [*rows, constant(0.0, "f32", feed.lanes)][:core.pair])
+
+
+def _weights(feed: Feed, w: Buffer, k: Val, column: int, step: int) -> list[Val]:
+    """The f32 weights of ``step`` k's; past an odd end of the panel only the first is real."""
+    if feed.pair == 2:
+        return feed.weights(w, k * feed.panel + 2 * column)
+    return [w.load((k + i) * feed.panel + column, feed.lanes).to("f32") for i in range(step)]
+
+
+def _store(core: Feed, block: Buffer, k: Val, column: int, rows: list[Val]) -> None:
+    if core.pair == 2:
+        # Whole numbers below 256 are bf16 already: their upper halves are all there is.
+        low, high = (row.bitcast("i32") for row in rows)
+        pairs = low.shift_right_logical(16) | (high & -0x10000)
+        block.store(pairs.bitcast("bf16"), k * core.panel + 2 * column)
+        return
+    for i, row in enumerate(rows):
+        block.store(row, (k + i) * core.panel + column)
+
+
+def widen_inputs(kernel: Kernel, x: Buffer, stride: int, rows: Val, count: Val, block: Buffer, block_stride: int) -> None:
+    """``count`` k's of ``rows`` rows of x, as f32 rows of ``block``."""
+    lanes = kernel.lanes
+    whole = count // lanes * lanes
+    with kernel.loop(0, rows) as row:
+        source, target = row.index * stride, row.index * block_stride
+        with kernel.loop(0, whole, lanes) as loop:
+            block.store(x.load(source + loop.index, lanes).to("f32"), target + loop.index)
+        with kernel.loop(whole, count) as loop:
+            block.store(x.load(source + loop.index).to("f32"), target + loop.index)
