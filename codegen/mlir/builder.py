@@ -158,6 +158,11 @@ class Loop:
         """The carried values after the last iteration (the initial ones when there was none)."""
         return self._wrap(self._op.results)
 
+    @property
+    def operation(self) -> scf.ForOp:
+        """The loop itself: what is built at ``InsertionPoint(loop.operation)`` comes before it."""
+        return self._op
+
     def next(self, *values: Val) -> None:
         """Hand ``values`` to the next iteration; the last statement of a loop that carries."""
         scf.yield_([value.ir for value in values])

@@ -51,6 +51,8 @@ class LoopsEmitter:
                 return reason
         if reason := _foreign(kernel):
             return reason
+        if len({0 in value.shape for value in kernel.returns}) > 1:
+            return "some results are empty and some are not"
         if len(result_sets(kernel)) > 1 and all(dim == 1 for dim in shared_axes(kernel)):
             return "results share no leading axis"
         return rows_on_stack(kernel)[1]

@@ -67,6 +67,8 @@ def compute(op: Op, values: Sequence[Val]) -> Val:
     """The result of an elementwise operation on values in their compute types."""
     lanes = max(v.lanes for v in values)
     dtype = values[0].dtype
+    if isinstance(op, ops.Cast):
+        return values[0].to(compute_dtype(op.dtype))  # a narrow float is rounded where it is stored, and only there
     if isinstance(op, ops.Pow):
         return _power(op, values)
     if isinstance(op, ops.Unary):

@@ -196,6 +196,8 @@ def var_poly(var: Var) -> Poly:
 def make_plan(kernel: Function, limit: int, lanes: int) -> Plan:
     """The plan of a kernel that ``match`` accepts; ``limit`` is about the elements of one task."""
     sets = result_sets(kernel)
+    if all(0 in value.shape for value in kernel.returns):
+        return Plan((Poly(),), (), 0, frozenset())
     buffered = rows_on_stack(kernel)[0]
     if len(sets) > 1:
         return _shared_prefix(kernel, sets, buffered)

@@ -95,7 +95,7 @@ class Nest:
     @contextmanager
     def loop(self, start: Val | int, stop: Val | int, step: int = 1, carry: Sequence[Val] = ()) -> Iterator[Loop]:
         """``Kernel.loop`` with a scope of its own."""
-        with self.kernel.loop(start, stop, step, carry) as loop, self.scope(loop._op):
+        with self.kernel.loop(start, stop, step, carry) as loop, self.scope(loop.operation):
             yield loop
 
     def each(self, start: Poly, stop: Poly, body: Callable[[Var, Group], Group], carry: Group) -> Group:

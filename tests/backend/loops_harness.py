@@ -45,8 +45,8 @@ class Native:
         """The results; ``dims`` are sizes that no input tells."""
         dims = {**(dims or {}), **bind_dims(self.kernel.args, inputs)}
         args = [_aligned(a) for a in inputs]
-        outs = [_result(v, dims) for v in self.kernel.returns]
-        guards = [o.base_bytes() for o in outs]
+        outs = [_Guarded(v, dims) for v in self.kernel.returns]
+        guards = [o.surroundings() for o in outs]
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*args, *(o.array for o in outs))]
         tasks = eval_dim(self.code.tasks, dims)
         assert eval_dim(self.code.grain, dims) >= 1
@@ -55,11 +55,11 @@ class Native:
             numbers = [ctypes.c_int64(n) for n in (begin, end, *(dims[name] for name in self.code.dims))]
             self.function(*numbers, *pointers)
         for out, guard in zip(outs, guards):
-            assert out.base_bytes() == guard, "wrote past the end"
+            assert out.surroundings() == guard, "wrote past the end"
         return [o.array for o in outs]
 
 
-class _result:
+class _Guarded:
     """An array between guard bytes."""
 
     def __init__(self, value: Value, dims: Mapping[str, int]) -> None:
@@ -70,7 +70,7 @@ class _result:
         self.raw, self.start, self.stop = raw, start, start + size
         self.array = raw[start:start + size].view(value.dtype.np).reshape(shape)
 
-    def base_bytes(self) -> bytes:
+    def surroundings(self) -> bytes:
         return self.raw[:self.start].tobytes() + self.raw[self.stop:].tobytes()
 
 

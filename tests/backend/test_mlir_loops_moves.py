@@ -151,6 +151,14 @@ def test_creation(target, rng):
     run(target, build, [((B, S), "f32")], [[(b, s)] for b, s in PAIRS], rng)
 
 
+def test_empty_results(rng):
+    """A slice of nothing has no tasks; an empty piece of a concatenation is skipped."""
+    nothing = lambda b, x: b(ops.Slice, x, (0, 3), (B, 3), (1, 1))  # noqa: E731
+    assert run(TARGETS[0], nothing, [((B, 8), "f32")], [[(3, 8)]], rng).code.tasks == 0
+    run(TARGETS[0], lambda b, x: b(ops.Concat, (nothing(b, x), x), 1), [((B, 8), "f32")], [[(3, 8)]], rng)
+    run(TARGETS[0], lambda b, x: b(ops.Reduce, nothing(b, x), "sum", (1,)), [((B, 8), "f32")], [[(3, 8)]], rng)
+
+
 @each_target
 def test_causal_mask(target, rng):
     """i64 index ranges compared along both axes: no memory is read at all, except for the lengths."""
