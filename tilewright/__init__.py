@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tilewright.bisect import bisect
     from tilewright.compiler import Compiled, compile
     from tilewright.report import CompileReport
-    from tilewright.runtime import Program, Session, load
+    from tilewright.runtime import Program, Session, Tokenizer, load
 
 _HOMES = {
     "compile": "tilewright.compiler",
@@ -26,9 +26,10 @@ _HOMES = {
     "load": "tilewright.runtime",
     "Program": "tilewright.runtime",
     "Session": "tilewright.runtime",
+    "Tokenizer": "tilewright.runtime",
 }
 
-__all__ = ["CompileReport", "Compiled", "Program", "Session", "bisect", "compile", "load"]
+__all__ = ["CompileReport", "Compiled", "Program", "Session", "Tokenizer", "bisect", "compile", "load"]
 __version__ = "0.1.0"
 
 

@@ -86,13 +86,14 @@ def compile(
     target: TargetOption = "native",
     max_length: LengthOption = None,
     dtype: DtypeOption = None,
+    errors: Annotated[bool, typer.Option("--errors", help="Measure the error of each layer (slow).")] = False,
 ) -> None:
     """Compile a Hugging Face folder to an artifact."""
     import tilewright
 
     with progress_bar() as show:
         done = tilewright.compile(
-            model, passes=passes, target=target, max_length=max_length, dtype=dtype, out=out, progress=show
+            model, passes=passes, target=target, max_length=max_length, dtype=dtype, errors=errors, out=out, progress=show
         )
     typer.echo(done.report.summary())
     typer.echo(f"wrote {out}")
@@ -191,12 +192,13 @@ def inspect(
     artifact: Annotated[Path, typer.Argument(help="A compiled artifact.")],
     kernels: Annotated[bool, typer.Option("--kernels", help="List kernels with backend and schedule.")] = False,
     passes: Annotated[bool, typer.Option("--passes", help="List passes with their times.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List the errors measured by compile --errors.")] = False,
     ir: Annotated[bool, typer.Option("--ir", help="Print the IR that was compiled.")] = False,
     program: Annotated[bool, typer.Option("--program", help="Print the generated program.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what an artifact holds and how it was made."""
-    from tilewright.inspection import describe, kernel_table, pass_table
+    from tilewright.inspection import describe, kernel_table, layer_table, pass_table
     from tilewright.report import CompileReport
     from tilewright.runtime.artifact import read_manifest
 
@@ -206,6 +208,7 @@ def inspect(
         return
     typer.echo(describe(manifest, report))
     shown = [(kernels, lambda: kernel_table(report)), (passes, lambda: pass_table(report))]
+    shown += [(layers, lambda: layer_table(report))]
     shown += [(ir, (artifact / "ir.twir").read_text), (program, (artifact / "program.c").read_text)]
     for wanted, text in shown:
         if wanted:

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.bisect import copy_of, random_inputs
 from tilewright.codegen.build import Build
 from tilewright.codegen.emitters import FAMILIES, refusals
 from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import CpuTarget, parse_target
 from tilewright.ir import Module, TilewrightError, ops, verify
+from tilewright.layer_errors import layer_errors
 from tilewright.passes.base import PassContext
 from tilewright.passes.fuse import unfuse
 from tilewright.passes.pipeline import Pipeline
@@ -44,6 +46,7 @@ def compile(
     max_length: int | None = None,
     dtype: str | None = None,
     task: str | None = None,
+    errors: bool = False,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -55,6 +58,7 @@ def compile(
     ``max_length`` is the capacity of the KV cache in tokens, ``dtype`` the element type to load a folder's weights in.
     ``task="causal-lm"`` says that a module of your own maps token ids ``[B, S]`` to logits ``[B, S, V]`` causally, so that
     it gets a KV cache; Hugging Face models say so themselves.
+    ``errors`` adds the error of each layer on a random sample to the report (slow: it runs the interpreter).
     The artifact is written to ``out``, or kept in a temporary folder until :meth:`Compiled.save`.
 
     Raises a subclass of ``TilewrightError`` that names the module, the op and the line it is about.
@@ -65,7 +69,7 @@ def compile(
     with started("trace"):
         module, source = trace(model, args, kwargs, dynamic, dtype)
         module.meta |= {"task": task} if task else {}
-    return lower(module, pipeline, cpu, source=source, out=out, stages=started)
+    return lower(module, pipeline, cpu, source=source, out=out, stages=started, errors=errors)
 
 
 def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Any, dtype: str | None
@@ -95,15 +99,20 @@ def lower(
     source: Path | None = None,
     out: str | os.PathLike[str] | None = None,
     stages: Stages | None = None,
+    errors: bool = False,
 ) -> Compiled:
     """Run the passes on ``module`` (in place), generate code and write the artifact."""
     stages = stages or Stages(None)
     ctx = PassContext()
+    before = copy_of(module) if errors else None
     with stages("passes"):
         rows = pipeline.run(module, ctx=ctx).rows
         fallbacks = unfuse_refused(module, target)
     report = CompileReport(module.name, target.text, str(pipeline), passes=[asdict(r) for r in rows], fallbacks=fallbacks)
     report.notes = [f"{where}: {line}" for where, line in ctx.notes]
+    if before is not None:
+        with stages("errors"):
+            report.layers = layer_errors(before, module, target, random_inputs(before, tokens=8))
     holder = None if out is not None else Holder()
     path = Path(out) if out is not None else holder.path  # type: ignore[union-attr]
     with stages("build"), ArtifactWriter(path) as writer:

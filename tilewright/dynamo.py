@@ -22,6 +22,7 @@ def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
     """
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         raise TraceError('backend="tilewright" is for inference; call the model under torch.no_grad()')
+    fix_floats(graph)
     signature = Signature(graph, example_inputs)
     frozen = Frozen(graph, signature)
     with torch._guards.tracing(None):  # our own export must not add guards to the frame that is being compiled
@@ -37,6 +38,20 @@ def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
 
     run.compiled = compiled  # type: ignore[attr-defined]  # keeps the artifact alive
     return run
+
+
+def fix_floats(graph: fx.GraphModule) -> None:
+    """Have torch trace once more with the Python floats as constants that ``dynamic=True`` made inputs (a norm's eps)."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    numbers = (getattr(n.meta.get("example_value"), "item_memo", None) for n in graph.graph.nodes)
+    names = [getattr(number.node._expr, "name", "") for number in numbers if number is not None]
+    new = [name for name in names if name and not TensorifyState.should_specialize(name)]
+    for name in new:
+        TensorifyState.specialize(name)
+    if new:
+        raise TensorifyScalarRestartAnalysis
 
 
 def to_torch(array: Any) -> torch.Tensor:
@@ -81,7 +96,7 @@ class Signature:
         names: dict[str, str] = {}
         for t, i in enumerate(self.tensor_places):
             for axis, d in enumerate(self.nodes[i].meta["example_value"].shape):
-                if isinstance(d, torch.SymInt):
+                if isinstance(d, torch.SymInt) and not d.node.expr.is_number:  # a number: what the model itself asks for
                     name = names.setdefault(str(d), f"D{len(names)}")
                     self.dynamic.setdefault(f"x{t}", {})[axis] = name
 

@@ -40,3 +40,14 @@ def pass_table(report: CompileReport) -> str:
         ops = p["skipped"] or f"{p['ops_before']} -> {p['ops_after']}"
         lines.append(f"{p['text']:44} {p['seconds'] * 1e3:>8.1f} {p['peak_bytes'] / 2**20:>7.1f} {ops:>13}")
     return "\n".join(lines)
+
+
+def layer_table(report: CompileReport) -> str:
+    """One line a kernel call of the sample: error of the passes, error of the compiled kernel."""
+    if not report.layers:
+        return "no errors were measured; compile with --errors"
+    lines = [f"{'passes':>10} {'kernel':>10}  layer; operations"]
+    for row in report.layers:
+        error = "-" if row["error"] is None else f"{row['error']:.2e}"
+        lines.append(f"{error:>10} {row['kernel_error']:>10.2e}  {row['layer']}; {row['operations']}")
+    return "\n".join(lines)
