@@ -25,6 +25,8 @@ class Tokenizer:
             raise ArtifactError(f"{file}: no such file; the model came without a tokenizer.json, so give token ids "
                                 "instead of text, or put the model's tokenizer.json there")
         self._tokenizer = _tokenizers().Tokenizer.from_file(str(file))
+        self._tokenizer.no_padding()  # an encoder's file may ask for both; they would change a text unasked
+        self._tokenizer.no_truncation()
         self.stop_tokens = _stop_tokens(file.parent)
 
     @property

@@ -139,3 +139,13 @@ def test_missing_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(MissingExtraError, match=r"pip install tilewright\[text\]"):
         Tokenizer(folder)
+
+
+def test_texts_are_neither_padded_nor_cut(tmp_path):
+    """Encoders' files often ask for both, for batches of texts of one length."""
+    made = byte_level()
+    made.enable_padding(length=16, pad_id=0)
+    made.enable_truncation(16)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert [len(tokenizer.encode(text)) for text in ("abc", "abc" * 20)] == [3, 60]
