@@ -58,7 +58,7 @@ def mask_attributes(op: ops.Attention, rw: Rewriter) -> None:
     if op.mask is None:
         return
     said = read_mask(op.mask, op.q, op.k)
-    if said.rest == (op.mask,):
+    if said == Meaning(rest=said.rest) and said.rest:
         rw.skip(op, "the mask is not made of comparisons of positions")
         return
     if not _compatible(op, said):

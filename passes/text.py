@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from tilewright.ir import ParseError, PassError
 from tilewright.passes.base import Pass
+from tilewright.passes.named import NAMED
 from tilewright.passes.registry import find
 
 _TOKEN = re.compile(r'\s*(?:(?P<word>[^\s{}\[\],="]+)|(?P<string>"(?:[^"\\]|\\.)*")|(?P<mark>[{}\[\],=]))')
@@ -117,7 +118,7 @@ def make_pass(item: Item, text: str) -> Pass:
     try:
         cls = find(item.name)
     except PassError as error:
-        raise PassError(f"column {item.column + 1}: {error.message}") from None
+        raise PassError(f"column {item.column + 1}: {error.message}, {', '.join(NAMED)}") from None
     hints = typing.get_type_hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     given: dict[str, Any] = {}
