@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from tilewright.ir import Module
     from tilewright.runtime import Program
 
 app = typer.Typer(
@@ -156,7 +157,7 @@ def opened(model: Path, passes: str, target: str, length: int | None, dtype: str
 
 @app.command()
 def opt(
-    source: Annotated[Path, typer.Argument(help="IR text (.twir); '-' reads standard input.")],
+    source: Annotated[Path, typer.Argument(help="IR text (.twir; '-' reads standard input) or a Hugging Face folder.")],
     passes: Annotated[str, typer.Option("--passes", "-p")] = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the result goes, if not to stdout.")] = None,
     print_before: Annotated[list[str] | None, typer.Option(help="Print the IR before this pass (or 'all').")] = None,
@@ -166,13 +167,11 @@ def opt(
     explain: Annotated[bool, typer.Option("--explain", help="Say why patterns did not match.")] = False,
     verify: Annotated[bool, typer.Option(help="Verify the module between passes.")] = True,
 ) -> None:
-    """Read IR text, run passes, write IR text."""
-    from tilewright.ir import parse_module, print_module
-    from tilewright.ir import verify as check
+    """Read IR text, or trace a model, run passes, write IR text."""
+    from tilewright.ir import print_module
     from tilewright.passes.pipeline import Pipeline
 
-    module = parse_module(sys.stdin.read() if str(source) == "-" else source.read_text())
-    check(module)
+    module = read_module(source)
     pipeline = Pipeline.parse(passes) if passes else Pipeline(())
     report = pipeline.run(module, verify, print_before=print_before or (), print_after=print_after or (),
                           stop_after=stop_after)  # fmt: skip
@@ -185,6 +184,20 @@ def opt(
         typer.echo(line, err=True)
     for skip, where in report.ctx.skips.items() if explain else ():
         typer.echo(f"{where}: {skip}", err=True)
+
+
+def read_module(source: Path) -> Module:
+    """The module that IR text says, or the one that the model in a folder is."""
+    from tilewright.ir import parse_module
+    from tilewright.ir import verify as check
+
+    if source.is_dir():
+        from tilewright.frontend import trace_folder
+
+        return trace_folder(source)
+    module = parse_module(sys.stdin.read() if str(source) == "-" else source.read_text())
+    check(module)
+    return module
 
 
 @app.command()
