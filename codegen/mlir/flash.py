@@ -6,12 +6,13 @@ scores = q k^T (micro-kernels on registers), softmax with the statistics kept pe
 a multiplication in every exponential.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tilewright.codegen.cache import PANEL, VALUE_STEP, round_up, value_panels
 from tilewright.codegen.mlir import math
-from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.builder import Buffer, Kernel, Loop
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.value import Val, constant, iota
 from tilewright.codegen.schedule import AttentionSchedule, registers
@@ -222,44 +223,60 @@ class Flash:
 
     def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
         """One row of scores becomes one row of p; the row's statistics follow."""
-        at = row * self.keys
-        old = self.top.load(row)
-        with self.kernel.loop(0, keys, _UNROLL * self.lanes, [old.splat(self.lanes)]) as loop:
+        plain = not self.shape.softcap and adjust is None and self.shape.scale > 0
+        factor = constant(self.shape.scale * _LOG2E if plain else 1.0, "f32")
+        partly = seen.high < key + keys
+        if seen.low is not None:
+            partly = partly | (seen.low > key)
+        with self.kernel.when(partly if plain else constant(True, "bool")):
+            self._adjust(row, key, keys, seen, adjust, plain)
+        at, lowest = row * self.keys, constant(float("-inf"), "f32", self.lanes)
+        with self._vectors(keys, lowest) as (loop, starts):
             (top,) = loop.values
-            for start in range(0, _UNROLL * self.lanes, self.lanes):
-                score = self._masked(row, key, loop.index + start, seen, adjust)
-                self.scores.store(score, at + loop.index + start)
-                top = top.max(score)
+            for start in starts:
+                top = top.max(self.scores.load(at + start, self.lanes))
             loop.next(top)
-        new = loop.results[0].reduce("max")
+        old = self.top.load(row)
+        new = old.max(loop.results[0].reduce("max") * factor)
         with self.kernel.when(new > old):
             self._rescale(row, old, new)
-        with self.kernel.loop(0, keys, _UNROLL * self.lanes, [self.weight.load(row * self.lanes, self.lanes)]) as loop:
+        with self._vectors(keys, self.weight.load(row * self.lanes, self.lanes)) as (loop, starts):
             (total,) = loop.values
-            for start in range(0, _UNROLL * self.lanes, self.lanes):
-                place = at + loop.index + start
-                p = math.exp2_of_negative(self.scores.load(place, self.lanes) - new)
+            for start in starts:
+                score = self.scores.load(at + start, self.lanes)
+                p = math.exp2_of_negative(score.fma(factor, -new))
                 total = total + p
-                self.p.store(p.to(self.compute), place)
+                self.p.store(p.to(self.compute), at + start)
             loop.next(total)
         self.weight.store(loop.results[0], row * self.lanes)
 
-    def _masked(self, row: Val, key: Val, start: Val, seen: Visible, adjust: Adjust | None) -> Val:
-        score = self.scores.load(row * self.keys + start, self.lanes)
-        if not self.shape.softcap and adjust is None:
-            score = score * (self.shape.scale * _LOG2E)
-        else:
-            score = score * self.shape.scale
-            if self.shape.softcap:
-                score = math.tanh(score * (1 / self.shape.softcap)) * self.shape.softcap
-            if adjust is not None:
-                score = adjust(score, row, key + start, self.lanes)
-            score = score * _LOG2E
-        number = iota(self.lanes)
-        keep = number < (seen.high - key - start).to("i32").splat(self.lanes)
-        if seen.low is not None:
-            keep = keep & (number >= (seen.low - key - start).to("i32").splat(self.lanes))
-        return keep.select(score, float("-inf"))
+    @contextmanager
+    def _vectors(self, keys: Val, *carry: Val) -> Iterator[tuple[Loop, list[Val]]]:
+        """A loop over the scores of a row, with the starts of the vectors of each round."""
+        with self.kernel.loop(0, keys, _UNROLL * self.lanes, carry) as loop:
+            yield loop, [loop.index + i * self.lanes for i in range(_UNROLL)]
+
+    def _adjust(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None, plain: bool) -> None:
+        """Mask the scores of a row and, unless ``plain``, bring them to their final value in units of log 2."""
+        with self._vectors(keys) as (_, starts):
+            for start in starts:
+                place = row * self.keys + start
+                score = self.scores.load(place, self.lanes)
+                if not plain:
+                    score = self._final(score, row, key + start, adjust)
+                number = iota(self.lanes)
+                keep = number < (seen.high - key - start).to("i32").splat(self.lanes)
+                if seen.low is not None:
+                    keep = keep & (number >= (seen.low - key - start).to("i32").splat(self.lanes))
+                self.scores.store(keep.select(score, float("-inf")), place)
+
+    def _final(self, score: Val, row: Val, key: Val, adjust: Adjust | None) -> Val:
+        score = score * self.shape.scale
+        if self.shape.softcap:
+            score = math.tanh(score * (1 / self.shape.softcap)) * self.shape.softcap
+        if adjust is not None:
+            score = adjust(score, row, key, self.lanes)
+        return score * _LOG2E
 
     def _rescale(self, row: Val, old: Val, new: Val) -> None:
         factor = math.exp2_of_negative((old - new).splat(self.lanes))

@@ -1,6 +1,6 @@
 """Kernels over a key/value cache in the layout of `CacheLayout`: append new tokens, attend to all of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.cache import PANEL, CacheLayout, value_panels
@@ -42,11 +42,6 @@ class AttendSpec:
     def queries(self, schedule: AttentionSchedule) -> int:
         """Queries of one task."""
         return max(schedule.rows // self.group, 1)
-
-    def default_schedule(self, target: CpuTarget) -> AttentionSchedule:
-        """Decoding wants long runs through memory, a prompt blocks that stay in the first-level cache."""
-        decoding = self.s is not None and self.s * self.group < 16
-        return replace(AttentionSchedule.default(target), keys=256 if decoding else 64)
 
     def tasks(self, schedule: AttentionSchedule, b: Any, s: Any) -> Any:
         """Number of tasks: an int, or an expression when ``b`` or ``s`` is symbolic."""

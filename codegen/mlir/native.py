@@ -22,6 +22,11 @@ class NativeKernel:
     def __init__(self, kernel: Kernel) -> None:
         self._function = _function(compile_kernel(kernel), kernel.name)
 
+    @property
+    def address(self) -> int:
+        """Where the function is in memory."""
+        return ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
     def __call__(self, begin: int, end: int, dims: Sequence[int], arrays: Sequence[np.ndarray | None]) -> None:
         numbers = [ctypes.c_int64(n) for n in (begin, end, *dims)]
         self._function(*numbers, *(ctypes.c_void_p(None if a is None else a.ctypes.data) for a in arrays))
