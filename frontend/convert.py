@@ -10,22 +10,14 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from tilewright.frontend import (  # noqa: F401  (they fill the table)
-    aten_core,
-    aten_hooks,
-    aten_index,
-    aten_make,
-    aten_move,
-    aten_nn,
-    aten_reduce,
-)
+from tilewright.frontend import aten, aten_hooks
 from tilewright.frontend.export import IGNORED, Exported
 from tilewright.frontend.locate import source_line
 from tilewright.frontend.symbols import NotADim, has_unbacked
-from tilewright.frontend.table import LAZY, TABLE, Context, source_of
+from tilewright.frontend.table import LAZY, Context, source_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Function, Loc, Module, Return, Value, Weight, WeightSource
-from tilewright.ir.errors import TilewrightError, TraceError, UnsupportedError
+from tilewright.ir.errors import TilewrightError, TraceError, UnsupportedError, VerifyError
 
 Sources = Mapping[str, WeightSource]
 _Kind = torch.export.graph_signature.InputKind
@@ -120,7 +112,7 @@ class _Conversion:
             raise UnsupportedError(str(error), self.c.b.loc) from None
 
     def lower(self, node: fx.Node) -> Any:
-        entry = TABLE.get(node.target)
+        entry = aten.entry(node)
         if entry is None:
             self.refuse(node)
         args, kwargs = (pytree.tree_map(self.resolve, x) for x in (list(node.args), dict(node.kwargs)))
@@ -129,11 +121,12 @@ class _Conversion:
             args = aten_hooks.build_lazy(self.c, args)
         try:
             result = entry(self.c, *args, **kwargs)
+        except VerifyError as error:
+            self.c.fail(error.message)
         except TilewrightError:
             raise
         except Exception as error:
-            message = f"{node.target} with these arguments is not supported ({type(error).__name__}: {error})"
-            raise UnsupportedError(message, self.c.b.loc) from error
+            self.c.fail(f"with these arguments is not supported ({type(error).__name__}: {error})")
         self.expect_type(node, result)
         return result
 

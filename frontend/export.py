@@ -17,11 +17,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from tilewright.frontend import dynamic as dyn
+from tilewright.frontend.aten import KNOWN
 from tilewright.frontend.explain import explain
+from tilewright.frontend.inplace import make_plain_writes_functional
 from tilewright.frontend.locate import Locator, whole_stacks
 from tilewright.frontend.pretrained import is_pretrained
 from tilewright.frontend.symbols import SymbolTable
-from tilewright.frontend.table import TABLE
 from tilewright.frontend.watch import AttributeWatch
 from tilewright.ir.core import Loc
 from tilewright.ir.errors import TilewrightError, TraceError
@@ -134,16 +135,17 @@ def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
     The pass that does this traces again, so it is skipped where there is nothing to do.
     """
+    make_plain_writes_functional(program.graph)
     if not any(map(_needs_work, program.graph.nodes)):
         return program
-    parts = {op: f for op, f in torch.export.default_decompositions().items() if op not in TABLE}
+    parts = {op: f for op, f in torch.export.default_decompositions().items() if op not in KNOWN}
     return program.run_decompositions(parts)
 
 
 def _needs_work(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return True
-    if node.op != "call_function" or node.target in IGNORED or node.target in TABLE:
+    if node.op != "call_function" or node.target in IGNORED or node.target in KNOWN:
         return False
     if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
         return False
@@ -176,7 +178,8 @@ def _name_sizes(
             found[spec.name] = _tighter(found.get(spec.name), spec)
     named = [q.renamed(names) for q in asked]
     checked = dyn.check(found, named)
-    return SymbolTable(names), {n: (s.low, s.high) for n, s in checked.items()}
+    ranges = {n: (s.low, s.high) for n, s in checked.items()}
+    return SymbolTable(names, ranges), ranges
 
 
 def _tighter(a: dyn.DimSpec | None, b: dyn.DimSpec) -> dyn.DimSpec:

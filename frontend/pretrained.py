@@ -14,7 +14,7 @@ from torch import nn
 from tilewright.frontend.dynamic import HIGH, DimSpec
 from tilewright.ir.errors import TraceError
 
-BATCH, LENGTH, TARGET, IMAGE = 3, 7, 5, 224  # sizes of the made-up inputs; nothing in a model has them by chance
+BATCH, LENGTH, TARGET, IMAGE = 5, 11, 13, 224  # made-up sizes: small primes that no layer has
 MAX_BATCH = 256
 TASKS = ("causal-lm", "seq2seq", "vision", "encoder")
 
@@ -72,6 +72,9 @@ def example_inputs(model: Any, task: str) -> dict[str, torch.Tensor]:
     ids = torch.ones(BATCH, LENGTH, dtype=torch.int64)
     if task == "causal-lm":
         return {"input_ids": ids}
+    if task == "seq2seq" and model.main_input_name == "input_features":
+        audio = torch.zeros(BATCH, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        return {"input_features": audio, "decoder_input_ids": torch.ones(BATCH, TARGET, dtype=torch.int64)}
     if task == "seq2seq":
         return {"input_ids": ids, "decoder_input_ids": torch.ones(BATCH, TARGET, dtype=torch.int64)}
     if task == "vision":
@@ -89,13 +92,16 @@ def _image(config: Any) -> torch.Tensor:
 def _sizes(config: Any, task: str) -> dict[str, dict[int, DimSpec]]:
     """Varying axes of the inputs that models have in common."""
     text = getattr(config, "text_config", config)
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or HIGH
+    names = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+    longest = next((v for n in names if isinstance(v := getattr(text, n, None), int)), HIGH)
     batch = DimSpec("B", 1, MAX_BATCH, "auto")
     tokens = {0: batch, 1: DimSpec("S", 1, int(longest), "auto")}
     target = {0: batch, 1: DimSpec("T", 1, int(longest), "auto")}
     source = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
     decoder = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
-    return {**dict.fromkeys(source, tokens), **dict.fromkeys(decoder, target), "pixel_values": {0: batch}}
+    whole = ("pixel_values", "input_features", "input_values")
+    rows = {0: batch}
+    return dict.fromkeys(source, tokens) | dict.fromkeys(decoder, target) | dict.fromkeys(whole, rows)
 
 
 def _meta(model: Any, task: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ DTYPES: dict[torch.dtype, DType] = {
     torch.uint8: DType.u8,
     torch.bool: DType.bool,
 }
+COMPLEX: dict[torch.dtype, DType] = {torch.complex64: DType.f32, torch.complex128: DType.f64}
 
 
 class NotADim(Exception):
@@ -46,10 +47,10 @@ def has_unbacked(value: Any) -> bool:
 
 
 class SymbolTable:
-    """Gives torch's symbols the names the user gave (``s77`` becomes ``B``)."""
+    """Gives torch's symbols the names the user gave (``s77`` becomes ``B``), and knows their ranges."""
 
-    def __init__(self, names: Mapping[sympy.Symbol, sympy.Symbol]) -> None:
-        self.names = dict(names)
+    def __init__(self, names: Mapping[sympy.Symbol, sympy.Symbol], ranges: Mapping[str, tuple[int, int]]) -> None:
+        self.names, self.ranges = dict(names), dict(ranges)
 
     def dim(self, value: int | torch.SymInt) -> Dim:
         """A size; raises NotADim for one that depends on data or has no closed form."""
@@ -58,8 +59,11 @@ class SymbolTable:
         return as_dim(self.rewrite(value.node.expr))
 
     def tensor(self, value: torch.Tensor) -> TensorType:
-        """The type of a (fake) tensor."""
-        return TensorType(tuple(map(self.dim, value.shape)), dtype_of(value.dtype))
+        """The type of a (fake) tensor. A complex one is pairs of real numbers, along one more axis."""
+        shape = tuple(map(self.dim, value.shape))
+        if value.dtype in COMPLEX:
+            return TensorType((*shape, 2), COMPLEX[value.dtype])
+        return TensorType(shape, dtype_of(value.dtype))
 
     def rewrite(self, e: Any) -> Any:
         """A torch expression with our symbols and plain sympy functions only."""
@@ -83,14 +87,36 @@ class SymbolTable:
             case "ModularIndexing":
                 return sympy.Mod(sympy.floor(args[0] / args[1]), args[2])
             case "Max":
-                return sympy.Max(*args)
+                return self._extreme(sympy.Max, args)
             case "Min":
-                return sympy.Min(*args)
+                return self._extreme(sympy.Min, args)
             case "Identity" | "ToFloat":
                 return args[0]
         if e.is_Add or e.is_Mul or (e.is_Pow and e.exp.is_Integer and e.exp > 0):
             return e.func(*args)
         raise NotADim(f"a size is computed as {e}, which has no integer form")
+
+    def _extreme(self, kind: Any, args: list[Any]) -> Any:
+        """A maximum or minimum; the operand itself where the ranges of the sizes decide."""
+        first = args[0]
+        for other in args[1:]:
+            low, high = self._bounds(first - other)
+            if low < 0 < high:
+                first = kind(first, other)
+            elif (kind is sympy.Max) == (high <= 0):
+                first = other
+        return first
+
+    def _bounds(self, e: Any) -> tuple[Any, Any]:
+        """Between which values a sum of multiples of sizes lies; infinite for anything else."""
+        low = high = sympy.Integer(0)
+        for term in sympy.Add.make_args(sympy.expand(e)):
+            factor, symbol = term.as_coeff_Mul()
+            if symbol != 1 and str(symbol) not in self.ranges:
+                return -sympy.oo, sympy.oo
+            ends = [factor * v for v in ((1, 1) if symbol == 1 else self.ranges[str(symbol)])]
+            low, high = low + min(ends), high + max(ends)
+        return low, high
 
 
 def _ratio(e: Any) -> tuple[Any, Any] | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from tilewright.frontend.locate import source_line
 from tilewright.frontend.symbols import NotADim, SymbolTable, dtype_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import ArraySource, ComputedSource, Module, Op, Value, Weight
@@ -50,7 +51,9 @@ class Context:
         return self.b(kind, *args, **fields)
 
     def fail(self, message: str) -> NoReturn:
-        raise UnsupportedError(f"{self.node.target}: {message}", self.b.loc)
+        """Refuse the node, showing the user's line."""
+        line = source_line(self.b.loc)
+        raise UnsupportedError(f"{self.node.target}: {message}{f'{chr(10)}  {line}' if line else ''}", self.b.loc)
 
     # -- what torch says about the node --------------------------------------------------------------------------
 
