@@ -2,8 +2,8 @@
 
     python benchmarks/llama_1b.py --work /tmp/tilewright-bench --out benchmarks/results/llama_1b.json
 
-Goals: compile under 60 s with a peak resident size of at most 1.3x the checkpoint; load under 1 s; decode at 70 % or more of
-the read bandwidth measured here; prefill of 512 tokens at 1.2x torch eager bf16 or more. Everything is a ratio to a limit
+Goals: compile under 60 s with a peak resident size of at most 1.3x the checkpoint; load under 1 s; decode at 70 % or more
+of the read bandwidth measured here; prefill of 512 tokens at 1.2x torch eager bf16 or more. Everything is a ratio to a limit
 or a peer measured in the same run, interleaved; medians over repeats with the spread.
 """
 
@@ -16,11 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from limits import ReadBandwidth
 
 SHAPE = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
          "intermediate_size": 5632, "vocab_size": 32000, "max_position_embeddings": 2048}  # fmt: skip
@@ -50,22 +50,6 @@ def compile_once(folder: str, out: str) -> None:
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak, "stages": report.seconds}))
 
 
-def read_bandwidth(threads: int, size: int = 1 << 30) -> Callable[[], float]:
-    """A function that reads ``size`` bytes with ``threads`` threads and gives bytes a second."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    data = np.ones(size // 8, np.int64)
-    pool = ThreadPoolExecutor(threads)
-    parts = np.array_split(data, threads)
-
-    def once() -> float:
-        start = time.perf_counter()
-        list(pool.map(np.max, parts))
-        return size / (time.perf_counter() - start)
-
-    return once
-
-
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -90,7 +74,7 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     peer = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (1, PROMPT))
     zero = np.zeros(1, np.int64)
-    bandwidth = read_bandwidth(threads)
+    read_bandwidth = ReadBandwidth(threads)
 
     def ours_prefill() -> float:
         start = time.perf_counter()
@@ -111,10 +95,11 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
 
     rows: dict[str, list[float]] = {}
     for i in range(repeats + 1):
-        for work_item in (bandwidth, ours_decode, ours_prefill, torch_prefill):
-            value = work_item()
+        for name, measure in (("read_bandwidth", read_bandwidth), ("ours_decode", ours_decode),
+                              ("ours_prefill", ours_prefill), ("torch_prefill", torch_prefill)):  # fmt: skip
+            value = measure()
             if i:  # the first round warms up
-                rows.setdefault(work_item.__name__.replace("once", "read_bandwidth"), []).append(value)
+                rows.setdefault(name, []).append(value)
     token_bytes = bytes_on_disk - 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]  # the embedding is not streamed
     decode_share = [s * token_bytes / b for s, b in zip(rows["ours_decode"], rows["read_bandwidth"])]
     prefill_ratio = [a / b for a, b in zip(rows["ours_prefill"], rows["torch_prefill"])]
