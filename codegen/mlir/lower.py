@@ -43,9 +43,9 @@ def llvm_ir(kernel: Kernel) -> str:
     from torch_mlir.passmanager import PassManager
 
     with kernel.module.context, ir.Location.unknown():
-        # The kernel may be lowered more than once: work on a copy.
-        module = ir.Module.parse(kernel.module.operation.get_asm(print_generic_op_form=True))
         try:
+            # The kernel may be lowered more than once: work on a copy. Parsing it back also verifies it.
+            module = ir.Module.parse(kernel.module.operation.get_asm(print_generic_op_form=True))
             passes = PassManager.parse(_PIPELINE)
             passes.enable_verifier(False)  # the translation verifies once more
             passes.run(module.operation)
