@@ -2,9 +2,9 @@
 
     python benchmarks/llama_1b.py --work /tmp/tilewright-bench --out benchmarks/results/llama_1b.json
 
-Goals: compile under 60 s with a peak resident size of at most 1.3x the checkpoint; load under 1 s; decode at 70 % or more
-of the read bandwidth measured here; prefill of 512 tokens at 1.2x torch eager bf16 or more. Everything is a ratio to a limit
-or a peer measured in the same run, interleaved; medians over repeats with the spread.
+Goals: compile under 60 s with a peak resident size of at most 1.3x the checkpoint; load under 1 s; decode at 70 % or
+more of the read bandwidth measured here; prefill of 512 tokens at 1.2x torch eager bf16 or more. Everything is a ratio
+to a limit or a peer measured in the same run, interleaved; medians over repeats with the spread.
 """
 
 from __future__ import annotations
