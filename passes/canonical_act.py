@@ -69,12 +69,18 @@ def _gate(value: Value, x: Value) -> type[ops.Unary] | None:
         return ops.Gelu if _is_scaled(owner.x, x, math.sqrt(0.5)) else None
     if not isinstance(owner, ops.Tanh):
         return None
-    product = made_by(owner.x, ops.Mul)
-    if product is None or not _near(scalar(product.b), _ROOT_2_OVER_PI):
+    factors = _factors(owner.x)
+    numbers = [f for f in factors if _near(scalar(f), _ROOT_2_OVER_PI)]
+    rest = [f for f in factors if scalar(f) is None]
+    if len(numbers) != 1 or len(factors) != len(rest) + 1 or not 1 <= len(rest) <= 2:
         return None
-    add = made_by(product.a, ops.Add)
-    pairs = either(add) if add is not None else ()
-    return ops.GeluTanh if any(a is x and _is_cubed(b, x) for a, b in pairs) else None
+    add = made_by(next((f for f in rest if f is not x), None), ops.Add)
+    if add is None:
+        return None
+    if len(rest) == 1:  # x + 0.044715 * x ** 3
+        return ops.GeluTanh if any(a is x and _is_power(b, x, 3) for a, b in either(add)) else None
+    fits = rest.count(x) == 1 and is_scalar(add.b, 1) and _is_power(add.a, x, 2)  # x * (1 + 0.044715 * x ** 2)
+    return ops.GeluTanh if fits else None
 
 
 def _is_scaled(value: Value, x: Value, by: float) -> bool:
@@ -84,11 +90,12 @@ def _is_scaled(value: Value, x: Value, by: float) -> bool:
     return isinstance(owner, ops.Div) and owner.a is x and _near(scalar(owner.b), 1 / by)
 
 
-def _is_cubed(value: Value, x: Value) -> bool:
-    """``0.044715 * x ** 3``."""
+def _is_power(value: Value, x: Value, power: int) -> bool:
+    """``0.044715 * x ** power``."""
     factors = _factors(value)
     numbers = [n for n in map(scalar, factors) if n is not None]
-    return sum(f is x for f in factors) == 3 and len(factors) == 4 and len(numbers) == 1 and _near(numbers[0], 0.044715)
+    fits = sum(f is x for f in factors) == power and len(factors) == power + 1
+    return fits and len(numbers) == 1 and _near(numbers[0], 0.044715)
 
 
 PATTERNS: tuple[Pattern, ...] = (silu, relu, sigmoid, gelu)

@@ -124,9 +124,12 @@ def double_unary(op: ops.Unary, rw: Rewriter) -> None:
 
 def casts(op: ops.Cast, rw: Rewriter) -> None:
     """``cast(x)`` to its own type -> ``x``; two casts of which the first loses nothing -> the second alone."""
-    inner = made_by(op.x, ops.Cast)
+    inner, choice = made_by(op.x, ops.Cast), made_by(op.x, ops.Where)
     if op.dtype is op.x.dtype:
         replace(rw, op, op.x)
+    elif choice is not None and scalar(choice.a) is not None and scalar(choice.b) is not None:
+        a, b = (rw.before(op).add(ops.Cast(v, op.dtype)) for v in (choice.a, choice.b))
+        replace(rw, op, ops.Where(choice.cond, a, b))
     elif inner is not None and is_lossless(inner.x.dtype, inner.dtype):
         replace(rw, op, ops.Cast(inner.x, op.dtype))
 
@@ -138,6 +141,10 @@ def choices(op: ops.Where, rw: Rewriter) -> None:
         _keep(op, rw, op.b if known is not None and not known else op.a)
     elif negated is not None:
         replace(rw, op, ops.Where(negated.x, op.b, op.a))
+    elif op.a.dtype is DType.bool and (scalar(op.a), scalar(op.b)) == (True, False):
+        _keep(op, rw, op.cond)
+    elif op.a.dtype is DType.bool and (scalar(op.a), scalar(op.b)) == (False, True):
+        _keep(op, rw, rw.before(op).add(ops.Not(op.cond)))
 
 
 PATTERNS: tuple[Pattern, ...] = (

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from tilewright.ir import Builder, Dim, DType, Op, Pattern, Rewriter, Value, as_dim, ops, same_dim
+from tilewright.ir import DType, Op, Pattern, Rewriter, Value, ops
 from tilewright.passes.masks import Meaning, read_mask
-from tilewright.passes.match import is_one, is_scalar, joined, made_by, padded, replace, same_shape, scalar, used_once
+from tilewright.passes.match import (
+    is_scalar,
+    joined,
+    made_by,
+    only_leads,
+    padded,
+    replace,
+    same_shape,
+    scalar,
+    used_once,
+)
 
 HIDDEN = -1e4  # a number added to a score below which models mean "never"
 
@@ -35,7 +43,7 @@ def mask_bias(op: ops.Attention, rw: Rewriter) -> None:
 
 def _terms(bias: Value) -> list[Value]:
     add = bias.owner
-    if isinstance(add, ops.Broadcast):
+    if isinstance(add, ops.Broadcast) or (isinstance(add, ops.Reshape) and only_leads(add)):
         return _terms(add.x)
     return [*_terms(add.a), *_terms(add.b)] if isinstance(add, ops.Add) else [bias]
 
@@ -100,60 +108,6 @@ def whole_padding(op: ops.Attention, rw: Rewriter) -> None:
         _change(op, rw, padding=None)
 
 
-def grouped_heads(op: ops.Attention, rw: Rewriter) -> None:
-    """Keys and values repeated for each query head -> the keys and values: attention groups heads by itself."""
-    found = _unrepeated(op.k), _unrepeated(op.v)
-    if found[0] is None or found[1] is None or found[0].heads != found[1].heads:
-        return
-    k, v = (g.single(rw.before(op)) for g in found if g is not None)
-    _change(op, rw, k=k, v=v)
-
-
-@dataclass
-class Grouped:
-    """A broadcast ``[.., Hkv, 1, ..] -> [.., Hkv, n, ..]``; ``flip`` when heads stand before positions."""
-
-    source: Value
-    axis: int
-    flip: bool
-
-    @property
-    def heads(self) -> Dim:
-        return self.source.shape[self.axis]
-
-    def single(self, b: Builder) -> Value:
-        """Each head once, ``[B, T, Hkv, D]``."""
-        shape = self.source.shape
-        heads = b.add(ops.Reshape(self.source, (*shape[: self.axis + 1], *shape[self.axis + 2 :])))
-        return b.add(ops.Transpose(heads, (0, 2, 1, 3))) if self.flip else heads
-
-
-def _unrepeated(value: Value) -> Grouped | None:
-    flip = made_by(value, ops.Transpose)
-    if flip is not None and flip.perm != (0, 2, 1, 3):
-        return None
-    joined_heads = made_by(flip.x if flip is not None else value, ops.Reshape)
-    repeat = made_by(joined_heads.x, ops.Broadcast) if joined_heads is not None else None
-    axis = 2 if flip is None else 1
-    if joined_heads is None or repeat is None or len(repeat.shape) != 5 or len(repeat.x.shape) != 5:
-        return None
-    kept = all(same_dim(a, b) for i, (a, b) in enumerate(zip(repeat.x.shape, repeat.shape)) if i != axis + 1)
-    merged = (*repeat.shape[:axis], as_dim(repeat.shape[axis] * repeat.shape[axis + 1]), *repeat.shape[axis + 2 :])
-    fits = kept and is_one(repeat.x.shape[axis + 1]) and same_shape(joined_heads.shape, merged)
-    return Grouped(repeat.x, axis, flip is not None) if fits else None
-
-
-def shared_head(op: ops.Attention, rw: Rewriter) -> None:
-    """One head of keys and values broadcast to all query heads -> that head."""
-    k, v = made_by(op.k, ops.Broadcast), made_by(op.v, ops.Broadcast)
-    if k is None or v is None:
-        return
-    one = [r.x.tensor.rank == 4 and is_one(r.x.shape[2]) for r in (k, v)]
-    keeps = [same_shape(r.x.shape[:2], r.shape[:2]) and same_dim(r.x.shape[3], r.shape[3]) for r in (k, v)]
-    if all(one) and all(keeps):
-        _change(op, rw, k=k.x, v=v.x)
-
-
 def scaled_operand(op: ops.Attention, rw: Rewriter) -> None:
     """``attention(q * c, k)`` -> ``attention(q, k) {scale * c}``, also when q is regrouped or rotated in between."""
     for value in (op.q, op.k):
@@ -177,7 +131,5 @@ PATTERNS: tuple[Pattern, ...] = (
     mask_bias,
     mask_attributes,
     whole_padding,
-    grouped_heads,
-    shared_head,
     scaled_operand,
 )

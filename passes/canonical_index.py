@@ -106,6 +106,25 @@ def late_rows(op: ops.Embedding | ops.Gather, rw: Rewriter) -> None:
     replace(rw, op, regroup(rows, op.result.shape))
 
 
+def constant_index(op: ops.Gather, rw: Rewriter) -> None:
+    """``gather(x, full 2)`` and ``gather(x, iota)`` of static size -> a slice."""
+    index, axis, shape = op.indices, op.axis, op.x.shape
+    number, iota = scalar(index), made_by(index, ops.Iota)
+    start, size, step = number, 1, 1
+    if iota is not None and isinstance(iota.length, int) and isinstance(iota.start, int) and iota.step > 0:
+        start, size, step = iota.start, iota.length, iota.step
+    last = start + (size - 1) * step if isinstance(start, int) else -1
+    if not isinstance(start, int) or start < 0 or not isinstance(shape[axis], int) or last >= shape[axis]:
+        return
+    if iota is None and not all(d == 1 for d in index.shape):
+        return
+    starts = tuple(start if i == axis else 0 for i in range(len(shape)))
+    stops = tuple(last + 1 if i == axis else d for i, d in enumerate(shape))
+    steps = tuple(step if i == axis else 1 for i in range(len(shape)))
+    part = rw.before(op).add(ops.Slice(op.x, starts, stops, steps))
+    replace(rw, op, ops.Reshape(part, op.result.shape))
+
+
 def known_rows(op: ops.TakeAlong | ops.Gather | ops.GatherND, rw: Rewriter) -> None:
     """Elements picked from equal ones -> as many of them."""
     number = scalar(op.x)
@@ -113,4 +132,4 @@ def known_rows(op: ops.TakeAlong | ops.Gather | ops.GatherND, rw: Rewriter) -> N
         replace(rw, op, ops.Full(op.result.shape, number, op.result.dtype))
 
 
-PATTERNS: tuple[Pattern, ...] = (running_count, shifted, whole_again, sliced, single, late_rows, known_rows)
+PATTERNS: tuple[Pattern, ...] = (running_count, shifted, whole_again, sliced, single, late_rows, constant_index, known_rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tilewright.ir import Pattern, Rewriter, TensorType, Value, Weight, ops, same_dim
-from tilewright.passes.match import either, is_one, made_by, replace, used_once
+from tilewright.ir import Pattern, Rewriter, TensorType, Value, Weight, ops, product, same_dim
+from tilewright.passes.match import either, is_one, made_by, replace, same_shape, used_once
 from tilewright.passes.weights import as_weight, derive
 
 
@@ -50,12 +50,12 @@ def linear_bias(op: ops.Binary, rw: Rewriter) -> None:
     """``linear(x, w) + b`` -> ``linear(x, w, b)``."""
     if not isinstance(op, ops.Add):
         return
-    for product, bias in either(op):
-        linear = made_by(product, ops.Linear)
+    for value, bias in either(op):
+        linear = made_by(value, ops.Linear)
         vector = _vector(bias)
-        if linear is None or vector is None or not same_dim(vector.shape[0], product.shape[-1]):
+        if linear is None or vector is None or not same_dim(vector.shape[0], value.shape[-1]):
             continue
-        if linear.bias is not None or not used_once(product) or vector.dtype != linear.x.dtype:
+        if linear.bias is not None or not used_once(value) or vector.dtype != linear.x.dtype:
             continue
         replace(rw, op, ops.Linear(linear.x, linear.weight, vector, linear.scale))
         return
@@ -70,11 +70,17 @@ def _vector(value: Value) -> Weight | None:
 
 
 def late_reshape(op: ops.Linear | ops.GatedLinear | ops.RmsNorm | ops.LayerNorm, rw: Rewriter) -> None:
-    """A reshape that keeps the last axis comes after the layer."""
+    """A reshape comes after the layer, but for the part of it that makes the last axis."""
     source = made_by(op.x, ops.Reshape)
-    if source is None or not source.x.shape or not same_dim(source.x.shape[-1], source.shape[-1]):
+    if source is None:
         return
-    early = rw.before(op).insert(op.clone({op.x: source.x})).result
+    shape, last = source.x.shape, source.shape[-1]
+    tails = [i for i in range(len(shape)) if same_dim(product(shape[i:]), last)]
+    lead = shape[: tails[-1]] if tails else shape
+    if not tails or same_shape(lead, source.shape[:-1]):
+        return
+    rows = rw.before(op).add(ops.Reshape(source.x, (*lead, last)))
+    early = rw.before(op).insert(op.clone({op.x: rows})).result
     replace(rw, op, ops.Reshape(early, op.result.shape))
 
 
@@ -82,13 +88,13 @@ def conv_bias(op: ops.Binary, rw: Rewriter) -> None:
     """``conv(x, w) + b[:, 1, 1]`` -> ``conv(x, w, b)``."""
     if not isinstance(op, ops.Add):
         return
-    for product, bias in either(op):
-        conv, reshape = made_by(product, ops.Conv), made_by(bias, ops.Reshape)
+    for value, bias in either(op):
+        conv, reshape = made_by(value, ops.Conv), made_by(bias, ops.Reshape)
         vector = as_weight(reshape.x, 1) if reshape is not None else None
-        if conv is None or vector is None or conv.bias is not None or not used_once(product):
+        if conv is None or vector is None or conv.bias is not None or not used_once(value):
             continue
-        channel = len(bias.shape) - (product.tensor.rank - 1)
-        if same_dim(vector.shape[0], product.shape[1]) and channel >= 0 and not is_one(bias.shape[channel]):
+        channel = len(bias.shape) - (value.tensor.rank - 1)
+        if same_dim(vector.shape[0], value.shape[1]) and channel >= 0 and not is_one(bias.shape[channel]):
             replace(rw, op, conv.clone({}, bias=vector))
             return
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.ir import Dim, Pattern, Rewriter, Shape, Value, as_dim, ops, same_dim
-from tilewright.passes.match import is_one, made_by, padded, replace, same_shape, scalar
+from tilewright.passes.match import is_one, made_by, padded, replace, same_shape, scalar, used_once
 
 
 def known_elements(op: ops.Reshape | ops.Transpose | ops.Broadcast | ops.Slice | ops.Cast, rw: Rewriter) -> None:
@@ -110,6 +110,14 @@ def slice_of_broadcast(op: ops.Slice, rw: Rewriter) -> None:
     replace(rw, op, ops.Broadcast(x, op.result.shape))
 
 
+def slice_of_unary(op: ops.Slice, rw: Rewriter) -> None:
+    """``slice(exp(x))`` -> ``exp(slice(x))``: compute what is taken."""
+    inner = op.x.owner
+    if isinstance(inner, (ops.Unary, ops.Cast)) and used_once(op.x):
+        part = rw.before(op).add(ops.Slice(inner.x, op.starts, op.stops, op.steps))
+        replace(rw, op, inner.clone({inner.x: part}))
+
+
 def concats(op: ops.Concat, rw: Rewriter) -> None:
     """A concatenation of one -> it; of concatenations along one axis -> one; of neighbouring slices -> one slice."""
     nested = [made_by(x, ops.Concat) for x in op.xs]
@@ -156,5 +164,6 @@ PATTERNS: tuple[Pattern, ...] = (
     slices,
     slice_of_concat,
     slice_of_broadcast,
+    slice_of_unary,
     concats,
 )

@@ -36,9 +36,13 @@ def transposes(op: ops.Transpose, rw: Rewriter) -> None:
 
 def untransposed(value: Value, perm: Perm, rw: Rewriter, at: Op) -> Value | None:
     """What gives ``value`` when transposed by ``perm``, if it costs nothing to have."""
-    source = made_by(value, ops.Transpose)
+    source, repeat = made_by(value, ops.Transpose), made_by(value, ops.Broadcast)
     if source is not None and source.perm == perm:
         return source.x
+    if repeat is not None and len(repeat.x.shape) == len(perm):
+        inner = untransposed(repeat.x, perm, rw, at)
+        back = inverse(perm)
+        return inner and rw.before(at).add(ops.Broadcast(inner, tuple(repeat.shape[p] for p in back)))
     shape = padded(value.shape, len(perm))
     back = inverse(perm)
     if not _moves_only_ones(shape, back):
@@ -109,13 +113,15 @@ def sink_slice(op: ops.Slice, rw: Rewriter) -> None:
 
 
 def sink_concat(op: ops.Concat, rw: Rewriter) -> None:
-    """``concat(transpose(x), transpose(y))`` -> ``transpose(concat(x, y))``."""
-    sources = [made_by(x, ops.Transpose) for x in op.xs]
-    first = sources[0]
-    if first is None or any(s is None or s.perm != first.perm or not used_once(s.result) for s in sources):
+    """``concat(transpose(x), transpose(y))`` -> ``transpose(concat(x, y))``; other parts may have to be regrouped."""
+    source = _sinking(op.xs)
+    if source is None or any(isinstance(x.owner, ops.Transpose) and not used_once(x) for x in op.xs):
         return
-    early = rw.before(op).add(ops.Concat(tuple(s.x for s in sources if s is not None), first.perm[op.axis]))
-    replace(rw, op, ops.Transpose(early, first.perm))
+    moved = [untransposed(x, source.perm, rw, op) for x in op.xs]
+    parts = tuple(x for x in moved if x is not None)
+    if len(parts) == len(moved):
+        early = rw.before(op).add(ops.Concat(parts, source.perm[op.axis]))
+        replace(rw, op, ops.Transpose(early, source.perm))
 
 
 def sink_broadcast(op: ops.Broadcast, rw: Rewriter) -> None:

@@ -11,6 +11,7 @@ from tilewright.passes import (
     canonical_arith,
     canonical_attention,
     canonical_broadcast,
+    canonical_heads,
     canonical_index,
     canonical_linear,
     canonical_moves,
@@ -27,6 +28,7 @@ _TABLES = (
     canonical_linear,
     canonical_transpose,
     canonical_attention,
+    canonical_heads,
 )
 
 

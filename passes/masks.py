@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from tilewright.ir import DType, Op, Shape, Value, as_dim, ops, same_dim
 from tilewright.passes.masks_constant import constant_window
-from tilewright.passes.match import is_one, padded, same_shape
+from tilewright.passes.match import is_one, only_leads, padded
 
 _MIRRORED: dict[Any, Any] = {ops.Le: ops.Ge, ops.Ge: ops.Le, ops.Lt: ops.Gt, ops.Gt: ops.Lt}
 _QUERY, _KEY = -2, -1
@@ -102,15 +102,10 @@ def _conjunction(mask: Value) -> Iterator[Value]:
     if isinstance(op, ops.And) and mask.dtype is DType.bool:
         yield from _conjunction(op.a)
         yield from _conjunction(op.b)
-    elif isinstance(op, ops.Broadcast) or (isinstance(op, ops.Reshape) and _only_leads(op)):
+    elif isinstance(op, ops.Broadcast) or (isinstance(op, ops.Reshape) and only_leads(op)):
         yield from _conjunction(op.x)
     else:
         yield mask
-
-
-def _only_leads(op: ops.Reshape) -> bool:
-    """Whether a reshape only adds axes of size one in front."""
-    return len(op.x.shape) < len(op.shape) and same_shape(padded(op.x.shape, len(op.shape)), op.shape)
 
 
 def _read_part(known: Meaning, part: Value, q: Value, k: Value) -> Meaning:

@@ -60,6 +60,11 @@ def padded(shape: Shape, rank: int) -> Shape:
     return (1,) * (rank - len(shape)) + tuple(shape)
 
 
+def only_leads(op: ops.Reshape) -> bool:
+    """Whether a reshape only adds axes of size one in front."""
+    return len(op.x.shape) < len(op.shape) and same_shape(padded(op.x.shape, len(op.shape)), op.shape)
+
+
 def is_lossless(source: DType, target: DType) -> bool:
     """Whether every value of ``source`` is a value of ``target``."""
     if source == target or source is DType.bool:

@@ -11,7 +11,7 @@ NAMED: dict[str, str] = {
     # rope before attention: the heads' transposes around rope meet attention's own and cancel in canonicalize;
     # gate-up before qkv: qkv would take the pair for linears that share an input
     "fusions": (
-        "fuse-norm,fuse-batch-norm,fuse-rope,fuse-attention,canonicalize,cse,dce,"
+        "fuse-norm,fuse-batch-norm,fuse-rope,fuse-attention,order-columns,canonicalize,cse,dce,"
         "fuse-gate-up,fuse-qkv,canonicalize,fold,cse,dce"
     ),
     # the cache comes before kernels are cut, since it rewrites attention, and after qkv, which it reads through

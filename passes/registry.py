@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "fuse-qkv": "fuse_qkv:FuseQkv",
     "fuse-rope": "fuse_rope:FuseRope",
     "kv-layout": "kv_layout:KvLayout",
+    "order-columns": "order_columns:OrderColumns",
     "plan-memory": "plan_memory:PlanMemory",
     "quantize": "quantize:Quantize",
 }

@@ -24,7 +24,7 @@ OPERATIONS = {
     "gemma2": 56,
     "phi3": 46,
     "gpt2": 42,
-    "gpt-neox": 44,
+    "gpt-neox": 48,
     "opt": 40,
     "mixtral": 60,
     "nanogpt": 40,
