@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tilewright.frontend.locate import source_line
 from tilewright.frontend.symbols import NotADim, SymbolTable, dtype_of
@@ -225,5 +226,6 @@ def numpy_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def source_of(tensor: torch.Tensor) -> ArraySource:
-    return ArraySource(numpy_of(tensor))
+def source_of(tensor: torch.Tensor) -> ArraySource | None:
+    """The tensor's numbers; none for a fake, which stands for a weight that the checkpoint lacks."""
+    return None if isinstance(tensor, FakeTensor) else ArraySource(numpy_of(tensor))
