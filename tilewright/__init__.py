@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.bisect import bisect
     from tilewright.compiler import Compiled, compile
+    from tilewright.ir import TilewrightError
     from tilewright.report import CompileReport
     from tilewright.runtime import Program, Session, Tokenizer, load
 
@@ -27,9 +28,10 @@ _HOMES = {
     "Program": "tilewright.runtime",
     "Session": "tilewright.runtime",
     "Tokenizer": "tilewright.runtime",
+    "TilewrightError": "tilewright.ir",
 }
 
-__all__ = ["CompileReport", "Compiled", "Program", "Session", "Tokenizer", "bisect", "compile", "load"]
+__all__ = ["CompileReport", "Compiled", "Program", "Session", "TilewrightError", "Tokenizer", "bisect", "compile", "load"]
 __version__ = "0.1.0"
 
 
