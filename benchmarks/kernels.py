@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import tilewright.runtime
-from tilewright.codegen.cache import CacheLayout
+from tilewright.codegen.cache import CacheLayout, panel_for
 from tilewright.codegen.mlir.attention import AttentionSpec, attention_kernel
 from tilewright.codegen.mlir.builder import Kernel, constant, fma
 from tilewright.codegen.mlir.kv import AttendSpec, attend_kernel
@@ -180,7 +180,7 @@ def decode(bench: Bench) -> None:
     """One query a head over a long cache."""
     shapes = ((32, 8, 128, "bf16"), (32, 32, 128, "bf16"), (14, 2, 64, "bf16"), (32, 8, 128, "f32"))
     for heads, kv_heads, dim, dtype in shapes:
-        cache = CacheLayout(kv_heads, dim, dim, 4096, dtype)
+        cache = CacheLayout(kv_heads, dim, dim, 4096, dtype, panel_for(bench.target))
         spec, schedule = AttendSpec(heads, cache, dtype, dtype, s=1), AttentionSchedule.default(bench.target)
         kernel, size = NativeKernel(attend_kernel("k", bench.target, spec, schedule)), cache.k_bytes + cache.v_bytes
         copies = max(COLD // size, 2)

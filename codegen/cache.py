@@ -1,9 +1,10 @@
 """How a key/value cache lies in memory: blocks that decode attention reads as a stream of whole vectors.
 
-Per sequence and head: keys in panels of 64, ``[length / 64][dim / pair][64][pair]``, so that vectors hold one component
-of many keys; values in panels of up to 64 components, ``[vdim / 64][length / pair][64][pair]``, so that vectors hold
+Per sequence and head: keys in panels, ``[length / panel][dim / pair][panel][pair]``, so that vectors hold one component
+of many keys; values in panels of components, ``[vdim / panel][length / pair][panel][pair]``, so that vectors hold
 components of one value (or of two neighbours, side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands,
-else 1. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
+else 1. ``panel`` is what a tile of registers takes at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the
+filling must be finite, and is zero in a fresh cache.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import numpy as np
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import KVType
 
-PANEL = 64
-"""Keys, or components of values, of one panel."""
+SLOT_STEP = 64
+"""Keys are scored in runs of this many; the slots of a cache are rounded up to a multiple."""
 VALUE_STEP = 16
 """A value's size is rounded up to a multiple of this."""
 _STORED = {"f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -25,9 +26,9 @@ def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def value_panels(size: int) -> list[tuple[int, int]]:
+def value_panels(size: int, panel: int) -> list[tuple[int, int]]:
     """First component and width of each panel of values; ``size`` is a multiple of VALUE_STEP."""
-    return [(start, min(PANEL, size - start)) for start in range(0, size, PANEL)]
+    return [(start, min(panel, size - start)) for start in range(0, size, panel)]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class CacheLayout:
     vdim: int
     length: int
     dtype: str
+    panel: int = 64
 
     def __post_init__(self) -> None:
         if self.dtype not in _STORED:
@@ -51,7 +53,7 @@ class CacheLayout:
     @property
     def slots(self) -> int:
         """Slots in memory."""
-        return round_up(self.length, PANEL)
+        return round_up(self.length, SLOT_STEP)
 
     @property
     def key_size(self) -> int:
@@ -65,8 +67,8 @@ class CacheLayout:
 
     @property
     def k_shape(self) -> tuple[int, ...]:
-        """Of one sequence: heads, panels, steps, 64, pair."""
-        return self.heads, self.slots // PANEL, self.key_size // self.pair, PANEL, self.pair
+        """Of one sequence: heads, panels, steps, panel, pair."""
+        return self.heads, self.slots // self.panel, self.key_size // self.pair, self.panel, self.pair
 
     @property
     def v_shape(self) -> tuple[int, ...]:
@@ -104,7 +106,7 @@ class CacheLayout:
         wide = np.zeros((batch, self.slots, self.heads, self.key_size), k.dtype)
         wide[:, :tokens, :, :self.dim] = keys
         steps = self.key_size // self.pair
-        k[...] = wide.reshape(batch, -1, PANEL, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
+        k[...] = wide.reshape(batch, -1, self.panel, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
         wide = np.zeros((batch, self.slots, self.heads, self.value_size), v.dtype)
         wide[:, :tokens, :, :self.vdim] = values
         for view, start, width in self._value_views(v):
@@ -115,13 +117,18 @@ class CacheLayout:
         """Each panel of values as ``[B, slots / pair, pair, heads, width]``, with its first component and width."""
         flat = v.reshape(-1, *self.v_shape)
         views = []
-        for start, width in value_panels(self.value_size):
+        for start, width in value_panels(self.value_size, self.panel):
             panel = flat[:, :, start * self.slots:(start + width) * self.slots]
             view = panel.reshape(len(flat), self.heads, self.slots // self.pair, width, self.pair)
             views.append((view.transpose(0, 2, 4, 1, 3), start, width))
         return views
 
 
+def panel_for(target: CpuTarget) -> int:
+    """The panel that suits the registers of ``target``."""
+    return 64 if target.vector_bits == 512 else 16
+
+
 def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout:
     """The layout in which kernels for ``target`` keep a cache."""
-    return CacheLayout(type.heads, type.dim, type.vdim, type.length, type.dtype.value)
+    return CacheLayout(type.heads, type.dim, type.vdim, type.length, type.dtype.value, panel_for(target))

@@ -152,9 +152,16 @@ class LinearSchedule(Schedule):
 
 @dataclass(frozen=True)
 class AttentionSchedule(Schedule):
-    """Attention: rows (queries of one group of heads) a task holds at most, keys of a block, bytes fetched ahead."""
+    """Attention: rows (queries of one group of heads) a task holds at most, keys of a block, bytes fetched ahead.
+
+    Fetching ahead is for the few rows of decoding; tasks with many rows do without.
+    """
 
     name: ClassVar[str] = "attention"
     rows: int = knob(64, (16, 32, 64, 128))
     keys: int = knob(64, (64, 128, 256, 512))
-    prefetch: int = knob(0, (0, 2048, 4096, 8192, 16384))
+    prefetch: int = knob(1024, (0, 1024, 4096, 8192, 16384))
+
+    @classmethod
+    def default(cls, target: CpuTarget) -> Self:
+        return cls() if target.vector_bits == 512 else cls(prefetch=8192)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.codegen.cache import VALUE_STEP, round_up
+from tilewright.codegen.cache import VALUE_STEP, panel_for, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
 from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
@@ -129,7 +129,8 @@ class _Attention:
         pair = 2 if dot else 1
         self.keys = kernel.scratch(schedule.keys * round_up(spec.dim, pair), stored)
         self.values = kernel.scratch(schedule.keys * round_up(spec.vdim, VALUE_STEP), stored)
-        shape = Shape(spec.group, spec.dim, spec.vdim, stored, dot, spec.scale, spec.softcap, spec.s)
+        self.panel = panel_for(kernel.target)
+        shape = Shape(spec.group, spec.dim, spec.vdim, stored, self.panel, dot, spec.scale, spec.softcap, spec.s)
         self.flash = Flash(kernel, shape, schedule, (self.keys, self.values))
 
     def emit(self) -> None:
@@ -171,14 +172,14 @@ class _Attention:
         return (batch * length + token) * (where.stride or heads * size) + (head * size + where.offset)
 
     def _pack(self, batch: Val, head: Val, key: Val, count: Val) -> None:
-        spec = self.spec
+        spec, step = self.spec, self.schedule.keys
         for name, memory, size in (("k", self.buffers.k, spec.dim), ("v", self.buffers.v, spec.vdim)):
             stride = getattr(spec, name).stride or spec.kv_heads * size
             rows = Rows(memory, self._place(name, batch, key, head), stride, size)
             if name == "k":
-                pack_keys(self.kernel, rows, count, self.keys)
+                pack_keys(self.kernel, rows, count, self.panel, self.keys)
             else:
-                pack_values(self.kernel, rows, count, self.schedule.keys, self.values)
+                pack_values(self.kernel, rows, count, self.panel, step, self.values)
 
     def _finish(self, row: Val, batch: Val, token: Val, head: Val) -> None:
         sink = self.buffers.sinks.load(head).to("f32") if self.buffers.sinks else None

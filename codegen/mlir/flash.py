@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import PANEL, VALUE_STEP, round_up, value_panels
+from tilewright.codegen.cache import SLOT_STEP, VALUE_STEP, round_up, value_panels
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer, Kernel, Loop
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
@@ -25,7 +25,7 @@ _UNROLL = 4  # vectors of scores at a time
 
 @dataclass(frozen=True)
 class Shape:
-    """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` of the blocks of keys and values.
+    """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` and ``panel`` of the blocks.
 
     With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
     """
@@ -34,6 +34,7 @@ class Shape:
     dim: int
     vdim: int
     dtype: str
+    panel: int
     dot: bool
     scale: float
     softcap: float
@@ -86,6 +87,7 @@ class Flash:
         self.compute = "bf16" if shape.dot else "f32"
         pair = 2 if shape.dtype == "bf16" else 1
         self.q_size, self.out_size = round_up(shape.dim, pair), round_up(shape.vdim, VALUE_STEP)
+        self.value_panels = value_panels(self.out_size, shape.panel)
         self.q = kernel.scratch(self.rows * self.q_size, self.compute)
         self.scores = kernel.scratch(self.rows * self.keys, "f32")
         self.p = kernel.scratch(self.rows * self.keys, self.compute)
@@ -100,14 +102,14 @@ class Flash:
         shape, (k, v) = self.shape, blocks
         self.pair = 2 if shape.dtype == "bf16" else 1
         self.score_kernels, self.value_kernels = {}, {}
-        feed = self._feed(PANEL)
+        feed = self._feed(shape.panel)
         self.step = feed.step
         for height in sorted(set(self.heights)):
             width = self._score_width(height)
             tile = self._tile(height, width, (self.q_size, self.keys), prefetch, fresh=True)
             self.score_kernels[height] = emit_micro_kernel(
                 self.kernel, f"scores{height}x{width}", feed, tile, self.step, (self.q, k, self.scores))
-            for panel, width in sorted({(p, w) for _, p in value_panels(self.out_size) for w in self._widths(height, p)}):
+            for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
                 tile = self._tile(height, width, (self.keys, self.out_size), prefetch)
                 self.value_kernels[height, panel, width] = emit_micro_kernel(
                     self.kernel, f"values{height}x{width}of{panel}", self._feed(panel), tile, self.step,
@@ -118,7 +120,9 @@ class Flash:
 
     def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False) -> Tile:
         columns = tuple(vector * self.lanes * self.pair for vector in range(width))
-        return Tile(height, columns, *strides, max(1, 4 // height), prefetch, fresh)
+        # Only low tiles wait for memory: in taller ones there is enough arithmetic for the hardware to keep up.
+        ahead = prefetch if height * self.lanes <= 32 else 0
+        return Tile(height, columns, *strides, max(1, 4 // height), ahead, fresh)
 
     def _even_heights(self) -> list[int]:
         """All rows, in as few tiles as registers allow, nearly equal."""
@@ -132,7 +136,7 @@ class Flash:
 
     def _score_width(self, height: int) -> int:
         """Vectors of keys of a tile: a whole part of a panel."""
-        return min(1 << (self._widest(height).bit_length() - 1), PANEL // self.lanes)
+        return min(1 << (self._widest(height).bit_length() - 1), self.shape.panel // self.lanes)
 
     def _widths(self, height: int, panel: int) -> list[int]:
         """Vectors of components of each tile in a panel, nearly equal."""
@@ -184,24 +188,25 @@ class Flash:
 
         ``visible(query)`` gives the keys that the rows of a query see, ``query`` counting from 0 in this task.
         """
-        panels = (count + (PANEL - 1)) // PANEL
-        self._score(keys, panels, rows)
+        runs = (count + (SLOT_STEP - 1)) // SLOT_STEP
+        self._score(keys, runs, rows)
         with self.kernel.loop(0, rows // self.shape.group) as queries:
             seen = visible(queries.index)
             with self.kernel.loop(0, self.shape.group) as heads:
                 row = queries.index * self.shape.group + heads.index
-                self._soften(row, key, panels * PANEL, seen, adjust)
+                self._soften(row, key, runs * SLOT_STEP, seen, adjust)
         self._add_values(values, count, rows)
 
-    def _score(self, keys: Keys, panels: Val, rows: Val) -> None:
+    def _score(self, keys: Keys, runs: Val, rows: Val) -> None:
         steps = self.q_size // self.step
+        whole = self.shape.panel // self.lanes
 
         def call(height: int, row: Val) -> None:
-            width = self._score_width(height)
-            with self.kernel.loop(0, panels) as loop:
-                for vector in range(0, PANEL // self.lanes, width):
-                    at = keys.place + loop.index * (PANEL * self.q_size) + vector * self.lanes * self.pair
-                    score_at = row * self.keys + loop.index * PANEL + vector * self.lanes
+            with self.kernel.loop(0, runs) as loop:
+                for vector in range(0, SLOT_STEP // self.lanes, self._score_width(height)):
+                    inside = vector // whole * self.shape.panel * self.q_size + vector % whole * self.lanes * self.pair
+                    at = keys.place + loop.index * (SLOT_STEP * self.q_size) + inside
+                    score_at = row * self.keys + loop.index * SLOT_STEP + vector * self.lanes
                     numbers = (row * self.q_size, at, score_at, steps, 0)
                     self.score_kernels[height]((self.q, keys.memory, self.scores), numbers)
 
@@ -211,7 +216,7 @@ class Flash:
         steps = (count + (self.step - 1)) // self.step
 
         def call(height: int, row: Val) -> None:
-            for start, panel in value_panels(self.out_size):
+            for start, panel in self.value_panels:
                 column = 0
                 for width in self._widths(height, panel):
                     at = values.place + values.first * panel + (start * values.slots + column * self.pair)

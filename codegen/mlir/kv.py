@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.codegen.cache import PANEL, CacheLayout, value_panels
+from tilewright.codegen.cache import CacheLayout, value_panels
 from tilewright.codegen.mlir.attention import DENSE, Slice, for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
@@ -89,7 +89,7 @@ class _Attend:
         self.kernel, self.spec, self.schedule, self.b, self.s, self.buffers = kernel, spec, schedule, b, s, buffers
         cache = spec.cache
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
-        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, dot, spec.scale, spec.softcap, spec.s)
+        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, dot, spec.scale, spec.softcap, spec.s)
         self.flash = Flash(kernel, shape, schedule, (buffers.k, buffers.v))
 
     def emit(self) -> None:
@@ -209,14 +209,14 @@ def _append_key(kernel: Kernel, cache: CacheLayout, source: Buffer, row: Buffer,
     """Scatter one key over its panel, a pair at a time."""
     for start in range(0, cache.key_size, kernel.lanes):
         row.store(_load(kernel, source, start, cache.dim, cache.dtype), start)
-    place = slot // PANEL * (PANEL * cache.key_size) + slot % PANEL * cache.pair
+    place = slot // cache.panel * (cache.panel * cache.key_size) + slot % cache.panel * cache.pair
     with kernel.loop(0, cache.key_size, cache.pair) as loop:
-        k.store(row.load(loop.index, cache.pair), place + loop.index * PANEL)
+        k.store(row.load(loop.index, cache.pair), place + loop.index * cache.panel)
 
 
 def _append_value(kernel: Kernel, cache: CacheLayout, source: Buffer, v: Buffer, slot: Val) -> None:
     """Write one value; in a pair, the first clears the second, which it precedes, and the second keeps the first."""
-    for start, width in value_panels(cache.value_size):
+    for start, width in value_panels(cache.value_size, cache.panel):
         for column in range(0, width, kernel.lanes):
             if start + column >= cache.vdim:
                 return

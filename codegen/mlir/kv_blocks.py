@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import PANEL, VALUE_STEP, round_up, value_panels
+from tilewright.codegen.cache import VALUE_STEP, round_up, value_panels
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.value import Val, constant, shuffle
 
@@ -18,29 +18,29 @@ class Rows:
     size: int
 
 
-def pack_keys(kernel: Kernel, source: Rows, count: Val, block: Buffer) -> None:
+def pack_keys(kernel: Kernel, source: Rows, count: Val, panel: int, block: Buffer) -> None:
     """The first ``count`` tokens of ``source`` into ``block``; the slots that fill up a vector get copies."""
     lanes, dtype = kernel.lanes, block.dtype
     pair = 2 if dtype == "bf16" else 1
     size = round_up(source.size, pair)
     last = count - 1
     with kernel.loop(0, count, lanes) as loop:
-        panel = loop.index // PANEL * (PANEL * size) + loop.index % PANEL * pair
+        first = loop.index // panel * (panel * size) + loop.index % panel * pair
         tokens = [(loop.index + i).min(last) for i in range(lanes)]
         for start in range(0, size, lanes * pair):
             rows = [_load(kernel, source, token, start, lanes * pair, dtype).bitcast("i32") for token in tokens]
             for step, column in enumerate(transpose(rows)):
                 if start + step * pair < size:
-                    place = panel + (start + step * pair) * PANEL
+                    place = first + (start + step * pair) * panel
                     block.store(column.bitcast(dtype), place)
 
 
-def pack_values(kernel: Kernel, source: Rows, count: Val, slots: int, block: Buffer) -> None:
+def pack_values(kernel: Kernel, source: Rows, count: Val, panel: int, slots: int, block: Buffer) -> None:
     """The first ``count`` tokens of ``source`` into ``block`` of ``slots``; the second of an odd last pair is zero."""
     pair = 2 if block.dtype == "bf16" else 1
     with kernel.loop(0, count, pair) as loop:
         following = loop.index + 1 < count
-        for start, width in value_panels(round_up(source.size, VALUE_STEP)):
+        for start, width in value_panels(round_up(source.size, VALUE_STEP), panel):
             for column in range(0, width, kernel.lanes):
                 value = _load(kernel, source, loop.index, start + column, kernel.lanes, block.dtype)
                 if pair == 2:

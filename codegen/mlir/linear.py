@@ -2,8 +2,8 @@
 
 One kernel serves every M. A task is one panel of output features (see `Packing`) for one block of rows; inside, blocks
 of K keep the panel in cache while register tiles walk over the rows. With one tile of rows or fewer the panel is
-streamed once, which is the matrix-vector product. Weights (or x) that need converting are converted on the fly for one
-or two rows, and block by block into scratch memory for more. Sums wait in an f32 scratch, from which a separate small
+streamed once, which is the matrix-vector product. Weights (or x) that need converting are converted on the fly for a
+few rows, and block by block into scratch memory for more. Sums wait in an f32 scratch, from which a separate small
 loop applies scales, bias, activation and the caller's epilogue, and stores.
 """
 
@@ -20,8 +20,8 @@ from tilewright.codegen.packing import Packing
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
 
-_FEW = 2  # rows up to which converting weights in registers beats storing the converted block
-_WIDE_BLOCK = 256  # k's of a converted block
+_FEW = 4  # rows up to which converting weights in registers beats storing the converted block
+_WIDE_BLOCK = 128  # k's of a converted block
 
 
 def _relu(x: Val) -> Val:

@@ -177,12 +177,13 @@ def _vector_by_vector(feed: Feed, tile: Tile, x: Buffer, w: Buffer, totals: Sequ
 
 
 def _prefetch(feed: Feed, tile: Tile, w: Buffer, place: Val) -> None:
+    """Fetch ahead into the second-level cache: the first has too few miss buffers to keep memory busy."""
     if not tile.prefetch:
         return
     size = SIZES[feed.w_dtype]
     lines = {(column + i * feed.panel) * size // 64 for column in tile.columns for i in range(feed.step // feed.pair)}
     for line in sorted(lines):
-        w.prefetch(place + (tile.prefetch + line * 64) // size)
+        w.prefetch(place + (tile.prefetch + line * 64) // size, locality=2)
 
 
 def _add_tail(feed: Feed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.backend.mlir_helpers import TARGETS, library_calls, random_array, target
-from tilewright.codegen.cache import CacheLayout
+from tilewright.codegen.cache import CacheLayout, panel_for
 from tilewright.codegen.mlir.attention import AttentionSpec, Slice, attention_kernel
 from tilewright.codegen.mlir.kv import AppendSpec, AttendSpec, append_kernel, attend_kernel
 from tilewright.codegen.mlir.lower import assembly, compile_kernel
@@ -174,8 +174,8 @@ def filled_cache(
 
 def test_layout_reads_what_it_wrote() -> None:
     rng = np.random.default_rng(0)
-    for dtype, dim, vdim in (("f32", 33, 20), ("bf16", 33, 20), ("bf16", 64, 64), ("f16", 5, 16)):
-        layout = CacheLayout(2, dim, vdim, 70, dtype)
+    for dtype, dim, vdim, panel in (("f32", 33, 20, 64), ("bf16", 33, 80, 64), ("bf16", 64, 64, 16), ("f16", 5, 40, 16)):
+        layout = CacheLayout(2, dim, vdim, 70, dtype, panel)
         keys, values = random_array(rng, (3, 40, 2, dim), dtype), random_array(rng, (3, 40, 2, vdim), dtype)
         k, v = layout.write(keys, values)
         assert k[0].nbytes == layout.k_bytes
@@ -196,7 +196,8 @@ def test_unknown_cache_dtype_is_refused() -> None:
 @pytest.mark.parametrize(("dim", "vdim"), [(64, 64), (33, 20), (1, 1)])
 def test_append(name: str, dtype: str, stored: str, dim: int, vdim: int) -> None:
     """New tokens land in their slots, and older ones stay; a stale neighbour of the last one is cleared."""
-    where, rng, layout = target(name), np.random.default_rng(0), CacheLayout(2, dim, vdim, 70, stored)
+    where, rng = target(name), np.random.default_rng(0)
+    layout = CacheLayout(2, dim, vdim, 70, stored, panel_for(where))
     spec = AppendSpec(layout, dtype)
     kernel = NativeKernel(append_kernel("k", where, spec))
     for s, starts in ((1, [0, 33]), (2, [15, 16]), (17, [0, 53])):
@@ -230,7 +231,8 @@ CACHED = {
 ])
 def test_attend(name: str, dtype: str, stored: str, what: str) -> None:
     """Decode and chunks of a prompt; the cache holds old tokens beyond what a query may see."""
-    where, rng, layout = target(name), np.random.default_rng(0), CacheLayout(2, 33, 20, 140, stored)
+    where, rng = target(name), np.random.default_rng(0)
+    layout = CacheLayout(2, 33, 20, 140, stored, panel_for(where))
     spec = AttendSpec(6, layout, dtype, dtype, scale=33**-0.5, **CACHED[what])
     schedule = AttentionSchedule.default(where)
     kernel = NativeKernel(attend_kernel("k", where, spec, schedule))
@@ -253,7 +255,8 @@ def test_attend(name: str, dtype: str, stored: str, what: str) -> None:
 @pytest.mark.parametrize(("group", "dim", "vdim"), [(1, 128, 128), (4, 128, 128), (7, 64, 80), (8, 16, 200), (71, 8, 8)])
 def test_decode(name: str, dtype: str, group: int, dim: int, vdim: int) -> None:
     """With S known to be 1, tiles fit the group of heads exactly."""
-    where, rng, layout = target(name), np.random.default_rng(0), CacheLayout(2, dim, vdim, 150, dtype)
+    where, rng = target(name), np.random.default_rng(0)
+    layout = CacheLayout(2, dim, vdim, 150, dtype, panel_for(where))
     spec = AttendSpec(2 * group, layout, dtype, dtype, scale=dim**-0.5, s=1)
     schedule = AttentionSchedule.default(where)
     kernel = NativeKernel(attend_kernel("k", where, spec, schedule))
@@ -270,7 +273,7 @@ def test_decode(name: str, dtype: str, group: int, dim: int, vdim: int) -> None:
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_avx2_code_has_no_wide_registers(dtype: str) -> None:
     where = parse_target("x86-64-v3")
-    layout, schedule = CacheLayout(2, 24, 24, 64, dtype), AttentionSchedule.default(where)
+    layout, schedule = CacheLayout(2, 24, 24, 64, dtype, 16), AttentionSchedule.default(where)
     for kernel in (
         attention_kernel("k", where, AttentionSpec(4, 2, 24, 24, dtype, dtype, mask="bst"), schedule),
         attend_kernel("k", where, AttendSpec(4, layout, dtype, dtype), schedule),
