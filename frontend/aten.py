@@ -23,6 +23,10 @@ KNOWN = {*TABLE, *COMPLEX_TABLE}  # everything else is left to torch to take apa
 
 def entry(node: fx.Node) -> Lower | None:
     """What lowers ``node``, if something does."""
-    complicated = any(map(is_complex, (node, *node.args)))
-    found: dict[Any, Lower] = COMPLEX_TABLE if complicated else TABLE
+    found: dict[Any, Lower] = COMPLEX_TABLE if involves_complex(node) else TABLE
     return found.get(node.target)
+
+
+def involves_complex(node: fx.Node) -> bool:
+    """Whether an operand or the result is complex."""
+    return any(map(is_complex, (node, *node.args)))

@@ -175,7 +175,8 @@ class _Conversion:
         elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             message = f"{node.target} draws random numbers; draw them outside of forward and pass them in"
         else:
-            message = f"{node.target} is not supported; use other operations, or add it to the frontend's ATen table"
+            what = f"{node.target} on complex numbers" if aten.involves_complex(node) else node.target
+            message = f"{what} is not supported; use other operations, or add it to the frontend's ATen table"
         raise UnsupportedError(message + shown, loc)
 
     def refuse_unbacked(self, node: fx.Node) -> None:
