@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from tilewright.frontend import aten, aten_hooks
 from tilewright.frontend.export import IGNORED, Exported
 from tilewright.frontend.locate import source_line
-from tilewright.frontend.symbols import NotADim, has_unbacked
+from tilewright.frontend.symbols import FloatSize, NotADim, has_unbacked
 from tilewright.frontend.table import LAZY, Context, source_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Function, Loc, Module, Return, Value, Weight, WeightSource
@@ -100,6 +100,8 @@ class _Conversion:
             self.refuse_unbacked(node)
         if isinstance(value, (torch.SymInt, int)):
             self.values[node] = self.size(value)
+        elif isinstance(value, (torch.SymFloat, float)):
+            self.values[node] = value if isinstance(value, float) else FloatSize(value.node.expr)
         elif getattr(node.target, "__name__", "") == "getitem":
             self.values[node] = self.values[node.args[0]][node.args[1]]
         else:
@@ -121,8 +123,8 @@ class _Conversion:
             args = aten_hooks.build_lazy(self.c, args)
         try:
             result = entry(self.c, *args, **kwargs)
-        except VerifyError as error:
-            self.c.fail(error.message)
+        except (VerifyError, NotADim) as error:
+            self.c.fail(getattr(error, "message", str(error)))
         except TilewrightError:
             raise
         except Exception as error:

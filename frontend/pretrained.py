@@ -73,12 +73,12 @@ def example_inputs(model: Any, task: str) -> dict[str, torch.Tensor]:
     if task == "causal-lm":
         return {"input_ids": ids}
     if task == "seq2seq" and model.main_input_name == "input_features":
-        audio = torch.zeros(BATCH, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        audio = torch.zeros(BATCH, model.config.num_mel_bins, 2 * model.config.max_source_positions, dtype=model.dtype)
         return {"input_features": audio, "decoder_input_ids": torch.ones(BATCH, TARGET, dtype=torch.int64)}
     if task == "seq2seq":
         return {"input_ids": ids, "decoder_input_ids": torch.ones(BATCH, TARGET, dtype=torch.int64)}
     if task == "vision":
-        return {"pixel_values": _image(model.config)}
+        return {"pixel_values": _image(model.config).to(model.dtype)}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

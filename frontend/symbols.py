@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -44,6 +45,13 @@ def has_unbacked(value: Any) -> bool:
     if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return bool(free_unbacked_symbols(value))
     return False
+
+
+@dataclass(frozen=True)
+class FloatSize:
+    """A float that the model computes from sizes, as torch's expression: ``S ** -0.5``."""
+
+    expr: Any
 
 
 class SymbolTable:

@@ -12,11 +12,27 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tilewright.frontend.locate import source_line
-from tilewright.frontend.symbols import NotADim, SymbolTable, dtype_of
+from tilewright.frontend.symbols import FloatSize, NotADim, SymbolTable, dtype_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import ArraySource, ComputedSource, Module, Op, Value, Weight
 from tilewright.ir.errors import UnsupportedError
-from tilewright.ir.ops import Broadcast, Cast, Concat, Full, Iota, Reshape, SizeOf, Slice, Transpose
+from tilewright.ir.ops import (
+    Add,
+    Broadcast,
+    Cast,
+    Concat,
+    Div,
+    Full,
+    Iota,
+    Log,
+    Mul,
+    Pow,
+    Reshape,
+    SizeOf,
+    Slice,
+    Sqrt,
+    Transpose,
+)
 from tilewright.ir.types import Dim, DType, TensorType, as_dim, product, same_dim
 
 Lower = Callable[..., Any]
@@ -38,6 +54,18 @@ def lowers(*targets: Any, lazy: bool = False) -> Callable[[Lower], Lower]:
         return fn
 
     return enter
+
+
+_SIZE_OPS: dict[str, type[Op]] = {
+    "Add": Add,
+    "Mul": Mul,
+    "Pow": Pow,
+    "FloatPow": Pow,
+    "IntTrueDiv": Div,
+    "FloatTrueDiv": Div,
+    "OpaqueUnaryFn_sqrt": Sqrt,
+    "OpaqueUnaryFn_log": Log,
+}
 
 
 class Context:
@@ -87,7 +115,25 @@ class Context:
             return self.cast(x, dtype)
         if isinstance(x, (bool, int, float)):
             return self(Full, (), _as_python(x, dtype), dtype)
+        if isinstance(x, FloatSize):
+            return self.cast(self._of_sizes(x.expr), dtype)
         return self.cast(self(SizeOf, as_dim(x)), dtype)
+
+    def _of_sizes(self, e: Any) -> Value:
+        """An expression over sizes as an f64 scalar that the program computes."""
+        if e.is_Number:
+            return self.value(float(e), DType.f64)
+        if e.is_Symbol:
+            return self.value(self.symbols.rewrite(e), DType.f64)
+        name, kind = type(e).__name__, _SIZE_OPS.get(type(e).__name__)
+        if name == "ToFloat":
+            return self._of_sizes(e.args[0])
+        if kind is None:
+            return self.value(self.symbols.rewrite(e), DType.f64)
+        first, *rest = map(self._of_sizes, e.args)
+        for other in rest:
+            first = self(kind, first, other)
+        return first if rest else self(kind, first)
 
     def full(self, shape: Sequence[Dim], x: Any, dtype: DType) -> Value:
         """A tensor filled with ``x``."""

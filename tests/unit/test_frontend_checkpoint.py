@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tests.zoo import ZOO
@@ -216,6 +219,46 @@ def test_configs_that_are_refused(copy, values, kind, message):
     set_config(copy, **values)
     with pytest.raises(kind, match=message):
         trace_folder(copy)
+
+
+MEMORY = """
+import resource, sys, time
+import torch, transformers.modeling_utils
+from tilewright.frontend import api, skeleton
+
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+module = api.trace_folder(sys.argv[1])
+seconds = time.process_time() - start
+for weight in module.weights.values():
+    weight.load().view("u2").max()
+    if hasattr(weight.source, "release"):
+        weight.source.release()
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(round(grown), round(seconds, 1), sum(w.type.bytes for w in module.weights.values()))
+"""
+
+
+def test_tracing_and_reading_a_large_model_takes_little_memory(tmp_path):
+    """1.1 billion parameters in bf16, as a sparse file: 2.3 GB that must never be in memory at once."""
+    shape = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4}
+    config = hf.LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    header, at = {}, 0
+    for name, p in model.named_parameters():
+        header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [at, at + 2 * p.numel()]}
+        at += 2 * p.numel()
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    run = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    grown, seconds, size = map(float, subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
+    assert size > 2.2e9
+    assert grown < 300 + 270, "MiB; the largest tensor, which is read whole, has 250"
+    assert seconds < 10
 
 
 def test_every_element_type(tmp_path):

@@ -192,6 +192,20 @@ def test_take_along_dim():
     compare(lambda x: torch.take_along_dim(x, x.argsort(2)[:1], 2), (3, 5, 4), sizes=({},))
 
 
+def test_numbers_computed_from_sizes():
+    compare(
+        [
+            lambda x: x * x.shape[1] ** -0.5,
+            lambda x: x / torch.sym_sqrt(x.shape[1]),
+            lambda x: x * (x.shape[0] / x.shape[1] + 0.5),
+            lambda x: x.sum(1) * (1.0 / (x.shape[1] + 1)),
+            lambda x: torch.full((2,), x.shape[1] / 2) + x.mean() * 0,
+            lambda x: x + x.shape[0] * x.shape[1],
+        ],
+        ("B", "S", 4),
+    )
+
+
 def test_in_place():
     def fn(x):
         y = x * 2
