@@ -150,6 +150,11 @@ def _at(place: dict[Any, Any], value: Value | None) -> Any:
     return None if value is None else place[_view(value).source]
 
 
+def static(dim: Dim) -> int | None:
+    """A size when it is known while compiling: decode has one query, and gets tiles for that."""
+    return dim if isinstance(dim, int) else None
+
+
 def _attention(op: ops.Attention, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Dim:
     q, key, value = _view(op.q), _view(op.k), _view(op.v)
     heads, dim = op.q.shape[2:]
@@ -158,7 +163,7 @@ def _attention(op: ops.Attention, k: Kernel, place: dict[Any, Any], schedule: At
         dtype=op.q.dtype.value, out_dtype=op.result.dtype.value, scale=op.scale, causal=op.causal, window=op.window,
         window_right=op.window_right, chunk=op.chunk, softcap=op.softcap, mask=axes_of(op.mask), bias=axes_of(op.bias),
         bias_dtype=op.bias.dtype.value if op.bias else "f32", sinks=op.sinks.dtype.value if op.sinks else None,
-        padding=op.padding is not None, q=q.place, k=key.place, v=value.place,
+        padding=op.padding is not None, s=static(op.q.shape[1]), q=q.place, k=key.place, v=value.place,
     )  # fmt: skip
     b, s, t = op.q.shape[0], op.q.shape[1], op.k.shape[1]
     extra = (_at(place, v) for v in (op.mask, op.bias, op.sinks, op.padding))
@@ -172,7 +177,8 @@ def _attend(op: ops.Attend, k: Kernel, place: dict[Any, Any], schedule: Attentio
     spec = AttendSpec(
         heads=int(op.q.shape[2]), cache=layout, dtype=op.q.dtype.value, out_dtype=op.result.dtype.value, scale=op.scale,
         window=op.window, chunk=op.chunk, softcap=op.softcap, bias=axes_of(op.bias),
-        bias_dtype=op.bias.dtype.value if op.bias else "f32", sinks=op.sinks.dtype.value if op.sinks else None, q=q.place,
+        bias_dtype=op.bias.dtype.value if op.bias else "f32", sinks=op.sinks.dtype.value if op.sinks else None,
+        s=static(op.q.shape[1]), q=q.place,
     )  # fmt: skip
     b, s = op.q.shape[:2]
     extra = (_at(place, v) for v in (op.bias, op.sinks))
