@@ -99,6 +99,17 @@ def conv_bias(op: ops.Binary, rw: Rewriter) -> None:
             return
 
 
+def conv_padding(op: ops.Conv, rw: Rewriter) -> None:
+    """Zeros put around the input, as many before as after -> the convolution's own padding."""
+    pad = made_by(op.x, ops.Pad)
+    if pad is None or pad.value != 0 or op.transposed or pad.low != pad.high or pad.low[:2] != (0, 0):
+        return
+    extra = [d for d in pad.low[2:] if isinstance(d, int)]
+    if len(extra) == len(op.padding):
+        wider = tuple(p + e for p, e in zip(op.padding, extra))
+        replace(rw, op, op.clone({op.x: pad.x}, padding=wider))
+
+
 def whole_rows(op: ops.Embedding | ops.Gather, rw: Rewriter) -> None:
     """``gather(w, indices, axis=0)`` of a matrix -> an embedding."""
     if isinstance(op, ops.Gather) and op.axis == 0 and as_weight(op.x, 2) is not None:
@@ -111,5 +122,6 @@ PATTERNS: tuple[Pattern, ...] = (
     linear_bias,
     late_reshape,
     conv_bias,
+    conv_padding,
     whole_rows,
 )
