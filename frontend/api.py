@@ -33,9 +33,9 @@ def trace(
     example's sizes are fixed. A transformers model needs neither: its inputs are made up, batch and sequence vary. A
     causal language model becomes ``forward(input_ids) -> logits``, without a cache and without padding.
 
-    Weights stay shared with ``model``. Raises TraceError or UnsupportedError with the module's path, the line and what
-    to do instead: for branches on tensor values, attributes written by forward, sizes that change what the model does,
-    operations that the IR lacks.
+    Weights stay shared with ``model``; inputs are never written, even where forward does. Raises TraceError or
+    UnsupportedError with the module's path, the line and what to do instead: for branches on tensor values, attributes
+    written by forward, sizes that change what the model does, operations that the IR lacks.
     """
     with _LOCK:
         if is_pretrained(model):

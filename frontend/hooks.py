@@ -152,7 +152,8 @@ def installed(model: nn.Module, packed: bool = False) -> Iterator[None]:
     """Have ``model`` use the functions above inside the block; nothing happens to a model that is not transformers'.
 
     Registering on a class that ignores the interface is silently wrong, so only those that honour it are switched;
-    for the others (bloom, mpt, falcon, gptj) the mask functions that their attention asks for are replaced.
+    for the others (bloom, mpt, falcon, gptj) the mask functions that their attention asks for are replaced. Nothing is
+    cached: a KV cache is made by a pass.
     ``packed``: position ids are an input of the model.
     """
     global _packed
@@ -164,6 +165,8 @@ def installed(model: nn.Module, packed: bool = False) -> Iterator[None]:
                 undo.append(_swap(config, "_attn_implementation_internal", NAME))
             if experts:
                 undo.append(_swap(config, "_experts_implementation_internal", NAME))
+            if getattr(config, "use_cache", False):
+                undo.append(_swap(config, "use_cache", False))
         if any(not _honours_attention(m) for m in _pretrained(model)):
             undo.extend(_swap_masks())
         yield

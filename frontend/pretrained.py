@@ -58,7 +58,7 @@ def recipe(
         raise TraceError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     parameters = list(signature(model.forward).parameters)
     given = dict(kwargs) | dict(zip(parameters, args))
-    inputs = given or example_inputs(model, task)
+    inputs = given or {k: v.to(model.device) for k, v in example_inputs(model, task).items()}
     if dynamic is None:
         specs = _sizes(model.config, task)
         dynamic = {n: specs[n] for n in inputs if n in specs and isinstance(inputs[n], torch.Tensor)}
@@ -107,11 +107,12 @@ def _sizes(config: Any, task: str) -> dict[str, dict[int, DimSpec]]:
 def _meta(model: Any, task: str) -> dict[str, str]:
     """What later stages ask about the model; all values are text."""
     config = model.config
-    meta = {"task": task, "architecture": type(model).__name__, "config": config.to_json_string(use_diff=False)}
+    told = json.loads(config.to_json_string(use_diff=False))
+    told.pop("_name_or_path", None)  # where the folder lay: an artifact must not depend on it, nor tell
+    meta = {"task": task, "architecture": type(model).__name__, "config": json.dumps(told, sort_keys=True)}
     if task == "causal-lm":
         eos = getattr(config, "eos_token_id", None)
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         meta |= {"token_input": "input_ids", "logits": "logits", "eos": json.dumps(eos)}
         meta["vocab_size"] = str(getattr(config, "text_config", config).vocab_size)
-    meta["config"] = json.dumps(json.loads(meta["config"]), sort_keys=True)
     return meta

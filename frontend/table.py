@@ -266,7 +266,7 @@ def axes_of(x: Value, axes: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def numpy_of(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's memory as an array, without a copy where it is contiguous."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -128,6 +128,25 @@ def test_a_model_of_transformers_inside_of_another_module():
     np.testing.assert_allclose(interpret(module, "forward", numbers(inputs))[0], want, atol=1e-5)
 
 
+def test_a_language_model_inside_of_another_module_is_not_cached():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = build("falcon")
+            self.lm.config.use_cache = True
+
+        def forward(self, ids):
+            return self.lm(ids).logits.log_softmax(-1)
+
+    model, ids = Scores().eval(), torch.randint(3, 128, (2, 9))
+    module = trace(model, (ids,), dynamic={"ids": {0: ("B", 1, 8), 1: ("S", 1, 64)}})
+    assert [(a.causal, str(a.k.shape[1])) for a in module.ops(ops.Attention)] == [(True, "S")] * 2
+    assert model.lm.config.use_cache
+    with torch.no_grad():
+        want = model(ids).numpy()
+    np.testing.assert_allclose(interpret(module, "forward", [ids.numpy()])[0], want, atol=1e-4)
+
+
 def test_the_model_and_transformers_are_left_as_they_were():
     from transformers.masking_utils import AttentionMaskInterface
 
