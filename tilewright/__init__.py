@@ -38,7 +38,16 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("tilewright"):
+            raise
+        from tilewright.runtime.errors import MissingExtraError
+
+        raise MissingExtraError(
+            f"tilewright.{name} needs {error.name}, which is not installed; pip install 'tilewright[compile]'"
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+try:
+    import typer
+except ImportError as error:
+    sys.exit(f"error: the command line needs {error.name}, which is not installed; pip install 'tilewright[cli]'")
 
 if TYPE_CHECKING:
     from tilewright.ir import Module
@@ -41,6 +44,12 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("tilewright"):
+            raise
+        needed = f"this needs {error.name}, which is not installed; pip install 'tilewright[compile]'"
+        typer.secho(f"error: {needed}", fg="red", err=True)
+        sys.exit(1)
     except Exception as error:
         if not _expected(error):
             raise
@@ -146,7 +155,7 @@ def opened(model: Path, passes: str, target: str, length: int | None, dtype: str
     """The program of an artifact, or of a folder that is compiled for as long as the block runs."""
     import tilewright
 
-    if (model / "manifest.json").is_file():
+    if any((model / name).is_file() for name in ("manifest.json", "kernels.so")):
         yield tilewright.load(model, threads=threads)
         return
     with progress_bar() as show:
