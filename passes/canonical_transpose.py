@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir import Op, Pattern, Rewriter, Shape, Value, ops, product, same_dim
+from tilewright.ir import Op, Pattern, Rewriter, Value, ops
 from tilewright.passes.match import made_by, padded, replace, same_shape, used_once
 
 Perm = tuple[int, ...]
@@ -53,7 +53,7 @@ def untransposed(value: Value, perm: Perm, rw: Rewriter, at: Op) -> Value | None
     return rw.before(at).add(ops.Reshape(value, moved))
 
 
-def _sinking(values: Sequence[Value]) -> ops.Transpose | None:
+def sinking(values: Sequence[Value]) -> ops.Transpose | None:
     """The first transpose among ``values`` that has no other user."""
     found = [made_by(v, ops.Transpose) for v in values if used_once(v)]
     return next((t for t in found if t is not None), None)
@@ -61,7 +61,7 @@ def _sinking(values: Sequence[Value]) -> ops.Transpose | None:
 
 def sink_elementwise(op: ops.Elementwise, rw: Rewriter) -> None:
     """``add(transpose(x), transpose(y))`` -> ``transpose(add(x, y))``; constants along one axis are regrouped."""
-    source = _sinking(op.operands)
+    source = sinking(op.operands)
     if source is None or len(source.perm) != op.result.tensor.rank:
         return
     mapping: dict[Value, Value] = {}
@@ -76,14 +76,14 @@ def sink_elementwise(op: ops.Elementwise, rw: Rewriter) -> None:
 
 def sink_last_axis(op: ops.RmsNorm | ops.LayerNorm | ops.Linear | ops.GatedLinear, rw: Rewriter) -> None:
     """Layers that look along the last axis alone do not see the order of the others."""
-    source = _sinking([op.x])
+    source = sinking([op.x])
     if source is not None and source.perm[-1] == len(source.perm) - 1:
         early = rw.before(op).insert(op.clone({op.x: source.x})).result
         replace(rw, op, ops.Transpose(early, source.perm))
 
 
 def sink_softmax(op: ops.Softmax | ops.CumSum, rw: Rewriter) -> None:
-    source = _sinking([op.x])
+    source = sinking([op.x])
     if source is not None:
         early = rw.before(op).add(type(op)(source.x, source.perm[op.axis]))
         replace(rw, op, ops.Transpose(early, source.perm))
@@ -91,7 +91,7 @@ def sink_softmax(op: ops.Softmax | ops.CumSum, rw: Rewriter) -> None:
 
 def sink_reduce(op: ops.Reduce, rw: Rewriter) -> None:
     """``reduce(transpose(x))`` -> ``transpose(reduce(x))`` over the axes' old places."""
-    source = _sinking([op.x])
+    source = sinking([op.x])
     if source is None:
         return
     axes = tuple(sorted(source.perm[a] for a in op.axes))
@@ -114,7 +114,7 @@ def sink_slice(op: ops.Slice, rw: Rewriter) -> None:
 
 def sink_concat(op: ops.Concat, rw: Rewriter) -> None:
     """``concat(transpose(x), transpose(y))`` -> ``transpose(concat(x, y))``; other parts may have to be regrouped."""
-    source = _sinking(op.xs)
+    source = sinking(op.xs)
     if source is None or any(isinstance(x.owner, ops.Transpose) and not used_once(x) for x in op.xs):
         return
     moved = [untransposed(x, source.perm, rw, op) for x in op.xs]
@@ -126,46 +126,10 @@ def sink_concat(op: ops.Concat, rw: Rewriter) -> None:
 
 def sink_broadcast(op: ops.Broadcast, rw: Rewriter) -> None:
     """``broadcast(transpose(x))`` -> ``transpose(broadcast(x))``: less is moved if the transpose cancels further on."""
-    source = _sinking([op.x])
+    source = sinking([op.x])
     if source is not None and len(source.perm) == len(op.shape):
         early = rw.before(op).add(ops.Broadcast(source.x, tuple(op.shape[p] for p in inverse(source.perm))))
         replace(rw, op, ops.Transpose(early, source.perm))
-
-
-def sink_reshape(op: ops.Reshape, rw: Rewriter) -> None:
-    """A reshape that splits axes, or joins axes that were neighbours before the transpose, comes before it."""
-    source = _sinking([op.x])
-    blocks = matching_axes(op.x.shape, op.shape) if source is not None else None
-    if source is None or blocks is None:
-        return
-    moved = [([source.perm[i] for i in old], new) for old, new in blocks]
-    if any(old != list(range(old[0], old[0] + len(old))) for old, _ in moved if old):
-        return
-    anchor = 0
-    keyed: list[tuple[int, list[int]]] = []
-    for old, new in moved:  # a new axis of size one stays with the axis before it
-        anchor = old[0] if old else anchor
-        keyed.append((anchor, new))
-    places = [i for _, new in sorted(keyed, key=lambda item: item[0]) for i in new]
-    if places == list(range(len(places))):
-        return
-    early = rw.before(op).add(ops.Reshape(source.x, tuple(op.shape[i] for i in places)))
-    replace(rw, op, ops.Transpose(early, inverse(places)))
-
-
-def matching_axes(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]] | None:
-    """Shortest runs of axes of two shapes that hold the same number of elements, in order."""
-    runs: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        ends = [(a, b) for a in range(i, len(old) + 1) for b in range(j, len(new) + 1) if a + b > i + j]
-        ends.sort(key=sum)
-        end = next((e for e in ends if same_dim(product(old[i : e[0]]), product(new[j : e[1]]))), None)
-        if end is None:
-            return None
-        runs.append((list(range(i, end[0])), list(range(j, end[1]))))
-        i, j = end
-    return runs
 
 
 def early_outer(op: ops.Transpose, rw: Rewriter) -> None:
@@ -190,6 +154,5 @@ PATTERNS: tuple[Pattern, ...] = (
     sink_slice,
     sink_concat,
     sink_broadcast,
-    sink_reshape,
     early_outer,
 )

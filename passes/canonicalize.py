@@ -15,6 +15,7 @@ from tilewright.passes import (
     canonical_index,
     canonical_linear,
     canonical_moves,
+    canonical_regroup,
     canonical_transpose,
 )
 from tilewright.passes.base import Pass, PassContext
@@ -27,6 +28,7 @@ _TABLES = (
     canonical_act,
     canonical_linear,
     canonical_transpose,
+    canonical_regroup,
     canonical_attention,
     canonical_heads,
 )

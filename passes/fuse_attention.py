@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tilewright.ir import Builder, Module, Op, Rewriter, Shape, Value, ops, rewrite
+from tilewright.ir import Builder, Dim, Module, Op, Rewriter, Shape, Value, as_dim, ops, rewrite, same_dim
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.canonical_attention import HIDDEN
 from tilewright.passes.match import (
@@ -67,7 +67,7 @@ def attention(op: ops.Softmax, rw: Rewriter) -> None:
     except NotScores as error:
         rw.skip(op, str(error))
         return
-    four = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
+    four = shape if len(shape) == 4 else (*_lead(keys.a), *shape[1:])
     b = rw.before(product)
     heads = [_heads(b, x, four) for x in (keys.a, _turned(b, keys.b), product.b)]
     masks = [b.add(ops.Not(m)) if hide else m for m, _, hide in found.masks]
@@ -157,6 +157,22 @@ def _leads_to_product(value: Value) -> bool:
     if isinstance(op, (ops.Cast, ops.Reshape, ops.Tanh)):
         return _leads_to_product(op.x)
     return isinstance(op, ops.Matmul)
+
+
+def _lead(value: Value) -> tuple[Dim, Dim]:
+    """Batch and heads of ``[B * H, S, D]``: as the reshape behind it put them together, else one head.
+
+    Any two factors would be right; these leave nothing to move.
+    """
+    joined_axis, size = value.shape[0], value.shape[2]
+    while isinstance(value.owner, (ops.Transpose, ops.Reshape, ops.Mul, ops.Div)):
+        op = value.owner
+        value = op.operands[0]
+        if isinstance(op, ops.Reshape) and len(value.shape) > 2 and isinstance(value.shape[-1], int):
+            heads = as_dim(value.shape[-1] // size)
+            if same_dim(as_dim(value.shape[-2] * heads), joined_axis) and same_dim(heads * size, value.shape[-1]):
+                return value.shape[-2], heads
+    return joined_axis, 1
 
 
 def _turned(b: Builder, value: Value) -> Value:

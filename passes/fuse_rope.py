@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 from tilewright.ir import Module, Op, Pattern, Rewriter, Value, ops, rewrite, same_dim
-from tilewright.passes import canonical_transpose
+from tilewright.passes import canonical_regroup, canonical_transpose
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.canonical_moves import adjoin
 from tilewright.passes.match import either, is_lossless, is_one, made_by, padded, replace, used_once
@@ -27,7 +27,14 @@ class FuseRope(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> bool:
         # transposes meet in between: the passed part of a partial rotation stands before one, the rotated part behind
-        patterns: tuple[Pattern, ...] = (*canonical_transpose.PATTERNS, rotation, split, partial, narrow)
+        patterns: tuple[Pattern, ...] = (
+            *canonical_transpose.PATTERNS,
+            *canonical_regroup.PATTERNS,
+            rotation,
+            split,
+            partial,
+            narrow,
+        )
         return ctx.take(rewrite(module, *patterns, functions=module.entries()))
 
 
