@@ -18,8 +18,6 @@ typedef uint64_t v8 __attribute__((vector_size(64)));
 uint64_t read_all(const v8 *p, size_t n) {
   v8 a = {0}, b = {0}, c = {0}, d = {0};
   for (size_t i = 0; i + 4 <= n; i += 4) {
-    __builtin_prefetch(p + i + 64); __builtin_prefetch(p + i + 65);
-    __builtin_prefetch(p + i + 66); __builtin_prefetch(p + i + 67);
     a ^= p[i]; b ^= p[i + 1]; c ^= p[i + 2]; d ^= p[i + 3];
   }
   a ^= b ^ c ^ d;
@@ -31,7 +29,7 @@ uint64_t read_all(const v8 *p, size_t n) {
 
 
 class ReadBandwidth:
-    """Reads ``size`` bytes of memory with ``threads`` threads; each call gives bytes a second."""
+    """Reads ``size`` bytes of memory with ``threads`` threads; each call gives bytes a second, the best of four reads."""
 
     def __init__(self, threads: int, size: int = 1 << 30) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -48,6 +46,9 @@ class ReadBandwidth:
         self.threads = threads
 
     def __call__(self) -> float:
+        return max(self._once() for _ in range(4))
+
+    def _once(self) -> float:
         start = time.perf_counter()
         list(self.pool.map(self._read, range(self.threads)))
         return self.part * self.threads / (time.perf_counter() - start)

@@ -54,6 +54,20 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def environment() -> dict[str, str]:
+    """What ran, and on what."""
+    import llvmlite
+    import torch
+    import transformers
+
+    import tilewright
+    from tilewright.codegen.target import host_target
+
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    tools = {m.__name__: m.__version__ for m in (tilewright, torch, transformers, llvmlite)}
+    return {"cpu": model.partition(":")[2].strip(), "target": host_target().text, **tools}
+
+
 def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     """All measurements."""
     import torch
@@ -104,6 +118,7 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     decode_share = [s * token_bytes / b for s, b in zip(rows["ours_decode"], rows["read_bandwidth"])]
     prefill_ratio = [a / b for a, b in zip(rows["ours_prefill"], rows["torch_prefill"])]
     return {
+        "environment": environment(),
         "threads": threads,
         "checkpoint_bytes": bytes_on_disk,
         "compile": compiled,
