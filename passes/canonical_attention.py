@@ -24,7 +24,11 @@ def _change(op: ops.Attention, rw: Rewriter, **changes: object) -> None:
 
 
 def mask_bias(op: ops.Attention, rw: Rewriter) -> None:
-    """A bias that is zero or minus infinity -> a mask, also as one term of a sum; a bias of zeros -> none."""
+    """A bias that is zero or minus infinity -> a mask, also as one term of a sum; a bias of zeros -> none.
+
+    The lowest finite number counts as minus infinity: a query that sees no key at all then gives zeros, where adding
+    that number gave the mean of all values. Only queries that are padding themselves see no key.
+    """
     if op.bias is None:
         return
     if is_scalar(op.bias, 0):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tilewright.ir import Module, Rewriter, Shape, TensorType, Value, Weight, ops, product, rewrite, same_dim
+from tilewright.ir import DType, Module, Rewriter, Shape, TensorType, Value, Weight, ops, product, rewrite, same_dim
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.match import either, padded, replace, used_once
 from tilewright.passes.weights import as_weight, derive
@@ -60,6 +60,9 @@ def scaled(op: ops.Binary, rw: Rewriter) -> None:
     weight, bias = as_weight(layer.weight, len(layer.weight.shape)), layer.bias
     if weight is None or not used_once(weight) or (bias is not None and as_weight(bias, 1) is None):
         rw.skip(op, "the layer's weight is computed, or used elsewhere too")
+        return
+    if weight.dtype is DType.f16:
+        rw.skip(op, "small factors would make weights of f16 vanish")
         return
     if weight.dtype != scale.dtype or (isinstance(layer, ops.Conv) and layer.transposed):
         rw.skip(op, "the layer is transposed, or has another element type than the factor")
