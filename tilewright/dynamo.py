@@ -5,7 +5,7 @@ Inference only. Parameters are compiled in as constants; sizes that torch makes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from tilewright.compiler import compile, to_numpy
 from tilewright.ir import TraceError
 
 
-def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-    """Compile a graph that TorchDynamo captured; ``options`` go to :func:`tilewright.compile`.
+def backend(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph that TorchDynamo captured; torch.compile's ``options`` go to :func:`tilewright.compile`.
 
     Raises TraceError when gradients are asked for, and whatever ``tilewright.compile`` raises.
     """
@@ -26,7 +28,7 @@ def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
     signature = Signature(graph, example_inputs)
     frozen = Frozen(graph, signature)
     with torch._guards.tracing(None):  # our own export must not add guards to the frame that is being compiled
-        compiled = compile(frozen, tuple(signature.tensors), dynamic=signature.dynamic or None, **options)
+        compiled = compile(frozen, tuple(signature.tensors), dynamic=signature.dynamic or None, **(options or {}))
     session = compiled.default_session
     names = [spec.name for spec in session.entry("forward").inputs]
 
