@@ -2,7 +2,7 @@
 
     python examples/hf_to_tokens.py [FOLDER] [--prompt TEXT] [--tokens 48]
 
-Compiling needs the ``compile`` extra. The last three lines of ``main`` need ``tilewright[text]`` alone.
+Compiling needs the ``compile`` extra; ``generate`` needs ``tilewright[text]`` alone.
 """
 
 from __future__ import annotations

@@ -142,6 +142,17 @@ def test_inspect_and_bench_show_tables(artifact: Path) -> None:
     assert min(floats(rows, r"(\d+\.\d)")) > 0
 
 
+def test_python_of_the_pages_runs(artifact: Path) -> None:
+    """Beside an artifact called small.tw; first the program is printed, at the end a shape and entries."""
+    code = [text for name in ("runtime", "compiling") for kind, text in BLOCK.findall(
+        (ROOT / "docs" / f"{name}.md").read_text()) if kind == "python"]  # fmt: skip
+    file = artifact.with_name("pages.py")  # torch reads the module's source for its messages
+    file.write_text("\n".join(code))
+    shown = run(file, cwd=artifact.parent).stdout
+    assert shown.startswith("Program('small.tw', entries=['prefill', 'decode'], target=")
+    assert shown.endswith("(4, 100, 8) ['forward']\n")
+
+
 def test_the_readmes_python_runs(tmp_path: Path) -> None:
     """In a folder of its own, since it saves; the last two lines are the continuations."""
     (tmp_path / "tests").symlink_to(ROOT / "tests")

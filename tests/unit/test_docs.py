@@ -152,6 +152,16 @@ def test_layers_are_listed() -> None:
         assert set(re.findall(r"`([a-z.]+)`", cells[0])) == set(OURS[name.rstrip("/")]), name
 
 
+def test_arguments_of_compile_are_listed_with_their_defaults() -> None:
+    tree = ast.parse((ROOT / "tilewright" / "compiler.py").read_text())
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "compile")
+    defaults = dict(zip([a.arg for a in function.args.kwonlyargs], function.args.kw_defaults, strict=True))
+    want = {name: ast.unparse(d) for name, d in defaults.items() if d}
+    found = {name: cells[0].strip("`") for name, cells in rows(section(page("compiling.md"), "Arguments")).items()}
+    known = {name: {"none": "None"}.get(d, d.replace('"', "'")) for name, d in found.items()}
+    assert known == want
+
+
 def test_the_report_is_described() -> None:
     found = rows(section(page("debugging.md"), "The compile report"))
     assert set(found) == set(CompileReport.__dataclass_fields__)
@@ -203,6 +213,11 @@ def check(path: Path, before: str, after: str, bless: bool) -> None:
         path.write_text(after)
         return
     assert before == after, f"{path.name}; --bless rewrites it"
+
+
+def test_the_pass_that_is_explained_is_the_example() -> None:
+    shown = next(code for kind, code in BLOCK.findall(page("writing-a-pass.md")) if kind == "python")
+    assert shown in (ROOT / "examples" / "custom_pass.py").read_text()
 
 
 IR_CASE = re.compile(r"(```twir\n)(// run: .*?)(```)", re.DOTALL)
