@@ -144,7 +144,7 @@ class ArtifactWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.target = Path(os.path.realpath(path))
-        _refuse_foreign(self.target)
+        refuse_foreign(self.target)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(self.target)
         self.folder, self._lock = _make_temporary(self.target)
@@ -177,7 +177,7 @@ class ArtifactWriter:
         self._sync(MANIFEST)
         for folder in [self.folder, *(p for p in self.folder.rglob("*") if p.is_dir())]:
             _sync_folder(folder)
-        _refuse_foreign(self.target)
+        refuse_foreign(self.target)
         _publish(self.folder, self.target)
         _sync_folder(self.target.parent)
         self._close()
@@ -209,7 +209,8 @@ class ArtifactWriter:
             os.close(descriptor)
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """Raises ArtifactError when ``target`` holds something that is not an artifact, which a save would not replace."""
     if not os.path.lexists(target):
         return
     if target.is_dir() and (not any(target.iterdir()) or _is_artifact(target)):
@@ -305,5 +306,6 @@ def _sync_folder(folder: Path) -> None:
 __all__ = [
     "ALIGNMENT", "DTYPES", "KERNELS", "MANIFEST", "WEIGHTS", "ArtifactWriter", "DimSpec", "EntrySpec", "Extent",
     "FileSpec", "Folder", "Manifest", "StateSpec", "TargetSpec", "TensorSpec", "WeightSpec", "WeightsPlan",
-    "WeightsWriter", "checksum", "native_sources", "plan_weights", "read_manifest", "read_table", "verify_files",
+    "WeightsWriter", "checksum", "native_sources", "plan_weights", "read_manifest", "read_table", "refuse_foreign",
+    "verify_files",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilewright.runtime import Session
+from tilewright.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ def measure(session: Session, prompt_tokens: int, new_tokens: int, repeats: int,
     """Time prefill of random tokens, then greedy decode; one warm-up, then ``repeats`` measurements."""
     spec = session.entry("prefill").inputs[0]
     vocabulary = (spec.high or 0) + 1
+    capacity = min(state.length for state in session.program.manifest.states)
+    if prompt_tokens + new_tokens > capacity:
+        raise InputError("bench", f"prompt and new tokens within the {capacity} positions of the KV states",
+                         f"{prompt_tokens} + {new_tokens}", "ask for fewer, or compile with a larger capacity")
     prompt = np.random.default_rng(seed).integers(0, vocabulary, (1, prompt_tokens))
     prefill, decode = [], []
     for _ in range(repeats + 1):

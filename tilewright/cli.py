@@ -131,9 +131,9 @@ def run(
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("give --prompt or --ids")
     options = Options(max_new_tokens, temperature, top_k, top_p, seed)
+    numbers = None if ids is None else parse_ids(ids)
     with opened(model, passes, target, max_length, dtype, threads) as program, program.session(threads) as session:
-        if ids is not None:
-            numbers = parse_ids(ids)
+        if numbers is not None:
             speed = continue_ids(session, numbers, options, typer.echo)
         else:
             text = sys.stdin.read() if prompt == "-" else prompt or ""

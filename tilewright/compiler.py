@@ -21,7 +21,7 @@ from tilewright.codegen.build import Build
 from tilewright.codegen.emitters import FAMILIES, refusals
 from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import CpuTarget, parse_target
-from tilewright.ir import Module, TilewrightError, ops, verify
+from tilewright.ir import CheckpointError, Module, TilewrightError, ops, verify
 from tilewright.layer_errors import layer_errors
 from tilewright.passes.base import PassContext
 from tilewright.passes.fuse import unfuse
@@ -29,7 +29,7 @@ from tilewright.passes.pipeline import Pipeline
 from tilewright.passes.plan_memory import PlanMemory
 from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
-from tilewright.runtime.artifact import ArtifactWriter
+from tilewright.runtime.artifact import ArtifactWriter, refuse_foreign
 
 Progress = Callable[[str, int, int], None]
 _CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -66,6 +66,8 @@ def compile(
     started = Stages(progress)
     cpu = parse_target(target)
     pipeline = with_length(Pipeline.parse(passes), max_length)
+    if out is not None:  # now, and not after minutes of work
+        refuse_foreign(Path(os.path.realpath(out)))
     with started("trace"):
         module, source = trace(model, args, kwargs, dynamic, dtype)
         module.meta |= {"task": task} if task else {}
@@ -75,6 +77,8 @@ def compile(
 def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Any, dtype: str | None
           ) -> tuple[Module, Path | None]:  # fmt: skip
     """The IR of ``model``, and the folder it came from if it came from one."""
+    if isinstance(model, (str, os.PathLike)) and not Path(model).is_dir():  # asked before torch is imported
+        raise CheckpointError(f"{os.fspath(model)} is not a folder")
     from tilewright import frontend
 
     if isinstance(model, Module):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tilewright.runtime.errors import DamagedArtifactError
+
 FILE = "report.json"
 
 
@@ -42,11 +44,14 @@ class CompileReport:
 
     @staticmethod
     def read(folder: str | Path) -> CompileReport:
-        """The report of an artifact; raises ValueError when it is not one."""
-        data = json.loads((Path(folder) / FILE).read_text())
+        """The report of an artifact; raises DamagedArtifactError when there is none that this version wrote."""
+        try:
+            data = json.loads((Path(folder) / FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise DamagedArtifactError(f"{folder}/{FILE}: cannot be read ({error}); compile the artifact again") from None
         known = set(CompileReport.__dataclass_fields__)
         if not isinstance(data, dict) or set(data) != known:
-            raise ValueError(f"{folder}/{FILE} is not a compile report of this version")
+            raise DamagedArtifactError(f"{folder}/{FILE}: is not a compile report of this version; compile it again")
         return CompileReport(**data)
 
     def summary(self) -> str:
