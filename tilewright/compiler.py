@@ -21,7 +21,7 @@ from tilewright.codegen.build import Build
 from tilewright.codegen.emitters import FAMILIES, refusals
 from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import CpuTarget, parse_target
-from tilewright.ir import CheckpointError, Module, TilewrightError, ops, verify
+from tilewright.ir import CheckpointError, Module, PassError, TilewrightError, ops, verify
 from tilewright.layer_errors import layer_errors
 from tilewright.passes.base import PassContext
 from tilewright.passes.fuse import unfuse
@@ -89,10 +89,13 @@ def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dyn
 
 
 def with_length(pipeline: Pipeline, length: int | None) -> Pipeline:
-    """The pipeline with the capacity of its KV caches set."""
+    """The pipeline with the capacity of its KV caches set; raises PassError for one that cannot be."""
     if length is None:
         return pipeline
-    return Pipeline(tuple(replace(p, length=length) if hasattr(p, "length") else p for p in pipeline.passes))
+    try:
+        return Pipeline(tuple(replace(p, length=length) if hasattr(p, "length") else p for p in pipeline.passes))
+    except ValueError as error:
+        raise PassError(f"max_length: {error}") from None
 
 
 def lower(
