@@ -329,6 +329,7 @@ def test_wrong_usage(cli: Run, arguments: list[object], message: str) -> None:
         (["compile", SMALL_LM, "--out", "OUT", "--passes", "fuse{size=3}"], ["column 6", "fuse has no option 'size'"]),
         (["compile", SMALL_LM, "--out", "OUT", "--passes", "clean,("], ["column 7", "no pass named '('"]),
         (["compile", SMALL_LM, "--out", "OUT", "--dtype", "f33"], ["f33", "bf16"]),
+        (["compile", SMALL_LM, "--out", "OUT", "--max-length", "0"], ["max_length", "positive", "got 0"]),
         (["compile", SMALL_LM, "--out", "FULL"], ["exists and is not an artifact"]),
         (["run", "MISSING", "--ids", "1"], ["nowhere", "not a folder"]),
         (["run", "ARTIFACT", "--ids", "4096"], ["prompts[0]", "token ids from 0 to 4095", "got 4096"]),
