@@ -76,7 +76,7 @@ def export(
     kwargs, named = bind(model, args, kwargs)
     specs = dyn.leaf_specs(named, dynamic or {})
     leaves, tree = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    leaves = dyn.example(leaves, specs)
+    leaves = _distinct(dyn.example(leaves, specs))
     names, name_tree = pytree.tree_flatten(named)
     sizes = pytree.tree_unflatten(dyn.torch_dims(names, specs), name_tree)
     args, kwargs = pytree.tree_unflatten(leaves, tree)
@@ -94,6 +94,17 @@ def export(
     watch.check()
     names = {id(p): name for name, p in model.named_parameters()}
     return Exported(program, *_name_sizes(program, specs, questions), locator, names)
+
+
+def _distinct(leaves: Sequence[Any]) -> list[Any]:
+    """The leaves with a tensor that is given twice copied: torch.export would take both arguments for one."""
+    seen: set[int] = set()
+    out = []
+    for leaf in leaves:
+        repeated = isinstance(leaf, torch.Tensor) and id(leaf) in seen
+        seen.add(id(leaf))
+        out.append(leaf.clone() if repeated else leaf)
+    return out
 
 
 def _hooks(model: nn.Module, packed: bool) -> Any:

@@ -100,3 +100,14 @@ def test_weights_are_shared_with_the_model_and_unused_ones_left_out():
     assert {"used.weight", "used.bias", "same.bias", "offset", "plain"} <= set(module.weights)
     assert not {"same.weight", "unused.weight"} & set(module.weights)
     assert np.shares_memory(module.weights["used.weight"].load(), model.used.weight.detach().numpy())
+
+
+def test_one_tensor_given_for_two_arguments_stays_two_inputs():
+    class Difference(torch.nn.Module):
+        def forward(self, x, y):
+            return x - 2 * y
+
+    same = torch.ones(3)
+    module = trace(Difference(), (same, same))
+    x, y = np.array([1, 2, 3], np.float32), np.array([5, 6, 7], np.float32)
+    np.testing.assert_array_equal(interpret(module, "forward", [x, y])[0], x - 2 * y)
