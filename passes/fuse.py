@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tilewright.ir import Argument, Function, Module, Op, Return, Value, canonical, ops
 from tilewright.passes.base import Pass, PassContext
@@ -33,7 +33,7 @@ class Fuse(Pass):
     """Cut each function into kernels. ``mode="single"`` makes every operation its own kernel."""
 
     name: ClassVar[str] = "fuse"
-    mode: str = "full"
+    mode: Literal["full", "single"] = "full"
 
     def run(self, module: Module, ctx: PassContext) -> bool:
         kernels = {canonical(k): k.name for k in module.kernels()}
