@@ -115,8 +115,8 @@ def test_no_page_knows_the_machine_it_was_written_on(file: Path) -> None:
 
 def test_passes_are_listed_with_their_options() -> None:
     text = page("passes.md")
-    assert sorted(re.findall(r"^### (\S+)$", text, re.MULTILINE)) == names()
-    for name in names():
+    assert sorted(re.findall(r"^### (\S+)$", text, re.MULTILINE)) == sorted(PASSES)  # names() has those that other tests register
+    for name in PASSES:
         cls = find(name)
         want = {}
         for f in dataclasses.fields(cls):
