@@ -22,8 +22,9 @@ from tests.unit.test_layering import OURS
 from tilewright.codegen.emitters import FAMILIES
 from tilewright.codegen.target import ARCHS
 from tilewright.ir import errors as ir_errors
-from tilewright.passes import find, names, print_pass
+from tilewright.passes import find, print_pass
 from tilewright.passes.named import NAMED
+from tilewright.passes.registry import PASSES
 from tilewright.report import CompileReport
 from tilewright.runtime import errors as runtime_errors
 
