@@ -25,6 +25,7 @@ from tilewright.ir import errors as ir_errors
 from tilewright.passes import find, print_pass
 from tilewright.passes.named import NAMED
 from tilewright.passes.registry import PASSES
+from tilewright.passes.registry import PASSES
 from tilewright.report import CompileReport
 from tilewright.runtime import errors as runtime_errors
 
@@ -116,7 +117,7 @@ def test_no_page_knows_the_machine_it_was_written_on(file: Path) -> None:
 
 def test_passes_are_listed_with_their_options() -> None:
     text = page("passes.md")
-    assert sorted(re.findall(r"^### (\S+)$", text, re.MULTILINE)) == sorted(PASSES)  # names() has those that other tests register
+    assert sorted(re.findall(r"^### (\S+)$", text, re.MULTILINE)) == sorted(PASSES)
     for name in PASSES:
         cls = find(name)
         want = {}
