@@ -25,7 +25,6 @@ from tilewright.ir import errors as ir_errors
 from tilewright.passes import find, print_pass
 from tilewright.passes.named import NAMED
 from tilewright.passes.registry import PASSES
-from tilewright.passes.registry import PASSES
 from tilewright.report import CompileReport
 from tilewright.runtime import errors as runtime_errors
 
