@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,19 @@ def output_names(module: Module, function: Function) -> list[str]:
     noted = module.meta.get(f"outputs.{function.name}") or module.meta.get("outputs", "[]")
     names: list[str] = json.loads(noted)
     count = len(function.returns)
-    return names if len(names) == count else [f"output{i}" for i in range(count)]
+    return identifiers(names) if len(names) == count else [f"output{i}" for i in range(count)]
+
+
+def identifiers(names: Sequence[str]) -> list[str]:
+    """The names as a manifest takes them: ``hidden_states.0`` is ``hidden_states_0``, and no two are equal."""
+    found: list[str] = []
+    for name in names:
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+        plain = f"_{plain}" if not plain or plain[0].isdigit() else plain
+        while plain in found:
+            plain += "_"
+        found.append(plain)
+    return found
 
 
 def table_rows(module: Module, value: Value) -> int | None:

@@ -161,6 +161,8 @@ class _Conversion:
             if isinstance(value, aten_hooks.LazyMask):
                 value = value.build(self.c)
             if isinstance(value, Value) and (not keep or name in keep):
+                while name in returned:  # {"a.b": x, "a": {"b": y}}
+                    name += "_"
                 returned[name] = value
         if not returned:
             raise TraceError(f"forward returns no tensor{f' named {keep}' if keep else ''}; it returns {names}")
