@@ -227,7 +227,10 @@ class Compiled:
         spec = self.default_session.entry("forward")
         if len(args) > len(spec.inputs):
             raise TilewrightError(f"forward takes {len(spec.inputs)} inputs, got {len(args)}")
-        given = {**dict(zip((t.name for t in spec.inputs), args)), **kwargs}
+        placed = dict(zip((t.name for t in spec.inputs), args))
+        if twice := placed.keys() & kwargs.keys():
+            raise TilewrightError(f"forward got {', '.join(sorted(twice))} twice, by position and by name")
+        given = {**placed, **kwargs}
         back = torch_like(given.values())
         outputs = self.default_session("forward", **{k: to_numpy(v) for k, v in given.items()})
         values = tuple(back(v) for v in outputs.values())
