@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 from pathlib import Path
@@ -14,26 +15,38 @@ import torch
 import tilewright
 from tests.zoo import ZOO, ZooModel
 from tilewright import Compiled, Session
+from tilewright.dynamo import to_torch
 from tilewright.frontend import trace
-from tilewright.ir import Module, parse_module, print_module
+from tilewright.ir import Module, empty_states, interpret, parse_module, print_module
 from tilewright.runtime.host import cpu_features
 
 TOLERANCE = 1e-4  # of the largest value
 NEW, LENGTH, CHUNK = 32, 160, 7  # LENGTH: capacity of the caches; CHUNK: short, so that prompts take several calls
 RAGGED = (13, 1, 29, 100, 5)  # lengths of the prompts of one batch
 SMALL_TARGET = ("llama", "bert", "resnet")
+PLAIN = ("llama", "t5", "resnet")  # with a kernel for each operation
+EIGHT_BIT = ("gpt2", "phi3", "mixtral", "bert")
+HALF = ("gemma2", "mixtral", "t5", "resnet")
+Array = np.ndarray[Any, Any]
 BEYOND_AVX2 = re.compile(r"%(zmm\d+|[xy]mm(1[6-9]|2\d|3[01])|k[0-7]\b)")  # registers that only AVX-512 has
 
 
-def compiled(entry: ZooModel, model: torch.nn.Module, target: str) -> tuple[Module, Compiled]:
+def compiled(entry: ZooModel, model: torch.nn.Module, target: str, passes: str = "O2") -> tuple[Module, Compiled]:
     """The module as it was compiled, and the artifact."""
     dynamic = {name: {axis: (dim, *entry.dims[dim]) for axis, dim in axes.items()} for name, axes in entry.axes.items()}
-    module = trace(model, (), entry.example(), dynamic)
+    dtype = next(p.dtype for p in model.parameters())
+    module = trace(model, (), cast(entry.example(), dtype), dynamic)
     task = "causal-lm" if entry.is_causal else None
-    return module, tilewright.compile(module, target=target, max_length=LENGTH, task=task)
+    run = tilewright.compile(module, target=target, max_length=LENGTH, task=task, passes=passes)
+    assert run.report.fallbacks == []
+    return module, run
 
 
-def relative_error(got: np.ndarray[Any, Any], want: torch.Tensor) -> float:
+def cast(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def relative_error(got: Array, want: torch.Tensor) -> float:
     assert got.shape == tuple(want.shape)
     assert got.dtype == np.float32
     return float(np.abs(got - want.numpy()).max() / want.abs().max())
@@ -83,9 +96,9 @@ def registers(path: Path) -> set[str]:
     return {match[0] for match in BEYOND_AVX2.finditer(text)}
 
 
-def check(entry: ZooModel, target: str) -> Compiled:
+def check(entry: ZooModel, target: str, passes: str = "O2") -> Compiled:
     model = entry.model()
-    module, run = compiled(entry, model, target)
+    module, run = compiled(entry, model, target, passes)
     assert parse_module(print_module(module)) == module
     assert parse_module((run.path / "ir.twir").read_text()) == module
     (check_decoder if entry.is_causal else check_forward)(entry, model, run)
@@ -104,3 +117,70 @@ def test_avx2_alone(name: str) -> None:
     run = check(ZOO[name], "x86-64-v3")
     assert "avx512f" not in run.program.manifest.target.features
     assert registers(run.path / "kernels.so") == set()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_op_its_own_kernel(name: str) -> None:
+    check(ZOO[name], "native", passes="O0")
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_eight_bit_weights_mean_what_the_interpreter_says(name: str) -> None:
+    entry = ZOO[name]
+    module, run = compiled(entry, entry.model(), "native", "w8a16")
+    assert any(w.dtype.value == "i8" for w in module.weights.values())
+    for shape in entry.shapes[:3]:
+        inputs = {k: v.numpy() for k, v in entry.inputs(shape).items()}
+        want, got = first_result(module, run, inputs)
+        assert relative_error(got, torch.from_numpy(want)) <= TOLERANCE, shape
+
+
+def first_result(module: Module, run: Compiled, inputs: dict[str, Array]) -> tuple[Array, Array]:
+    """What the interpreter says and what the compiled code says: of a decoder, the logits after the last token."""
+    if "forward" in run.program.entries:
+        got = run.default_session("forward", **inputs)
+        return interpret(module, "forward", inputs)[0], next(iter(got.values()))
+    ids = inputs["input_ids"]
+    count, length = ids.shape
+    given = {"ids": ids, "start": np.zeros(count, np.int64), "last": np.full(count, length - 1)}
+    with run.session(batch=count) as session:
+        got = session("prefill", **given)
+    return interpret(module, "prefill", list(given.values()), empty_states(module, count))[0], got["logits"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HALF)
+@torch.no_grad()
+def test_half_precision_is_as_good_as_torch(name: str, dtype: torch.dtype) -> None:
+    """Measured against f32 arithmetic on the same rounded weights."""
+    entry = ZOO[name]
+    model = entry.model().to(dtype)
+    exact = copy.deepcopy(model).float()
+    _, run = compiled(entry, model, "native")
+    ours, theirs = [], []
+    for shape in entry.shapes[:3]:
+        inputs = cast(entry.inputs(shape), dtype)
+        want = entry.output(exact(**cast(inputs, torch.float32)))
+        eager = entry.output(model(**inputs))
+        if entry.is_causal:
+            want, eager = want[:, -1], eager[:, -1]
+        got = compiled_result(run, inputs)
+        assert got.dtype == eager.dtype
+        ours.append(typical_error(got, want))
+        theirs.append(typical_error(eager, want))
+    assert sum(ours) <= 1.2 * sum(theirs), (ours, theirs)
+
+
+def compiled_result(run: Compiled, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    if "forward" in run.program.entries:
+        outputs = run(**inputs)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+    count, length = inputs["input_ids"].shape
+    zero, last = np.zeros(count, np.int64), np.full(count, length - 1)
+    with run.session(batch=count) as session:
+        array = session("prefill", ids=inputs["input_ids"].numpy(), start=zero, last=last)["logits"]
+    return to_torch(array)
+
+
+def typical_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want).square().mean().sqrt() / want.abs().max())
