@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 
-from tilewright.compiler import compile, to_numpy
-from tilewright.ir import TraceError
+from tilewright.compiler import Compiled, compile, to_numpy
+from tilewright.ir import TilewrightError, TraceError
 
 
 def backend(
@@ -26,9 +27,13 @@ def backend(
         raise TraceError('backend="tilewright" is for inference; call the model under torch.no_grad()')
     fix_floats(graph)
     signature = Signature(graph, example_inputs)
-    frozen = Frozen(graph, signature)
-    with torch._guards.tracing(None):  # our own export must not add guards to the frame that is being compiled
-        compiled = compile(frozen, tuple(signature.tensors), dynamic=signature.dynamic or None, **(options or {}))
+    try:
+        compiled = build(graph, signature, options or {})
+    except TilewrightError:
+        if not signature.fix_sizes():
+            raise
+        signature = Signature(graph, example_inputs)
+        compiled = build(graph, signature, options or {})
     session = compiled.default_session
     names = [spec.name for spec in session.entry("forward").inputs]
 
@@ -40,6 +45,13 @@ def backend(
 
     run.compiled = compiled  # type: ignore[attr-defined]  # keeps the artifact alive
     return run
+
+
+def build(graph: fx.GraphModule, signature: Signature, options: Mapping[str, Any]) -> Compiled:
+    """The graph compiled, its symbolic sizes as dynamic axes."""
+    frozen = Frozen(graph, signature)
+    with torch._guards.tracing(None):  # our own export must not add guards to the frame that is being compiled
+        return compile(frozen, tuple(signature.tensors), dynamic=signature.dynamic or None, **options)
 
 
 def fix_floats(graph: fx.GraphModule) -> None:
@@ -92,6 +104,15 @@ class Signature:
                 if isinstance(size, torch.SymInt) and str(d) == str(size):
                     return t, axis
         raise TraceError(f"the graph input {self.nodes[place].name} is a number that no tensor's size gives; pass a tensor")
+
+    def fix_sizes(self) -> bool:
+        """Have torch guard on the sizes that must satisfy an equation (``32 * (H // 4)**2 == 512``); False if none do."""
+        shapes = [self.nodes[i].meta["example_value"].shape for i in self.tensor_places]
+        found = [d for shape in shapes for d in shape if isinstance(d, torch.SymInt) and not d.node.expr.is_number]
+        equations = [g.expr for d in found[:1] for g in d.node.shape_env.guards if isinstance(g.expr, sympy.Eq)]
+        bound = {symbol for equation in equations for symbol in equation.free_symbols}
+        fixed = [int(d) for d in found if d.node.expr.free_symbols & bound]
+        return len(fixed) > 0
 
     def name_axes(self) -> None:
         """Name the symbolic axes of the tensors: equal symbols get one name."""
