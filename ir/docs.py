@@ -72,6 +72,7 @@ _TITLES = {
     "core.elementwise": "core: elementwise",
     "core": "core: creating, reducing, ordering and moving",
     "nn": "nn: layers",
+    "quant": "quant: integers with scales",
     "moe": "moe: mixtures of experts",
     "kv": "kv: caches",
     "kernel": "kernel: fused regions",

@@ -30,17 +30,24 @@ class DType(enum.Enum):
     i16 = "i16"
     i8 = "i8"
     u8 = "u8"
+    i4 = "i4"
+    u4 = "u4"
     bool = "bool"
 
     @property
     def np(self) -> np.dtype[Any]:
-        """The NumPy type that holds one element (bf16 through ml_dtypes)."""
+        """The NumPy type that holds one element (bf16, i4 and u4 through ml_dtypes)."""
         return _NUMPY[self]
 
     @property
     def size(self) -> int:
-        """Bytes an element."""
+        """Bytes an element takes in a NumPy array."""
         return self.np.itemsize
+
+    @property
+    def bits(self) -> int:
+        """Bits an element takes where it is stored: two i4 or u4 share a byte."""
+        return 4 if self in (DType.i4, DType.u4) else 8 * self.size
 
     @property
     def is_float(self) -> builtins.bool:
@@ -69,6 +76,8 @@ _NUMPY: dict[DType, np.dtype[Any]] = {
     DType.i16: np.dtype(np.int16),
     DType.i8: np.dtype(np.int8),
     DType.u8: np.dtype(np.uint8),
+    DType.i4: np.dtype(ml_dtypes.int4),
+    DType.u4: np.dtype(ml_dtypes.uint4),
     DType.bool: np.dtype(np.bool_),
 }
 _FROM_NUMPY = {v: k for k, v in _NUMPY.items()}
@@ -245,6 +254,9 @@ class TensorType:
 
     @property
     def bytes(self) -> Dim:
+        """What the elements take where they are stored."""
+        if self.dtype.bits < 8:
+            return as_dim((self.elements * self.dtype.bits + 7) // 8)
         return as_dim(self.elements * self.dtype.size)
 
     def with_shape(self, shape: Sequence[Dim]) -> TensorType:

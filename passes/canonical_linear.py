@@ -57,7 +57,7 @@ def linear_bias(op: ops.Binary, rw: Rewriter) -> None:
             continue
         if linear.bias is not None or not used_once(value) or vector.dtype != linear.x.dtype:
             continue
-        replace(rw, op, ops.Linear(linear.x, linear.weight, vector, linear.scale))
+        replace(rw, op, ops.Linear(linear.x, linear.weight, vector))
         return
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from tilewright.ir import Argument, Function, Module, Op, Return, Value, canonical, ops
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.fuse_rules import is_anchor, is_creation, is_view_of_columns, may_pull, may_trail
+from tilewright.passes.fuse_rules import is_anchor, is_copied, is_creation, is_view_of_columns, may_pull, may_trail
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Fuse(Pass):
         users = [u for r in op.results for u in r.users]
         if is_creation(op):
             return not any(is_anchor(u) or isinstance(u, (Return, ops.Reshape, ops.Call)) for u in users)
+        if isinstance(op, ops.Dequantize):
+            return all(is_copied(op, user) for user in users)
         return isinstance(op, ops.Slice) and is_view_of_columns(op) and all(map(reads_columns, users))
 
     def anchored(self, anchor: Op, taken: dict[Op, Group]) -> Group:
@@ -164,7 +166,7 @@ def copied_into(user: Op, producer: Op) -> bool:
         return is_view_of_columns(producer)
     if isinstance(user, ops.Reshape) and isinstance(producer, ops.Slice):
         return is_view_of_columns(producer)
-    return is_creation(producer) and not is_anchor(user)
+    return is_copied(producer, user) or (is_creation(producer) and not is_anchor(user))
 
 
 def extract(name: str, members: Iterable[Op], root: Op) -> tuple[Function, tuple[Value, ...]]:

@@ -53,8 +53,6 @@ def unfit(op: ops.Linear) -> str | None:
     weight = as_weight(op.weight, 2)
     if weight is None or (op.bias is not None and as_weight(op.bias, 1) is None):
         return "its weight or bias is computed"
-    if op.scale is not None:
-        return "its weight is quantized"
     return f"@{weight.name} has {len(weight.users)} users" if len(weight.users) > 1 else None
 
 

@@ -28,7 +28,7 @@ _ANCHORS = (
 )
 _CREATION = (ops.Full, ops.Iota, ops.SizeOf)
 _ROW = (ops.Softmax, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
-_REDUCING = (*_ROW, ops.Reduce, ops.ArgMax)
+_REDUCING = (*_ROW, ops.Reduce, ops.ArgMax, ops.Quantize)
 _MOVES = (ops.Transpose, ops.Broadcast, ops.Slice, ops.Gather, ops.GatherND, ops.TakeAlong, ops.Embedding)
 _LONGEST_ROW = 16384
 
@@ -41,6 +41,11 @@ def is_anchor(op: Op) -> bool:
 def is_creation(op: Op) -> bool:
     """Constants and index ranges: cheaper to make again than to load."""
     return isinstance(op, _CREATION)
+
+
+def is_copied(op: Op, user: Op) -> bool:
+    """Whether ``user`` takes its own copy of ``op`` into its kernel: the weight or input that it dequantizes itself."""
+    return isinstance(op, ops.Dequantize) and isinstance(user, (ops.Linear, ops.GatedLinear, ops.Embedding))
 
 
 def may_trail(anchor: Op, op: Op) -> bool:
@@ -69,7 +74,8 @@ def may_pull(op: Op, group: Collection[Op]) -> bool:
     if any(isinstance(u, (ops.Concat, ops.Pad)) for u in users):
         return isinstance(op, (ops.Elementwise, ops.Broadcast, ops.Slice))
     if isinstance(op, _ROW):
-        plain = all(isinstance(m, ops.Elementwise) and _same(m.result.shape, op.result.shape) for m in group)
+        shape = op.result.shape
+        plain = all(isinstance(m, (ops.Elementwise, ops.Quantize)) and _same(m.results[0].shape, shape) for m in group)
         return plain and _short_row(op)
     if not isinstance(op, (ops.Elementwise, *_MOVES)):
         return False

@@ -22,7 +22,14 @@ NAMED: dict[str, str] = {
     "O1": "clean,cache,kernels",
     "O2": "clean,fusions,cache,kernels",
     "O3": "O2",
-    "w8a16": "clean,fusions,quantize{scheme=w8a16},cache,kernels",
+    # integer weights; a16 computes with them in floats, a8 in integers. After the cache, which is made of float layers.
+    # Head and embedding tables keep 8 bits: the quality of 4 is lost there first, and little memory is gained
+    "w8a16": "clean,fusions,cache,quantize{scheme=w8a16},kernels",
+    "w8a8": "clean,fusions,cache,quantize{scheme=w8a8},kernels",
+    "w4a16": (
+        "clean,fusions,cache,quantize{scheme=w8a16 layers=head},quantize{scheme=w4a16 group=32 layers=body},kernels"
+    ),
+    "w4a8": "clean,fusions,cache,quantize{scheme=w8a8 layers=head},quantize{scheme=w4a8 group=32 layers=body},kernels",
 }
 
 DEFAULT = "O2"

@@ -74,8 +74,8 @@ def _columns(cut: ops.Slice, lead: int) -> Any:
 def _reordered(op: ops.Linear, rw: Rewriter, order: Any) -> ops.Linear | None:
     """The layer with its rows in another order."""
     weight, bias = as_weight(op.weight, 2), as_weight(op.bias, 1)
-    if weight is None or not used_once(weight) or (op.bias is not None and bias is None) or op.scale is not None:
-        rw.skip(op, "its weight is computed, quantized, or used elsewhere too")
+    if weight is None or not used_once(weight) or (op.bias is not None and bias is None):
+        rw.skip(op, "its weight is computed, or used elsewhere too")
         return None
     take = partial(taken, order)
     moved = [derive(rw.module, f"{w.name}.ordered", w.tensor, [w], take) for w in (weight, bias) if w is not None]

@@ -1,79 +1,128 @@
-"""``nn.linear(x, @w)`` -> ``nn.linear(x, @w.i8, none, @w.scale)``: weights of 8 bits, one scale an output channel."""
+"""``nn.linear(x, @w)`` -> ``nn.linear(quant.dequantize(quant.quantize(x)), quant.dequantize(@w.i4, @w.scale))``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
-
-from tilewright.ir import DType, Module, Op, Rewriter, TensorType, Value, Weight, ops
+from tilewright.ir import DType, Module, Op, PassError, Return, Rewriter, Value, Weight, ops
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.match import replace
-from tilewright.passes.weights import as_weight, derive
+from tilewright.passes.match import made_by, replace
+from tilewright.passes.quantize_formats import Format
+from tilewright.passes.weights import as_weight, derive_together
+
+Parts = tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Weight-only quantization, symmetric, rounded to nearest; activations keep their type.
+    """Weights as integers, rounded to the nearest; with ``a8`` schemes activations too, a scale a token at run time.
 
-    ``skip`` holds patterns of weight names (``*lm_head*``) to leave alone. Numbers are computed when the artifact is
-    written, a weight at a time.
+    ``scheme`` gives the bits of weights and activations, ``group`` the neighbours along K that share a scale (0: all,
+    one scale an output channel), ``zero`` adds zero points. ``layers``: ``head`` are the layers that make the
+    function's results and the embedding tables, ``body`` all other linear layers. ``skip`` and ``only`` are patterns of
+    weight names (``*lm_head*``). A weight that is quantized already stays as it is. Numbers are computed when the
+    artifact is written, a weight at a time.
     """
 
     name: ClassVar[str] = "quantize"
-    scheme: Literal["w8a16"] = "w8a16"
+    scheme: Literal["w8a16", "w8a8", "w4a16", "w4a8"] = "w8a16"
+    group: int = 0
+    zero: bool = False
+    layers: Literal["all", "head", "body"] = "all"
     skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> Format:
+        return Format(int(self.scheme[1]), self.group, self.zero)
 
     def run(self, module: Module, ctx: PassContext) -> bool:
         rw = Rewriter(module, pattern=self.name)
-        done: dict[Weight, tuple[Weight, Weight]] = {}
+        done: dict[Weight, Parts] = {}
         for function in module.entries():
+            rows: dict[Value, Value] = {}
             for op in function.walk(ops.Linear, ops.GatedLinear):
-                self.layer(op, rw, done)
+                self.layer(op, rw, done, rows)
+            for op in function.walk(ops.Embedding):
+                assert isinstance(op, ops.Embedding)
+                self.table(op, rw, done)
         before, after = (sum(int(w.tensor.bytes) for w in ws) for ws in (done, [q for p in done.values() for q in p]))
         ctx.note(f"{len(done)} weights of {before} bytes became {after} bytes")
         return ctx.take(rw)
 
-    def layer(self, op: Op, rw: Rewriter, done: dict[Weight, tuple[Weight, Weight]]) -> None:
-        """Quantize the weights of one layer, all or none."""
-        names = {"weight": "scale"} if isinstance(op, ops.Linear) else {"gate": "gate_scale", "up": "up_scale"}
-        found = [as_weight(getattr(op, name), 2) for name in names]
-        weights = [w for w in found if w is not None]
-        reason = self.unfit(weights) if len(weights) == len(found) else "its weight is computed"
-        if reason is not None:
-            rw.skip(op, reason)
+    def layer(self, op: Op, rw: Rewriter, done: dict[Weight, Parts], rows: dict[Value, Value]) -> None:
+        """Quantize the weights of one linear layer, all or none, and its input if the scheme says so."""
+        if self.layers != "all" and (self.layers == "head") != makes_results(op):
+            return
+        names = ("weight",) if isinstance(op, ops.Linear) else ("gate", "up")
+        weights = {name: as_weight(getattr(op, name), 2) for name in names}
+        if any(self.refuses(op, name, weight, rw) for name, weight in weights.items()):
             return
         changes: dict[str, Value] = {}
-        for (name, scale), weight in zip(names.items(), weights):
-            if weight not in done:
-                done[weight] = quantized(rw.module, weight)
-            changes[name], changes[scale] = done[weight]
-        replace(rw, op, op.clone({}, **changes))
+        for name, weight in weights.items():
+            assert weight is not None
+            changes[name] = rw.before(op).add(ops.Dequantize(*self.parts(rw.module, weight, done, op)))
+        kind = op.operands[0].dtype
+        if self.scheme.endswith("a8"):
+            changes["x"] = quantized_rows(op, rw, rows)
+        new = rw.before(op).insert(op.clone({}, **changes))
+        narrow = ops.Cast(new.result, kind) if new.result.dtype is not kind else new.result
+        replace(rw, op, narrow)
 
-    def unfit(self, weights: list[Weight]) -> str | None:
-        for weight in weights:
-            if not weight.dtype.is_float:
-                return f"@{weight.name} is {weight.dtype.value} already"
-            if any(fnmatch(weight.name, pattern) for pattern in self.skip):
-                return f"the option skip names @{weight.name}"
+    def table(self, op: ops.Embedding, rw: Rewriter, done: dict[Weight, Parts]) -> None:
+        """Quantize an embedding table; it shares the numbers of a head that is tied to it."""
+        table = as_weight(op.table, 2)
+        tied = table in done
+        if (self.layers == "body" and not tied) or self.refuses(op, "table", table, rw):
+            return
+        assert table is not None
+        parts = self.parts(rw.module, table, done, op)
+        replace(rw, op, op.clone({}, table=rw.before(op).add(ops.Dequantize(*parts, dtype=table.dtype))))
+
+    def parts(self, module: Module, weight: Weight, done: dict[Weight, Parts], op: Op) -> Parts:
+        """Codes, scale and maybe zero of ``weight``."""
+        n, k = map(int, weight.shape)
+        reason = self.format.unfit(k)
+        if reason is not None:
+            raise PassError(f"{self}: @{weight.name}: {reason}; choose another group, or skip={weight.name}", op.loc)
+        if weight not in done:
+            done[weight] = derive_together(module, self.format.parts(weight.name, n, k), weight, self.format.encode)
+        return done[weight]
+
+    def refuses(self, op: Op, field: str, weight: Weight | None, rw: Rewriter) -> bool:
+        """Whether a weight stays as it is; says why."""
+        if made_by(getattr(op, field), ops.Dequantize) is not None:
+            return True
+        reason = self.unfit(weight)
+        if reason is not None:
+            rw.skip(op, reason)
+        return reason is not None
+
+    def unfit(self, weight: Weight | None) -> str | None:
+        if weight is None:
+            return "its weight is computed"
+        if not weight.dtype.is_float:
+            return f"@{weight.name} is {weight.dtype.value}"
+        if any(fnmatch(weight.name, pattern) for pattern in self.skip):
+            return f"the option skip names @{weight.name}"
+        if self.only and not any(fnmatch(weight.name, pattern) for pattern in self.only):
+            return f"the option only does not name @{weight.name}"
         return None
 
 
-def quantized(module: Module, weight: Weight) -> tuple[Weight, Weight]:
-    """The weight as i8 and the scale of each of its rows."""
-    q = derive(module, f"{weight.name}.i8", TensorType(weight.shape, DType.i8), [weight], to_i8)
-    s = derive(module, f"{weight.name}.scale", TensorType(weight.shape[:1], DType.f32), [weight], row_scales)
-    return q, s
+def quantized_rows(op: Op, rw: Rewriter, done: dict[Value, Value]) -> Value:
+    """The layer's input, rounded to 8 bits a token: once for all layers that read it."""
+    x = op.operands[0]
+    if x not in done:
+        codes, scale = rw.before(op).insert(ops.Quantize(x)).results
+        done[x] = rw.before(op).add(ops.Dequantize(codes, scale, dtype=DType.f32))
+    return done[x]
 
 
-def row_scales(array: Any) -> Any:
-    """Largest magnitude of each row over 127; 1 for a row of zeros."""
-    top = np.abs(array).max(axis=1).astype(np.float32)
-    return np.where(top > 0, top / np.float32(127), np.float32(1)).astype(np.float32)
-
-
-def to_i8(array: Any) -> Any:
-    scaled = array.astype(np.float32) / row_scales(array)[:, None]
-    return np.clip(np.rint(scaled), -127, 127).astype(np.int8)
+def makes_results(op: Op) -> bool:
+    """Whether what ``op`` makes goes straight to the results of its function."""
+    users = [user for result in op.results for user in result.users]
+    plain = (ops.Elementwise, ops.Reshape, ops.Slice, ops.Transpose, ops.ArgMax)
+    return bool(users) and all(isinstance(u, Return) or (isinstance(u, plain) and makes_results(u)) for u in users)

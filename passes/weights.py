@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tilewright.ir import ComputedSource, Module, TensorType, Value, Weight
+from tilewright.ir import Computation, ComputedSource, Module, PartSource, TensorType, Value, Weight
 
 
 def derive(module: Module, name: str, type: TensorType, parts: Sequence[Weight], make: Callable[..., Any]) -> Weight:
@@ -16,6 +16,15 @@ def derive(module: Module, name: str, type: TensorType, parts: Sequence[Weight],
     sources = [p.source for p in parts if p.source is not None]
     source = ComputedSource(tuple(sources), make) if len(sources) == len(parts) else None
     return module.weight(free_name(module, name), type, source)
+
+
+def derive_together(
+    module: Module, names: Mapping[str, TensorType], part: Weight, make: Callable[[Any], Sequence[Any]]
+) -> tuple[Weight, ...]:
+    """The weights ``names``, which ``make`` computes from ``part`` all at once, in this order."""
+    work = Computation(part.source, make) if part.source is not None else None
+    sources = [PartSource(work, i) if work is not None else None for i in range(len(names))]
+    return tuple(module.weight(free_name(module, n), t, s) for (n, t), s in zip(names.items(), sources))
 
 
 def free_name(module: Module, name: str) -> str:

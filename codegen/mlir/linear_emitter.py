@@ -59,9 +59,9 @@ def find(kernel: Function) -> Pattern | str:
     anchor = anchors[0]
     assert isinstance(anchor, (ops.Linear, ops.GatedLinear))
     if isinstance(anchor, ops.Linear):
-        roles = ((anchor.weight,), (anchor.scale,), (anchor.bias,))
+        roles = ((anchor.weight,), (), (anchor.bias,))
     else:
-        roles = ((anchor.gate, anchor.up), (anchor.gate_scale, anchor.up_scale), (anchor.gate_bias, anchor.up_bias))
+        roles = ((anchor.gate, anchor.up), (), (anchor.gate_bias, anchor.up_bias))
     weights, scales, biases = (tuple(v for v in role if v is not None) for role in roles)
     if len(biases) not in (0, len(weights)):
         return "only one of gate and up has a bias"

@@ -31,6 +31,7 @@ from tilewright.ir.ops.nn import (
     Rope,
     Softmax,
 )
+from tilewright.ir.ops.quant import Dequantize, Quantize
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -44,6 +45,7 @@ __all__ = [
     "Concat",
     "Conv",
     "CumSum",
+    "Dequantize",
     "Embedding",
     "Experts",
     "Full",
@@ -57,6 +59,7 @@ __all__ = [
     "Matmul",
     "MaxPool",
     "Pad",
+    "Quantize",
     "Reduce",
     "Reshape",
     "Resize",

@@ -33,9 +33,11 @@ class Matmul(Op):
         return as_dim(2 * self.result.tensor.elements * self.a.shape[-1])
 
 
-def _expect_weight(op: Op, what: str, w: Value, n: Dim | None, k: Dim) -> Dim:
+def _expect_weight(op: Op, what: str, w: Value, x: Value, n: Dim | None) -> Dim:
     expect_rank(op, what, w.shape, 2)
-    expect_dim(op, f"{what}, axis 1", w.shape[1], k)
+    expect_dim(op, f"{what}, axis 1", w.shape[1], x.shape[-1])
+    fits = w.dtype == x.dtype or (w.dtype is DType.f32 and x.dtype in (DType.bf16, DType.f16))
+    op.expect(fits, f"{what} is {w.dtype.value}, x is {x.dtype.value}")
     if n is not None:
         expect_dim(op, f"{what}, axis 0", w.shape[0], n)
     return w.shape[0]
@@ -50,28 +52,21 @@ def _expect_vector(op: Op, what: str, v: Value | None, n: Dim) -> None:
 class Linear(Op):
     """``x @ weight.T + bias``: x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` -> ``[..., N]`` of x's type.
 
-    With ``scale`` ``[N]`` (f32) the weight is i8 and stands for ``weight * scale[:, None]``.
+    The weight has x's type, or is f32 (a dequantized one); sums are f32.
     """
 
     name = "nn.linear"
     x: Value
     weight: Value
     bias: Value | None = None
-    scale: Value | None = None
 
     def infer(self) -> tuple[Type, ...]:
-        n = _expect_weight(self, "weight", self.weight, None, self.x.shape[-1])
+        n = _expect_weight(self, "weight", self.weight, self.x, None)
         _expect_vector(self, "bias", self.bias, n)
-        _expect_vector(self, "scale", self.scale, n)
-        quantized = self.weight.dtype is DType.i8
-        self.expect(quantized == (self.scale is not None), "an i8 weight needs a scale, no other weight takes one")
-        fits = quantized or self.weight.dtype == self.x.dtype
-        self.expect(fits, f"weight is {self.weight.dtype.value}, x is {self.x.dtype.value}")
         return (self.x.tensor.with_shape((*self.x.shape[:-1], n)),)
 
-    def evaluate(self, env: Env, x: Any, weight: Any, bias: Any, scale: Any) -> Any:
+    def evaluate(self, env: Env, x: Any, weight: Any, bias: Any) -> Any:
         y = num.wide(x) @ num.wide(weight).astype(num.wide(x).dtype).T
-        y = y if scale is None else y * scale
         return (y if bias is None else y + num.wide(bias)).astype(x.dtype)
 
     def flops(self) -> Dim:
@@ -81,8 +76,7 @@ class Linear(Op):
 class GatedLinear(Op):
     """``act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`` (Shazeer 2020, GLU variants); gate and up ``[N, K]``.
 
-    With ``gate_scale`` and ``up_scale`` ``[N]`` the weights are i8, as in :class:`Linear`. Computed in f32 and
-    rounded once.
+    Element types are those of :class:`Linear`. Computed in f32 and rounded once.
     """
 
     name = "nn.gated_linear"
@@ -91,30 +85,24 @@ class GatedLinear(Op):
     up: Value
     gate_bias: Value | None = None
     up_bias: Value | None = None
-    gate_scale: Value | None = None
-    up_scale: Value | None = None
     act: str = "silu"
 
     def infer(self) -> tuple[Type, ...]:
         self.expect(self.act in num.ACTIVATIONS, f"unknown activation {self.act!r}; there are {list(num.ACTIVATIONS)}")
-        n = _expect_weight(self, "gate", self.gate, None, self.x.shape[-1])
-        _expect_weight(self, "up", self.up, n, self.x.shape[-1])
-        for what in ("gate_bias", "up_bias", "gate_scale", "up_scale"):
-            _expect_vector(self, what, getattr(self, what), n)
+        n = _expect_weight(self, "gate", self.gate, self.x, None)
+        _expect_weight(self, "up", self.up, self.x, n)
         self.expect(self.gate.dtype == self.up.dtype, "gate and up must have one element type")
-        quantized = self.gate.dtype is DType.i8
-        both = self.gate_scale is not None and self.up_scale is not None
-        self.expect(quantized == both, "i8 weights need two scales, no other weights take them")
+        for what in ("gate_bias", "up_bias"):
+            _expect_vector(self, what, getattr(self, what), n)
         return (self.x.tensor.with_shape((*self.x.shape[:-1], n)),)
 
-    def evaluate(self, env: Env, x: Any, gate: Any, up: Any, gb: Any, ub: Any, gs: Any, us: Any) -> Any:
-        def project(w: Any, bias: Any, scale: Any) -> Any:
+    def evaluate(self, env: Env, x: Any, gate: Any, up: Any, gb: Any, ub: Any) -> Any:
+        def project(w: Any, bias: Any) -> Any:
             y = num.wide(x) @ num.wide(w).astype(num.wide(x).dtype).T
-            y = y if scale is None else y * scale
             return y if bias is None else y + num.wide(bias)
 
         with np.errstate(all="ignore"):
-            return (num.ACTIVATIONS[self.act](project(gate, gb, gs)) * project(up, ub, us)).astype(x.dtype)
+            return (num.ACTIVATIONS[self.act](project(gate, gb)) * project(up, ub)).astype(x.dtype)
 
     def flops(self) -> Dim:
         return as_dim(4 * self.result.tensor.elements * self.x.shape[-1])

@@ -86,12 +86,13 @@ def evaluate(kind: type[Op], *operands: Any, **attrs: Any) -> list[np.ndarray]:
 
 
 def to_torch(x: Any) -> Any:
-    """The array as a tensor, narrow floats as f32."""
+    """The array as a tensor, narrow floats as f32 and integers of 4 bits as ones of 8."""
     if x is None:
         return None
     if isinstance(x, list):
         return [to_torch(v) for v in x]
-    return torch.from_numpy(x.astype(np.float32) if x.dtype in (DType.bf16.np, DType.f16.np) else x.copy())
+    kinds = {DType.bf16.np: np.float32, DType.f16.np: np.float32, DType.i4.np: np.int8, DType.u4.np: np.uint8}
+    return torch.from_numpy(x.astype(kinds.get(x.dtype, x.dtype)))
 
 
 def check(case: Case, dtype: DType) -> None:

@@ -35,9 +35,10 @@ X = TensorType((sym("B"), 4), DType.f32)
 
 def test_dtypes() -> None:
     assert [d.value for d in DType if d.is_float] == ["f64", "f32", "f16", "bf16"]
-    assert [d.value for d in DType if d.is_int] == ["i64", "i32", "i16", "i8", "u8"]
+    assert [d.value for d in DType if d.is_int] == ["i64", "i32", "i16", "i8", "u8", "i4", "u4"]
     assert all(DType.of(d.np) is d for d in DType)
     assert [d.size for d in (DType.f64, DType.bf16, DType.bool)] == [8, 2, 1]
+    assert [d.bits for d in (DType.f64, DType.bf16, DType.u8, DType.i4)] == [64, 16, 8, 4]
     with pytest.raises(KeyError, match="no element type for numpy complex64; there are f64"):
         DType.of(np.complex64)
 
@@ -75,7 +76,7 @@ def test_types() -> None:
 def test_a_declaration_gives_fields() -> None:
     fields = {f.name: (f.kind, f.is_operand) for f in o.Concat.fields}
     assert fields == {"xs": ("variadic", True), "axis": ("int", False)}
-    assert [f.kind for f in o.Linear.fields] == ["operand", "operand", "optional", "optional"]
+    assert [f.kind for f in o.Linear.fields] == ["operand", "operand", "optional"]
 
 
 def test_wrong_fields() -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from tilewright.ir import DType, Module, TensorType, interpret, parse_module
 from tilewright.passes import Pipeline
-from tilewright.passes.quantize import row_scales, to_i8
 from tilewright.passes.weights import derive, free_name, joined_name
 
 
@@ -107,15 +106,6 @@ def test_quantized_weights_are_close_and_loaded_one_at_a_time() -> None:
     }
     for a, b in zip(want, interpret(m, "forward", [x]), strict=True):
         assert np.abs(a - b).max() < 0.02 * np.abs(a).max()
-
-
-def test_rounding() -> None:
-    rows = np.array([[0, 0, 0], [127, -127, 63.5], [1e-3, -2e-3, 5e-4]], np.float32)
-    np.testing.assert_allclose(row_scales(rows), [1, 1, 2e-3 / 127])
-    assert to_i8(rows).tolist() == [[0, 0, 0], [127, -127, 64], [64, -127, 32]]
-    narrow = rows.astype(DType.bf16.np)
-    assert row_scales(narrow).dtype == np.float32
-    assert to_i8(narrow).dtype == np.int8
 
 
 def test_weights_without_data_stay_without() -> None:
