@@ -58,9 +58,9 @@ class LoopsEmitter:
         return rows_on_stack(kernel)[1]
 
     def default_schedule(self, kernel: Function, target: CpuTarget) -> LoopsSchedule:
-        """A good schedule by rule: two vectors at a time where elements are short and only move."""
+        """A good schedule by rule: two vectors at a time where short elements only move, or AVX2 packs them in pairs."""
         short = all(v.dtype.size <= 2 for v in kernel.returns)
-        return LoopsSchedule(width=2 if short and rd.only_moves(kernel) else 1)
+        return LoopsSchedule(width=2 if short and (rd.only_moves(kernel) or target.vector_bits < 512) else 1)
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         """The code of ``kernel`` under the name ``symbol``. Raises CodegenError when ``match`` gives a reason."""

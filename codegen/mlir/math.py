@@ -32,7 +32,8 @@ _EXP2 = (1.3276470126584172e-3, 9.675540961325169e-3, 5.550713464617729e-2, 0.24
 
 def exp(x: Val) -> Val:
     """e**x within 2e-7; 0 where the result would be (nearly) denormal, inf above 88.73."""
-    clamped = _c(89.0, x).min(_c(-105.0, x).max(x))  # the constant first: a NaN stays a NaN
+    lowest = -105.0 if _is_wide(x) else -87.5
+    clamped = _c(89.0, x).min(_c(lowest, x).max(x))  # the constant first: a NaN stays a NaN
     n = (clamped * _LOG2E_HIGH).round_even()
     f = fma(clamped, _c(_LOG2E_HIGH, x), -n)
     f = fma(clamped, _c(_LOG2E_LOW, x), f)
@@ -41,19 +42,24 @@ def exp(x: Val) -> Val:
 
 def exp2_of_negative(x: Val) -> Val:
     """2**x for x <= 0, within 1.5e-7; 0 where the result would be (nearly) denormal."""
-    clamped = _c(-152.0, x).max(x)
+    clamped = _c(-152.0 if _is_wide(x) else -126.0, x).max(x)
     n = clamped.round_even()
     return _scale(polynomial(clamped - n, _EXP2), n)
 
 
 def _scale(p: Val, n: Val) -> Val:
-    """p * 2**n for -152 <= n <= 128 and p near 1; zero where the result would be denormal."""
-    if p.lanes == 16 and Kernel.current().target.vector_bits == 512:
+    """p * 2**n for p near 1 and n <= 128; n >= -152 where there is an instruction, elsewhere n >= -126, which gives 0."""
+    if _is_wide(p):
         every, current = constant(-1, "i16"), constant(4, "i32")
         return intrinsic("llvm.x86.avx512.mask.scalef.ps.512", "f32", 16, p, n, _c(0.0, p), every, current)
-    # 2**n in two factors: the exponent field alone reaches 127, and n may be 128.
+    # 2**n in two factors: the exponent field alone reaches 127, and n may be 128. At -126 the field is 0: zero.
     half = ((n.to("i32") + 126) << 23).bitcast("f32")
-    return (n < -125.0).select(_c(0.0, p), (p * half) * 2.0)
+    return (p * half) * 2.0
+
+
+def _is_wide(x: Val) -> bool:
+    """Whether this is one vector of AVX-512, whose scalef and range are used here."""
+    return x.lanes == 16 and Kernel.current().target.vector_bits == 512
 
 
 def sigmoid(x: Val) -> Val:
@@ -66,49 +72,65 @@ def silu(x: Val) -> Val:
     return x / (exp(-x) + 1.0)
 
 
-_TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+# Rational minimax approximations (Remez's problem solved by Lawson's iteration); the highest power first.
+_TANH = ((1.3354225e-08, 2.060876e-05, 3.4955684e-03, 1.3381009e-01, 1.0),
+         (7.776377e-07, 3.2856027e-04, 2.5876908e-02, 4.6714324e-01, 1.0))
+_ERF = ((2.1231338e-06, 2.8594234e-04, 3.652726e-03, 5.2418444e-02, 1.8730772e-01, 1.1283791),
+        (3.889825e-05, 1.1417001e-03, 1.4742442e-02, 1.1290024e-01, 4.9933004e-01, 1.0))
+_PHI = ((2.3457535e-08, 6.318493e-06, 1.6142921e-04, 4.63318e-03, 3.311164e-02, 3.9894226e-01),
+        (1.2155704e-06, 7.1356255e-05, 1.8428053e-03, 2.822506e-02, 2.4966502e-01, 1.0))
+_Ratio = tuple[Sequence[float], Sequence[float]]
 
 
 def tanh(x: Val) -> Val:
-    """Cephes: an odd polynomial near zero, 1 - 2 / (e**2|x| + 1) beyond."""
-    size, square = x.abs(), x * x
-    near = fma(polynomial(square, _TANH) * square, x, x)
-    far = (1.0 - 2.0 / (exp(size * 2.0) + 1.0)).copysign(x)
-    return (size < 0.625).select(near, far)
-
-
-_ERF_NEAR = (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
+    """Hyperbolic tangent within 3.5e-7."""
+    return _clamp(_odd(_clamp(x, 9.0), _TANH), 1.0)
 
 
 def erf(x: Val) -> Val:
-    """N. Juffa's two-piece approximation."""
-    size, square = x.abs(), x * x
-    near = fma(polynomial(square, _ERF_NEAR), x, x)
-    t = _c(9.5, x).min(size)
-    high = polynomial(t, (-1.72853470e-5, 3.83197126e-4))
-    low = polynomial(t, (-3.88396438e-3, 2.42546219e-2))
-    r = fma(high, t * t, low)
-    for coefficient in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
-        r = fma(r, t, _c(coefficient, x))
-    far = (1.0 - exp(fma(r, t, -t))).copysign(x)
-    return (size > 0.921875).select(far, near)
+    """The error function within 3.5e-7."""
+    return _clamp(_odd(_clamp(x, 3.8325), _ERF), 1.0)
 
 
 def gelu(x: Val) -> Val:
-    """x * (1 + erf(x / sqrt 2)) / 2."""
-    half = x * 0.5
-    return fma(half, erf(x * 0.7071067811865476), half)
+    """x * (1 + erf(x / sqrt 2)) / 2; the factor of x is within 2e-7 of the exact one, and exactly 0 or 1 far out."""
+    return x * (_odd(_limit(x, 5.41), _PHI) + 0.5)
+
+
+def _odd(x: Val, ratio: _Ratio) -> Val:
+    """x * P(x**2) / Q(x**2)."""
+    square = x * x
+    return x * polynomial(square, ratio[0]) / polynomial(square, ratio[1])
+
+
+def _clamp(x: Val, bound: float) -> Val:
+    """x between -bound and bound; a NaN stays a NaN."""
+    return _c(bound, x).min(_c(-bound, x).max(x))  # the constant first: of two, the second is taken when one is a NaN
+
+
+def _limit(x: Val, bound: float) -> Val:
+    """x between -bound and bound; a NaN becomes any number. One instruction where there is one for it."""
+    if not _is_wide(x):
+        return _clamp(x, bound)
+    nearer_zero, every, current = constant(2, "i32"), constant(-1, "i16"), constant(4, "i32")
+    bounds = _c(bound, x)
+    return intrinsic("llvm.x86.avx512.mask.range.ps.512", "f32", 16, x, bounds, nearer_zero, bounds, every, current)
 
 
 def gelu_tanh(x: Val) -> Val:
-    """x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x**3))) / 2, through the sigmoid of twice the argument."""
-    inner = fma(x * x, _c(0.044715, x), _c(1.0, x)) * x
-    return x * sigmoid(inner * 1.5957691216057308)
+    """x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x**3))) / 2, as accurate as `gelu`."""
+    inner = fma(x * x, _c(0.7978845608028654 * 0.044715, x), _c(0.7978845608028654, x)) * x
+    half = [coefficient / 2 for coefficient in _TANH[0]]
+    return x * (_odd(_limit(inner, 9.02), (half, _TANH[1])) + 0.5)
 
 
 def softplus(x: Val) -> Val:
-    """log(1 + e**x), stable on both sides."""
-    return x.max(_c(0.0, x)) + log1p(exp(-x.abs()))
+    """log(1 + e**x), stable on both sides; the logarithm as a ratio of polynomials, since e**-|x| <= 1."""
+    e = exp(-x.abs())
+    return x.max(_c(0.0, x)) + e * polynomial(e, _LOG1P[0]) / polynomial(e, _LOG1P[1])
+
+
+_LOG1P = ((3.4173173e-03, 2.3815873e-01, 1.0662206, 1.0), (7.528775e-02, 6.879386e-01, 1.5662205, 1.0))
 
 
 # --- logarithms and powers ------------------------------------------------------------------------------------------
