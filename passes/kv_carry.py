@@ -181,10 +181,16 @@ def _argmax(op: ops.ArgMax, slot: str, value: Value, part: Part, symbol: Any) ->
 @carry.register(ops.GatedLinear)
 @carry.register(ops.LayerNorm)
 @carry.register(ops.RmsNorm)
+@carry.register(ops.Quantize)
 def _last_axis(op: Any, slot: str, value: Value, part: Part, symbol: Any) -> Part:
     if slot != "x":
         raise Mixed(f"its {slot} depends on the tokens")
     return _away(part, op.x.tensor.rank - 1, "works")
+
+
+@carry.register
+def _dequantize(op: ops.Dequantize, slot: str, value: Value, part: Part, symbol: Any) -> Part:
+    return _away(part, op.codes.tensor.rank - 1, "works")
 
 
 @carry.register

@@ -22,14 +22,14 @@ NAMED: dict[str, str] = {
     "O1": "clean,cache,kernels",
     "O2": "clean,fusions,cache,kernels",
     "O3": "O2",
-    # integer weights; a16 computes with them in floats, a8 in integers. After the cache, which is made of float layers.
-    # Head and embedding tables keep 8 bits: the quality of 4 is lost there first, and little memory is gained
-    "w8a16": "clean,fusions,cache,quantize{scheme=w8a16},kernels",
-    "w8a8": "clean,fusions,cache,quantize{scheme=w8a8},kernels",
+    # integer weights; a16 computes with them in floats, a8 in integers. Four bits keep eight for the head and the token
+    # embeddings: quality is lost there first, and they are few
+    "w8a16": "clean,fusions,quantize{scheme=w8a16},cache,kernels",
+    "w8a8": "clean,fusions,quantize{scheme=w8a8},cache,kernels",
     "w4a16": (
-        "clean,fusions,cache,quantize{scheme=w8a16 layers=head},quantize{scheme=w4a16 group=32 layers=body},kernels"
+        "clean,fusions,quantize{scheme=w8a16 layers=head},quantize{scheme=w4a16 group=32 layers=body},cache,kernels"
     ),
-    "w4a8": "clean,fusions,cache,quantize{scheme=w8a8 layers=head},quantize{scheme=w4a8 group=32 layers=body},kernels",
+    "w4a8": "clean,fusions,quantize{scheme=w8a8 layers=head},quantize{scheme=w4a8 group=32 layers=body},cache,kernels",
 }
 
 DEFAULT = "O2"

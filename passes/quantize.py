@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import ClassVar, Literal
 
-from tilewright.ir import DType, Module, Op, PassError, Return, Rewriter, Value, Weight, ops
+from tilewright.ir import Argument, DType, Module, Op, PassError, Return, Rewriter, Value, Weight, ops
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.match import made_by, replace
 from tilewright.passes.quantize_formats import Format
@@ -21,7 +21,7 @@ class Quantize(Pass):
 
     ``scheme`` gives the bits of weights and activations, ``group`` the neighbours along K that share a scale (0: all,
     one scale an output channel), ``zero`` adds zero points. ``layers``: ``head`` are the layers that make the
-    function's results and the embedding tables, ``body`` all other linear layers. ``skip`` and ``only`` are patterns of
+    function's results and the embeddings of tokens, ``body`` all other linear layers. ``skip`` and ``only`` are patterns of
     weight names (``*lm_head*``). A weight that is quantized already stays as it is. Numbers are computed when the
     artifact is written, a weight at a time.
     """
@@ -72,10 +72,10 @@ class Quantize(Pass):
         replace(rw, op, narrow)
 
     def table(self, op: ops.Embedding, rw: Rewriter, done: dict[Weight, Parts]) -> None:
-        """Quantize an embedding table; it shares the numbers of a head that is tied to it."""
+        """Quantize the table of tokens; it shares the numbers of a head that is tied to it."""
         table = as_weight(op.table, 2)
         tied = table in done
-        if (self.layers == "body" and not tied) or self.refuses(op, "table", table, rw):
+        if not is_given(op.indices) or (self.layers == "body" and not tied) or self.refuses(op, "table", table, rw):
             return
         assert table is not None
         parts = self.parts(rw.module, table, done, op)
@@ -119,6 +119,12 @@ def quantized_rows(op: Op, rw: Rewriter, done: dict[Value, Value]) -> Value:
         codes, scale = rw.before(op).insert(ops.Quantize(x)).results
         done[x] = rw.before(op).add(ops.Dequantize(codes, scale, dtype=DType.f32))
     return done[x]
+
+
+def is_given(value: Value) -> bool:
+    """Whether ``value`` is an argument of the function, as token ids are and positions are not."""
+    owner = value.owner
+    return isinstance(value, Argument) or (isinstance(owner, (ops.Reshape, ops.Slice)) and is_given(owner.x))
 
 
 def makes_results(op: Op) -> bool:
