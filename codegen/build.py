@@ -166,7 +166,7 @@ class Build:
         sources = [p for p in native_sources() if p.suffix == ".c"]
         objects = [folder / f"{name}.o" for name in codes]
         headers = {p.parent for p in native_sources()}
-        link(folder, objects, [out.path("program.c"), *sources], sorted(headers), out.path("kernels.so"))
+        link(folder, objects, [out.path("program.c"), *sources], sorted(headers), out.path("kernels.so"), self.target)
 
     def manifest(self, meta: Mapping[str, str]) -> Manifest:
         entries = {f.name: self.entry(f) for f in self.module.entries()}

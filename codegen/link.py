@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from tilewright.codegen.target import CpuTarget
 from tilewright.ir import CodegenError
 
 
@@ -19,14 +20,23 @@ def compiler() -> str:
     raise CodegenError("no C compiler was found; install gcc or clang, or name one in CC (running an artifact needs none)")
 
 
-def link(folder: Path, objects: Sequence[Path], sources: Sequence[Path], includes: Sequence[Path], out: Path) -> None:
-    """Compile ``sources`` and link them with ``objects`` into the shared library ``out``.
+def target_flags(target: CpuTarget) -> list[str]:
+    """What lets the C compiler use the vectors of ``target``, in the spelling of every gcc and clang of ten years."""
+    wide = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")] if target.vector_bits == 512 else []
+    return ["-mavx2", "-mfma", *wide, f"-mprefer-vector-width={target.vector_bits}"]
+
+
+def link(
+    folder: Path, objects: Sequence[Path], sources: Sequence[Path], includes: Sequence[Path], out: Path,
+    target: CpuTarget,
+) -> None:  # fmt: skip
+    """Compile ``sources`` for ``target`` and link them with ``objects`` into the shared library ``out``.
 
     The library depends on libc alone. Raises CodegenError with what the compiler printed.
     """
-    flags = ["-O2", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,noexecstack", "-pthread"]
-    paths = [f"-I{p}" for p in includes]
-    command = [compiler(), *flags, *paths, *map(str, sources), *map(str, objects), "-o", str(out), "-lm"]
+    flags = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,noexecstack", "-pthread"]
+    flags += [*target_flags(target), *(f"-I{p}" for p in includes)]
+    command = [compiler(), *flags, *map(str, [*sources, *objects]), "-o", str(out), "-lm"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CodegenError(f"{command[0]} failed with {done.returncode}:\n{done.stderr.strip()[-4000:]}")

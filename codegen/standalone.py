@@ -53,7 +53,7 @@ class StandaloneKernel:
             (folder / "k.o").write_bytes(self.code.object)
             (folder / "k.c").write_text("extern void kernel(void);\n__attribute__((visibility(\"default\"))) "
                                         "void *entry(void) { return (void *)kernel; }\n")  # fmt: skip
-            link(folder, [folder / "k.o"], [folder / "k.c"], [], folder / "k.so")
+            link(folder, [folder / "k.o"], [folder / "k.c"], [], folder / "k.so", target)
             self.library = ctypes.CDLL(str(folder / "k.so"))
         self.library.entry.restype = ctypes.c_void_p
         self.run = ctypes.CFUNCTYPE(None)(self.library.entry())

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.errors import InputError
-from tilewright.runtime.manifest import DTYPES, DimSpec, EntrySpec, StateSpec, TensorSpec
+from tilewright.runtime.manifest import DTYPES, DimSpec, EntrySpec, TensorSpec
 from tilewright.runtime.memory import as_aligned
 
 Array = np.ndarray[Any, Any]
 
 
 def bind(entry: EntrySpec, inputs: Mapping[str, Any], where: str) -> tuple[list[Array], dict[str, int]]:
-    """The input arrays in manifest order, aligned and row-major, and the size of every dim. Raises InputError."""
+    """The input arrays in manifest order, aligned and row-major, and the size of every dim. Raises InputError.
+
+    The values are left to ``check_values`` and ``check_positions``.
+    """
     _check_names(entry, inputs, where)
     arrays = [_to_array(spec, inputs[spec.name], f"{where}({spec.name})") for spec in entry.inputs]
     dims = _bind_dims(entry, arrays, where)
-    for spec, array in zip(entry.inputs, arrays):
-        _check_values(spec, array, f"{where}({spec.name})")
     return [as_aligned(array) for array in arrays], dims
 
 
@@ -84,13 +85,24 @@ def _check_range(dim: DimSpec, size: int, where: str) -> None:
                          "compile with another range of the dim to allow it" if size > 0 else "")
 
 
-def _check_values(spec: TensorSpec, array: Array, where: str) -> None:
-    if array.size == 0 or (spec.low is None and spec.high is None):
-        return
-    low, high = array.min(), array.max()
-    if (spec.low is not None and low < spec.low) or (spec.high is not None and high > spec.high):
-        limits = f"{'' if spec.low is None else spec.low}..{'' if spec.high is None else spec.high}"
-        raise InputError(where, f"values in {limits}", f"values in {low}..{high}")
+def check_values(entry: EntrySpec, inputs: Mapping[str, Array], where: str) -> None:
+    """Keeps integer inputs within the limits that the manifest gives. Raises InputError."""
+    for spec in entry.inputs:
+        array = inputs[spec.name]
+        if array.size == 0 or (spec.low is None and spec.high is None):
+            continue
+        low, high = _extremes(array)
+        if (spec.low is not None and low < spec.low) or (spec.high is not None and high > spec.high):
+            limits = f"{'' if spec.low is None else spec.low}..{'' if spec.high is None else spec.high}"
+            raise InputError(f"{where}({spec.name})", f"values in {limits}", f"values in {low}..{high}")
+
+
+def _extremes(array: Array) -> tuple[Any, Any]:
+    """Smallest and largest value; small arrays (those of a decode step) through Python, which is faster there."""
+    if array.size > 16:
+        return array.min(), array.max()
+    values = array.ravel().tolist()
+    return min(values), max(values)
 
 
 def _shape_text(shape: Sequence[int | str | None]) -> str:
@@ -102,28 +114,29 @@ def resolve(extent: int | str | None, dims: Mapping[str, int]) -> int | None:
     return dims[extent] if isinstance(extent, str) else extent
 
 
-def check_states(
-    entry: EntrySpec, inputs: Mapping[str, Array], dims: Mapping[str, int], states: Sequence[StateSpec], batch: int,
-    where: str,
-) -> None:  # fmt: skip
-    """Keeps the call inside the states: sequences within the session's batch, tokens within the capacity.
-
-    The capacity is checked for entries of the generation convention (``ids`` [B, S] written from ``start`` [B]).
-    """
+def check_batch(entry: EntrySpec, dims: Mapping[str, int], batch: int, where: str) -> None:
+    """Keeps the sequences of a call within the session's batch. Raises InputError."""
     count = resolve(entry.batch, dims)
     if count is not None and count > batch:
         raise InputError(f"{where}, batch", f"at most {batch} sequences, the session's batch", str(count),
                          f"make the session with batch={count}")
+
+
+def check_positions(inputs: Mapping[str, Array], capacity: int, where: str) -> None:
+    """Keeps the tokens of a call within the capacity of the states. Raises InputError.
+
+    For entries of the generation convention (``ids`` [B, S] written from ``start`` [B], ``last`` [B] within S).
+    """
     ids, start, last = inputs.get("ids"), inputs.get("start"), inputs.get("last")
     if ids is None or ids.ndim != 2:
         return
     if start is not None and start.size:
-        capacity = min(state.length for state in states)
-        first, end = int(start.min()), int(start.max()) + ids.shape[1]
+        first, latest = _extremes(start)
+        end = int(latest) + ids.shape[1]
         if first < 0 or end > capacity:
             raise InputError(f"{where}(start)", f"positions in 0..{capacity - 1}, the capacity of the KV states",
                              f"positions in {first}..{end - 1}", "shorten the text or compile with a larger capacity")
-    if last is not None and last.size and not (last.min() >= 0 and last.max() < ids.shape[1]):
-        raise InputError(f"{where}(last)", f"values in 0..{ids.shape[1] - 1}", f"values in {last.min()}..{last.max()}")
-
-
+    if last is not None and last.size:
+        low, high = _extremes(last)
+        if low < 0 or high >= ids.shape[1]:
+            raise InputError(f"{where}(last)", f"values in 0..{ids.shape[1] - 1}", f"values in {low}..{high}")

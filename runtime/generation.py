@@ -15,8 +15,8 @@ import numpy as np
 
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.manifest import EntrySpec
-from tilewright.runtime.sampling import Sampling, generators
-from tilewright.runtime.session import Session
+from tilewright.runtime.sampling import Sampler, Sampling, generators
+from tilewright.runtime.session import Call, Session
 
 Array = np.ndarray[Any, Any]
 Prompts = Sequence[Sequence[int]] | Array
@@ -63,7 +63,7 @@ def stream(
 
     The session's states are its own until it is exhausted or closed.
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    sampler = Sampler(session.program.library, Sampling(temperature, top_k, top_p))
     rows = _read_prompts(prompts)
     _check_integer("max_new_tokens", max_new_tokens)
     _check_integer("chunk", chunk)
@@ -72,11 +72,11 @@ def stream(
     stops = [tuple(int(token) for token in ending) for ending in (*((t,) for t in stop_tokens), *stop_sequences)]
     if () in stops:
         raise InputError("stop_sequences", "sequences of at least one token", "an empty one")
-    return _steps(batch, max_new_tokens, sampling, generators(rows, seed), stops)
+    return _steps(batch, max_new_tokens, sampler, generators(rows, seed), stops)
 
 
 def _steps(
-    batch: _Batch, max_new_tokens: int, sampling: Sampling, random: list[np.random.Generator],
+    batch: _Batch, max_new_tokens: int, sampler: Sampler, random: list[np.random.Generator],
     stops: list[tuple[int, ...]],
 ) -> Generator[Step, None, None]:  # fmt: skip
     made: list[list[int]] = [[] for _ in random]
@@ -86,7 +86,7 @@ def _steps(
         for step in range(max_new_tokens):
             tokens: list[int | None] = [None] * len(random)
             for prompt in sorted(running):
-                token = sampling.choose(logits[prompt], random[prompt])
+                token = sampler.choose(logits[prompt], random[prompt])
                 tokens[prompt] = token
                 made[prompt].append(token)
                 if _ended(made[prompt], stops):
@@ -154,6 +154,7 @@ class _Batch:
         for index, prompt in enumerate(prompts):
             _check_tokens(prefill, prompt, index)
         self._check_count()
+        self.step: Call | None = None
 
     def _check_count(self) -> None:
         count = len(self.prompts)
@@ -216,13 +217,19 @@ class _Batch:
         Ended sequences between running ones go along, at their own end.
         """
         count = 1 + max(row for row, index in enumerate(self.rows) if index in running)
-        size = self.decode_rows.fit(count)
-        ids, start = np.zeros((size, 1), np.int64), np.zeros(size, np.int64)
-        for row, index in enumerate(self.rows[:size]):
+        step = self.decode_call(self.decode_rows.fit(count))
+        ids, start = step.inputs["ids"], step.inputs["start"]
+        for row, index in enumerate(self.rows[: start.size]):
             ids[row] = made[index][-1]
             start[row] = self.prompts[index].size + len(made[index]) - 1
-        result = self.session("decode", ids=ids, start=start)["logits"]
-        return {index: result[row] for row, index in enumerate(self.rows[:size]) if index in running}
+        result = step()["logits"]
+        return {index: result[row] for row, index in enumerate(self.rows[: start.size]) if index in running}
+
+    def decode_call(self, size: int) -> Call:
+        """The call for ``size`` rows, kept for the next step."""
+        if self.step is None or self.step.inputs["start"].size != size:
+            self.step = self.session.bind("decode", ids=np.zeros((size, 1), np.int64), start=np.zeros(size, np.int64))
+        return self.step
 
 
 def _entry(session: Session, name: str, inputs: tuple[str, ...]) -> EntrySpec:

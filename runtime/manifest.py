@@ -1,6 +1,6 @@
 """``manifest.json``: what an artifact holds and how its entries are called. Frozen dataclasses, strictly read.
 
-    {"format": "tilewright-artifact", "version": 1, "checksum": ..., "target": {...}, "entries": {...},
+    {"format": "tilewright-artifact", "version": 2, "checksum": ..., "target": {...}, "entries": {...},
      "states": [...], "meta": {...}, "files": {"kernels.so": {"bytes": n, "xxh3_128": hex}, ...}}
 
 ``checksum`` is the xxh3_128 of the rest in canonical form (sorted keys, no spaces).
@@ -21,7 +21,8 @@ from tilewright.runtime.errors import ArtifactVersionError, DamagedArtifactError
 from tilewright.runtime.jsonread import Node, parse
 
 FORMAT = "tilewright-artifact"
-VERSION = 1
+VERSION = 2
+"""Of the format and of what kernels.so offers: 1 had programs and the thread pool, 2 has sampling too."""
 KERNELS = "kernels.so"
 WEIGHTS = "weights.safetensors"
 REQUIRED_FILES = (KERNELS, WEIGHTS)

@@ -31,17 +31,22 @@ def _advise(mapping: mmap.mmap, advice: int) -> None:
         return  # advice only: kernels without huge pages refuse it
 
 
+def address(array: np.ndarray[Any, Any]) -> int:
+    """Where the array's memory begins."""
+    return int(array.__array_interface__["data"][0])
+
+
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """An uninitialised row-major array whose first byte is 64-byte aligned."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % ALIGNMENT
+    begin = -address(raw) % ALIGNMENT
     return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
 def as_aligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """``array`` itself when it is row-major and aligned, else a copy that is."""
-    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+    if array.flags.c_contiguous and address(array) % ALIGNMENT == 0:
         return array
     copy = aligned(array.shape, array.dtype)
     copy[...] = array
@@ -53,6 +58,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._block: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+        self._address = 0
 
     @property
     def bytes(self) -> int:
@@ -63,7 +69,8 @@ class Arena:
         if self._block is None or self._block.size < count:
             self._block = None
             self._block = pages(-(-count // _HUGE) * _HUGE, huge=True)
-        return self._block.ctypes.data
+            self._address = address(self._block)
+        return self._address
 
     def release(self) -> None:
         self._block = None

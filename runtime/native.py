@@ -13,11 +13,14 @@ from tilewright.runtime.errors import DamagedArtifactError
 _opened = itertools.count(1)
 _DIMS = ctypes.POINTER(ctypes.c_int64)
 _POINTERS = ctypes.POINTER(ctypes.c_void_p)
+_SAMPLE = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_int64, ctypes.c_double,
+           ctypes.c_double)  # fmt: skip
+"""logits, dtype, count, temperature, top_k, top_p, number: see ``sampling.h``."""
 
 
 def native_sources() -> list[Path]:
-    """The C files to compile into kernels.so; their header ``pool.h`` lies beside them."""
-    return [Path(__file__).with_name("pool.c")]
+    """The C files to compile into kernels.so, for speed with ``-O3``; their headers lie beside them."""
+    return [Path(__file__).with_name(name) for name in ("pool.c", "sampling.c")]
 
 
 class Library:
@@ -34,6 +37,7 @@ class Library:
         weakref.finalize(self, _unload, self._cdll._handle).atexit = False
         self.pool_create = self._function("tw_pool_create", ctypes.c_void_p, ctypes.c_int)
         self.pool_destroy = self._function("tw_pool_destroy", None, ctypes.c_void_p)
+        self.sample = self._function("tw_sample", ctypes.c_int64, *_SAMPLE)
         self.run = {name: self._run_function(name) for name in entries}
         self.sizes = {name: self._function(f"tw_{name}_sizes", None, _DIMS, _DIMS) for name in entries}
 

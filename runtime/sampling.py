@@ -1,19 +1,26 @@
-"""Choosing a token from logits: greedy, temperature, top-k, top-p; in float64, reproducible for each sequence."""
+"""Choosing a token from logits: greedy, temperature, top-k, top-p; by native code, reproducible for each sequence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from tilewright.runtime.errors import InputError, ProgramError
+from tilewright.runtime.manifest import DTYPES
+from tilewright.runtime.memory import address
+
+if TYPE_CHECKING:
+    from tilewright.runtime.native import Library
 
 Array = np.ndarray[Any, Any]
-_BLOCK = 64
+_NATIVE = {DTYPES["f32"]: 0, DTYPES["bf16"]: 1, DTYPES["f16"]: 2}
+"""Element types of logits, as ``sampling.h`` numbers them."""
+_NO_MEMORY = -2
 
 
 @dataclass(frozen=True)
@@ -32,57 +39,31 @@ class Sampling:
         if not (isinstance(self.top_p, int | float) and 0 < self.top_p <= 1):
             raise InputError("top_p", "a number in (0, 1]", repr(self.top_p))
 
+
+class Sampler:
+    """Chooses tokens with the native code of an artifact, from rows of logits in f32, f16 or bf16."""
+
+    def __init__(self, library: Library, sampling: Sampling) -> None:
+        self._sample = library.sample
+        self.sampling = sampling
+        # No set has more than 2^31 tokens; larger limits keep all.
+        self._options = (float(sampling.temperature), min(sampling.top_k, 2**31), float(sampling.top_p))
+
     def choose(self, logits: Array, generator: np.random.Generator) -> int:
         """A token for logits [V]. Draws one number from ``generator`` unless greedy. The smaller id wins a tie.
 
         Raises ProgramError on NaN logits and when no token is possible.
         """
-        best = int(logits.argmax())  # of the first NaN, if there is one
-        highest = float(logits[best])
-        if math.isnan(highest) or highest == -math.inf:
+        if logits.dtype not in _NATIVE or not logits.flags.c_contiguous:
+            logits = np.ascontiguousarray(logits, np.float32)
+        number = generator.random() if self.sampling.temperature > 0 else 0.0
+        token = self._sample(address(logits), _NATIVE[logits.dtype], logits.size, *self._options, number)
+        if token == _NO_MEMORY:
+            raise MemoryError(f"cannot allocate the candidates among {logits.size} tokens")
+        if token < 0:
             raise ProgramError("the logits hold NaN or are all -inf; the model overflowed or its weights are damaged: "
                                "compare with the reference, or compile in a wider dtype")
-        if self.temperature == 0 or highest == math.inf:
-            return best
-        # In place from here on: for a large vocabulary fresh pages cost more than the arithmetic.
-        values = logits.astype(np.float64)
-        values -= highest
-        values /= self.temperature
-        tokens = _largest(values, self.top_k) if 0 < self.top_k < values.size else None
-        weights = values if tokens is None else values[tokens]
-        np.exp(weights, out=weights)
-        if self.top_p < 1:
-            kept = _nucleus(weights, self.top_p)
-            tokens = kept if tokens is None else tokens[kept]
-            weights = weights[kept]
-        cumulative = np.cumsum(weights, out=weights)
-        drawn = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
-        return drawn if tokens is None else int(tokens[drawn])
-
-
-def _largest(values: Array, count: int) -> Array:
-    """The indices of the ``count`` largest values, ascending."""
-    tokens = np.flatnonzero(values >= _lower_bound(values, count))
-    order = np.argsort(-values[tokens], kind="stable")[:count]
-    return np.sort(tokens[order])
-
-
-def _lower_bound(values: Array, count: int) -> Any:
-    """A value that at least ``count`` others reach, and few more: the last of the best blocks' maxima."""
-    maxima = np.maximum.reduceat(values, np.arange(0, values.size, _BLOCK))
-    if maxima.size < count:
-        maxima = values
-    return np.partition(maxima, -count)[-count]
-
-
-def _nucleus(weights: Array, top_p: float) -> Array:
-    """The indices, ascending, of the fewest largest weights that reach ``top_p`` of the sum."""
-    total = weights.sum()
-    # What is below this holds less than 1 - top_p in all, so the others reach top_p: sort only those.
-    likely = np.flatnonzero(weights * weights.size >= total * (1 - top_p))
-    order = likely[np.argsort(-weights[likely], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(weights[order]), top_p * total)) + 1
-    return np.sort(order[:count])
+        return int(token)
 
 
 def generators(prompts: Sequence[Array], seed: int | Sequence[int]) -> list[np.random.Generator]:

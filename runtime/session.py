@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilewright.runtime.binding import bind, check_states, resolve
+from tilewright.runtime.binding import bind, check_batch, check_positions, check_values, resolve
 from tilewright.runtime.errors import InputError, ProgramError, SessionError, program_failure
 from tilewright.runtime.host import default_threads
 from tilewright.runtime.manifest import DTYPES, EntrySpec
-from tilewright.runtime.memory import Arena, aligned, pages
+from tilewright.runtime.memory import Arena, address, aligned, pages
 
 if TYPE_CHECKING:
     from tilewright.runtime.generation import Step
@@ -41,10 +41,12 @@ class Session:
         self.program = program
         self.threads = threads or program.threads or default_threads()
         self.batch = batch
+        self.capacity = min((state.length for state in program.manifest.states), default=0)
         self._library = program.library
         self._lock = threading.Lock()
         self._arena = Arena()
         self._states: list[Array] = []
+        self._addresses: Any = None
         self._plans: dict[str, tuple[tuple[int, ...], _Plan]] = {}
         self._lease = threading.Lock()
         self._lease_thread: int | None = None
@@ -61,15 +63,15 @@ class Session:
         Inputs are arrays of the exact dtype, or numbers and nested lists. Raises InputError before anything runs,
         ProgramError when the program fails, SessionError after ``close``.
         """
+        return self.bind(entry, **inputs)()
+
+    def bind(self, entry: str, /, **inputs: Any) -> Call:
+        """``entry`` with its inputs in place, to be run as often as wanted. Raises InputError."""
         spec = self.entry(entry)
         arrays, dims = bind(spec, inputs, entry)
         if spec.batch is not None:
-            by_name = {tensor.name: array for tensor, array in zip(spec.inputs, arrays)}
-            check_states(spec, by_name, dims, self.program.manifest.states, self.batch, entry)
-        with self._lock:
-            if self._pool is None:
-                raise SessionError("the session is closed; make another one from its program")
-            return self._run(entry, spec, arrays, [dims[dim.name] for dim in spec.dims])
+            check_batch(spec, dims, self.batch, entry)
+        return Call(self, entry, spec, arrays, tuple(dims[dim.name] for dim in spec.dims))
 
     def entry(self, name: str) -> EntrySpec:
         """The signature of an entry. Raises InputError, listing those that exist."""
@@ -78,31 +80,32 @@ class Session:
             raise InputError("entry", f"one of {list(entries)}", repr(name))
         return entries[name]
 
-    def _run(self, entry: str, spec: EntrySpec, arrays: Sequence[Array], sizes: Sequence[int]) -> dict[str, Array]:
-        dims, arena_bytes, shapes = self._plan(entry, spec, tuple(sizes))
-        # Fresh arrays: the caller keeps them. The allocator hands the same pages back once they are dropped.
-        outputs = [aligned(shape, DTYPES[tensor.dtype]) for tensor, shape in zip(spec.outputs, shapes)]
-        code = self._library.run[entry](
-            self._pool,
-            dims,
-            _addresses(arrays),
-            _addresses(outputs),
-            _addresses(self._state_buffers() if spec.batch is not None else []),
-            self.program.weights.address,
-            self._arena.reserve(arena_bytes),
-        )
+    def _run(self, call: Call) -> None:
+        with self._lock:
+            if self._pool is None:
+                raise SessionError("the session is closed; make another one from its program")
+            dims, arena_bytes, _ = call.plan
+            code = self._library.run[call.entry](
+                self._pool,
+                dims,
+                call.input_addresses,
+                call.output_addresses,
+                self._state_addresses() if call.spec.batch is not None else None,
+                self.program.weights.address,
+                self._arena.reserve(arena_bytes),
+            )
         if code:
-            raise program_failure(entry, code)
-        return {tensor.name: output for tensor, output in zip(spec.outputs, outputs)}
+            raise program_failure(call.entry, code)
 
-    def _plan(self, entry: str, spec: EntrySpec, sizes: tuple[int, ...]) -> _Plan:
+    def plan(self, entry: str, spec: EntrySpec, sizes: tuple[int, ...]) -> _Plan:
         """What the program needs for these sizes; the last answer for each entry is kept."""
-        if entry not in self._plans or self._plans[entry][0] != sizes:
+        known = self._plans.get(entry)
+        if known is None or known[0] != sizes:
             dims = (ctypes.c_int64 * max(1, len(sizes)))(*sizes)
             arena_bytes, shapes = self._ask_sizes(entry, spec, dims)
             _check_shapes(entry, spec, shapes, sizes)
-            self._plans[entry] = sizes, (dims, arena_bytes, shapes)
-        return self._plans[entry][1]
+            known = self._plans[entry] = sizes, (dims, arena_bytes, shapes)
+        return known[1]
 
     def _ask_sizes(self, entry: str, spec: EntrySpec, dims: Any) -> tuple[int, list[tuple[int, ...]]]:
         ranks = [len(tensor.shape) for tensor in spec.outputs]
@@ -112,11 +115,12 @@ class Session:
         arena_bytes = next(values)
         return arena_bytes, [tuple(next(values) for _ in range(rank)) for rank in ranks]
 
-    def _state_buffers(self) -> list[Array]:
+    def _state_addresses(self) -> Any:
         if not self._states:
             specs = self.program.manifest.states
             self._states = [pages(size * self.batch) for spec in specs for size in (spec.k_bytes, spec.v_bytes)]
-        return self._states
+            self._addresses = _addresses(self._states)
+        return self._addresses
 
     def generate(
         self, prompts: Sequence[Sequence[int]] | Array, max_new_tokens: int, *,
@@ -175,8 +179,35 @@ class Session:
         self.close()
 
 
+class Call:
+    """An entry of a session with its inputs in place: ``call()`` runs it and returns its outputs by name.
+
+    ``inputs`` by name are the arrays that it reads: new values may be written into them before the next call, which
+    checks them. ``outputs`` are written by every call, so copy what is to outlive the next one.
+    """
+
+    def __init__(
+        self, session: Session, entry: str, spec: EntrySpec, arrays: Sequence[Array], sizes: tuple[int, ...]
+    ) -> None:
+        self.session, self.entry, self.spec = session, entry, spec
+        self.plan = session.plan(entry, spec, sizes)
+        # Not zeroed. The allocator hands the same pages back once they are dropped.
+        found = [aligned(shape, DTYPES[tensor.dtype]) for tensor, shape in zip(spec.outputs, self.plan[2])]
+        self.inputs = {tensor.name: array for tensor, array in zip(spec.inputs, arrays)}
+        self.outputs = {tensor.name: output for tensor, output in zip(spec.outputs, found)}
+        self.input_addresses, self.output_addresses = _addresses(arrays), _addresses(found)
+
+    def __call__(self) -> dict[str, Array]:
+        """Runs the entry. Raises InputError before anything runs, ProgramError and SessionError as a session does."""
+        check_values(self.spec, self.inputs, self.entry)
+        if self.spec.batch is not None:
+            check_positions(self.inputs, self.session.capacity, self.entry)
+        self.session._run(self)
+        return self.outputs
+
+
 def _addresses(arrays: Sequence[Array]) -> Any:
-    return (ctypes.c_void_p * max(1, len(arrays)))(*(array.ctypes.data for array in arrays))
+    return (ctypes.c_void_p * max(1, len(arrays)))(*map(address, arrays))
 
 
 def _check_positive(name: str, value: int | None) -> None:

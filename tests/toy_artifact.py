@@ -103,9 +103,9 @@ def compile_c(text: str, *flags: str) -> bytes:
         source, library = Path(folder, "program.c"), Path(folder, "out.so")
         source.write_text(text)
         include = native_sources()[0].parent
-        command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread"]
+        command = ["cc", "-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread"]
         subprocess.run(
-            [*command, *flags, f"-I{include}", source, *native_sources(), "-o", library],
+            [*command, *flags, f"-I{include}", source, *native_sources(), "-o", library, "-lm"],
             check=True,
         )
         return library.read_bytes()

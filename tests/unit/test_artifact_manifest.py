@@ -140,7 +140,7 @@ def test_other_layout_of_the_same_json_is_read():
 
 
 def test_newer_version_is_told_apart_even_with_unknown_fields():
-    with pytest.raises(ArtifactVersionError, match=r"version 7 .* reads version 1; use a newer tilewright"):
+    with pytest.raises(ArtifactVersionError, match=r"version 7 .* reads version 2; use a newer tilewright"):
         Manifest.from_text(json.dumps(whole() | {"version": 7, "checksum": None, "news": 1}))
 
 

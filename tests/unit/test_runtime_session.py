@@ -108,7 +108,7 @@ def test_wrong_input_is_refused_before_anything_runs(program, entry, inputs, mes
 
 def test_program_errors_are_explained(tmp_path, monkeypatch):
     """What the checks of the runtime miss, the program reports."""
-    monkeypatch.setattr("tilewright.runtime.session.check_states", lambda *args: None)
+    monkeypatch.setattr("tilewright.runtime.session.check_positions", lambda *args: None)
     with load(save(tmp_path / "toy")).session(threads=1) as session:
         with pytest.raises(ProgramError, match="entry 'decode' failed with code 2: a position goes past") as caught:
             session("decode", ids=[[1]], start=[CAPACITY])
@@ -266,3 +266,27 @@ def test_program_describes_itself(program):
     assert program.entries == ["scale", "prefill", "decode"]
     assert "cpu{arch=x86-64}" in repr(program)
     assert program.session().threads == 2
+
+
+def test_bound_calls_run_again_on_what_their_inputs_hold(session):
+    x = np.ones((3, 8), np.float32)
+    call = session.bind("scale", x=x)
+    first = call()["y"].copy()
+    call.inputs["x"][:] = 5
+    second = call()["y"]
+    assert np.array_equal(first, x * 0 + 2 + WEIGHT)
+    assert np.array_equal(second, x * 0 + 10 + WEIGHT)
+    assert second is call.outputs["y"]
+
+
+def test_bound_calls_check_new_values(session):
+    call = session.bind("decode", ids=[[3]], start=[0])
+    call()
+    for name, value, message in [("ids", VOCABULARY, "values in 0..23"), ("start", CAPACITY, "positions in 0..19")]:
+        call.inputs[name][...] = value
+        with pytest.raises(InputError, match=message):
+            call()
+        call.inputs[name][...] = 1
+    session.close()
+    with pytest.raises(SessionError, match="closed"):
+        call()
