@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,10 +64,13 @@ class Session:
         Inputs are arrays of the exact dtype, or numbers and nested lists. Raises InputError before anything runs,
         ProgramError when the program fails, SessionError after ``close``.
         """
-        return self.bind(entry, **inputs)()
+        return self._bind(entry, inputs)()
 
     def bind(self, entry: str, /, **inputs: Any) -> Call:
-        """``entry`` with its inputs in place, to be run as often as wanted. Raises InputError."""
+        """``entry`` with copies of its inputs, to be run as often as wanted. Raises InputError."""
+        return self._bind(entry, {name: copy.copy(value) for name, value in inputs.items()})
+
+    def _bind(self, entry: str, inputs: Mapping[str, Any]) -> Call:
         spec = self.entry(entry)
         arrays, dims = bind(spec, inputs, entry)
         if spec.batch is not None:
@@ -182,7 +186,7 @@ class Session:
 class Call:
     """An entry of a session with its inputs in place: ``call()`` runs it and returns its outputs by name.
 
-    ``inputs`` by name are the arrays that it reads: new values may be written into them before the next call, which
+    ``inputs`` by name are the arrays that it reads: new values are written into them before the next call, which
     checks them. ``outputs`` are written by every call, so copy what is to outlive the next one.
     """
 

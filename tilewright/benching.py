@@ -10,6 +10,7 @@ import numpy as np
 
 from tilewright.runtime import Session
 from tilewright.runtime.errors import InputError
+from tilewright.runtime.sampling import Sampler, Sampling
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,20 @@ def measure(session: Session, prompt_tokens: int, new_tokens: int, repeats: int,
     if prompt_tokens + new_tokens > capacity:
         raise InputError("bench", f"prompt and new tokens within the {capacity} positions of the KV states",
                          f"{prompt_tokens} + {new_tokens}", "ask for fewer, or compile with a larger capacity")
-    prompt = np.random.default_rng(seed).integers(0, vocabulary, (1, prompt_tokens))
+    random = np.random.default_rng(seed)
+    prompt = random.integers(0, vocabulary, (1, prompt_tokens))
     prefill, decode = [], []
+    greedy = Sampler(session.program.library, Sampling())
+    at, end = np.zeros(1, np.int64), np.full(1, prompt_tokens - 1)
+    decode_step = session.bind("decode", ids=prompt[:, :1], start=at)
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        at, end = np.zeros(1, np.int64), np.full(1, prompt_tokens - 1)
-        logits = session("prefill", ids=prompt, start=at, last=end)["logits"]
+        token = greedy.choose(session("prefill", ids=prompt, start=at, last=end)["logits"][0], random)
         middle = time.perf_counter()
         for i in range(new_tokens):
-            token = logits.astype(np.float32).argmax(-1)[:, None].astype(np.int64)
-            logits = session("decode", ids=token, start=at + prompt_tokens + i)["logits"]
+            decode_step.inputs["ids"][...] = token
+            decode_step.inputs["start"][...] = prompt_tokens + i
+            token = greedy.choose(decode_step()["logits"][0], random)
         prefill.append(prompt_tokens / (middle - start))
         decode.append(new_tokens / (time.perf_counter() - middle))
     rows = (Timing("prefill", prompt_tokens, tuple(prefill[1:])), Timing("decode", new_tokens, tuple(decode[1:])))
