@@ -155,12 +155,15 @@ def _translate(module: Any, name: str) -> str:
 
 _NEW_FLOAT = re.compile(r"\b(float|double|half|bfloat) (f0x[0-9A-Fa-f]+|[-+]?\d+\.\d+e[-+]\d+|[-+]?(?:inf|qnan)\b)")
 
+_SECOND_FLOAT = re.compile(r"\b(float|double|half|bfloat) ([^\s,]+), ([-+]?\d+\.\d+e[-+]\d+)")
+
 _BARE_FLOAT = re.compile(r"(?<=[ \[])(f0x(?:[0-9A-Fa-f]{8}){1,2}|[-+](?:inf|qnan))(?=[,\s])")
 
 
 def _downgrade(text: str) -> str:
     """Write float literals the way the older LLVM parses them: as the hex digits of a double."""
     text = _NEW_FLOAT.sub(lambda match: f"{match[1]} {_old_float(match[1], match[2])}", text)
+    text = _SECOND_FLOAT.sub(lambda match: f"{match[1]} {match[2]}, {_old_float(match[1], match[3])}", text)
     # A second operand stands without its type: the digits tell float from double, and an infinity is the same in both.
     return _BARE_FLOAT.sub(lambda match: _old_float("float", match[1]), text)
 
