@@ -9,6 +9,7 @@ in cache (unless a case is larger than it), as they do between the layers of a m
 import argparse
 import ctypes
 import functools
+import math
 import statistics
 import subprocess
 import tempfile
@@ -65,6 +66,8 @@ def load(code: bytes, name: str) -> ctypes.CDLL:
 
 
 def random_array(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.ndarray:
+    if dtype == "i4":
+        shape, dtype = (math.prod(shape) // 2,), "u8"
     kind = numpy_dtype(dtype)
     array = aligned(shape, dtype, None)
     array[...] = rng.integers(0, 100, shape) if kind.kind in "iu" else rng.uniform(-3, 3, shape).astype(kind)
@@ -196,7 +199,32 @@ def rows() -> Iterator[Case]:
                    lambda x: x.softmax(-1))  # fmt: skip
 
 
-GROUPS = {"math": maths, "norms": norms, "rows": rows}
+def quant() -> Iterator[Case]:
+    for m, k, dtype in ((1, 576, "bf16"), (1, 2048, "bf16"), (1, 5632, "bf16"), (1, 2048, "f32"), (128, 1536, "f32"),
+                        (512, 2048, "bf16"), (512, 5632, "bf16")):  # fmt: skip
+        for group in (0, 32, 128):
+            if k % max(group, 1) == 0:
+                yield Case(f"quantize {m}x{k} {dtype} group {group}",
+                           lambda b, x, g=group: b.add_all(ops.Quantize(x, g)), [((m, k), dtype)])  # fmt: skip
+    for m, k, dtype in ((1, 576, "bf16"), (1, 2048, "bf16"), (1, 2048, "f32"), (512, 2048, "bf16")):
+        yield Case(f"rms_norm+quantize {m}x{k} {dtype}",
+                   lambda b, x, w: b.add_all(ops.Quantize(b(ops.RmsNorm, x, w, 1e-5))),
+                   [((m, k), dtype), ((k,), dtype)])  # fmt: skip
+    for m, k, dtype in ((1, 2048, "f32"), (128, 384, "f32")):
+        yield Case(f"layer_norm+quantize {m}x{k} {dtype}",
+                   lambda b, x, w, v: b.add_all(ops.Quantize(b(ops.LayerNorm, x, w, v, 1e-5))),
+                   [((m, k), dtype), ((k,), dtype), ((k,), dtype)])  # fmt: skip
+    for m, k, dtype in ((1, 5632, "bf16"), (512, 5632, "bf16")):
+        yield Case(f"silu*up+quantize {m}x{k} {dtype}",
+                   lambda b, x, y: b.add_all(ops.Quantize(b(ops.Mul, b(ops.Silu, x), y))),
+                   [((m, k), dtype), ((m, k), dtype)])  # fmt: skip
+    for m, codes in ((1, "i8"), (512, "i8"), (1, "i4"), (512, "i4")):
+        yield Case(f"embedding of {codes} {m}x2048",
+                   lambda b, i, c, s: b(ops.Embedding, i, b(ops.Dequantize, c, s, dtype=DType.bf16)),
+                   [((1, m), "i64"), ((32000, 2048), codes), ((32000, 16), "f16")])  # fmt: skip
+
+
+GROUPS = {"math": maths, "norms": norms, "rows": rows, "quant": quant}
 
 
 def main() -> None:

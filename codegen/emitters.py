@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from importlib import import_module
 
@@ -10,7 +11,7 @@ import numpy as np
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.packing import Packing
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import CodegenError, Function, TensorType, canonical
+from tilewright.ir import CodegenError, DType, Function, TensorType, canonical
 
 FAMILIES: dict[str, str] = {
     "mlir.linear": "tilewright.codegen.mlir.linear_emitter:LinearEmitter",
@@ -52,13 +53,31 @@ def choose(kernel: Function, target: CpuTarget) -> Emitter:
 
 
 def packed_spec(type: TensorType, packing: str) -> tuple[str, tuple[int, ...]]:
-    """Element type and shape that a weight of ``type`` is stored with under ``packing`` (``""`` is row-major)."""
+    """Element type and shape that a weight of ``type`` is stored with under ``packing``.
+
+    ``""`` is row-major; integers of four bits lie two a byte there, the first of a pair in the low half.
+    """
+    if not packing and type.dtype.bits < 8:
+        return "u8", (-(-math.prod(map(int, type.shape)) // 2),)
     if not packing:
         return type.dtype.value, tuple(map(int, type.shape))
     layout = Packing.parse(packing)
-    return layout.dtype, layout.shape
+    return layout.stored, layout.shape
 
 
 def pack(array: np.ndarray, packing: str) -> np.ndarray:
     """``array`` in the layout that ``packing`` names."""
-    return Packing.parse(packing).pack(array) if packing else np.ascontiguousarray(array)
+    if packing:
+        return Packing.parse(packing).pack(array)
+    if array.dtype in (DType.i4.np, DType.u4.np):
+        return pack_nibbles(array)
+    return np.ascontiguousarray(array)
+
+
+def pack_nibbles(array: np.ndarray) -> np.ndarray:
+    """Integers of four bits, row-major, two a byte: the first of a pair in the low half."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8) & 15
+    low, high = flat[::2], flat[1::2]
+    packed = low.copy()
+    packed[: len(high)] |= high << 4
+    return packed

@@ -73,8 +73,8 @@ BINARY: dict[type[Op], Callable[[Val, Val], Val]] = {
 
 
 def compute_dtype(dtype: DType) -> str:
-    """The element type that kernels compute in: narrow floats widen to f32 until they are stored."""
-    return "f32" if dtype.value in _NARROW else dtype.value
+    """The element type that kernels compute in: narrow floats widen to f32, integers of four bits take eight."""
+    return {"bf16": "f32", "f16": "f32", "i4": "i8", "u4": "u8"}.get(dtype.value, dtype.value)
 
 
 def lowers(op: Op) -> bool:

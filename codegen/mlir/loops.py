@@ -51,15 +51,17 @@ class LoopsEmitter:
                 return reason
         if reason := _foreign(kernel):
             return reason
+        if narrow := [v for v in kernel.returns if v.dtype.bits < 8]:
+            return f"a result of {narrow[0].dtype.value}"
         if len({0 in value.shape for value in kernel.returns}) > 1:
             return "some results are empty and some are not"
-        if len(result_sets(kernel)) > 1 and all(dim == 1 for dim in shared_axes(kernel)):
+        if len(result_sets(kernel)) > 1 and all(dim == 1 for dim in shared_axes(kernel)) and not _quantizes(kernel):
             return "results share no leading axis"
         return rows_on_stack(kernel)[1]
 
     def default_schedule(self, kernel: Function, target: CpuTarget) -> LoopsSchedule:
         """A good schedule by rule: two vectors at a time where short elements only move, or AVX2 packs them in pairs."""
-        short = all(v.dtype.size <= 2 for v in kernel.returns)
+        short = all(v.dtype.size <= 2 for v in kernel.returns) or _quantizes(kernel)
         return LoopsSchedule(width=2 if short and (rd.only_moves(kernel) or target.vector_bits < 512) else 1)
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
@@ -77,7 +79,7 @@ class LoopsEmitter:
 
 
 def _op_refusal(op: Op) -> str | None:
-    known = (*rd.CREATION, *rd.FOLDS, *rd.ROWS, *rd.PIECES, ops.Rope)
+    known = (*rd.CREATION, *rd.FOLDS, *rd.ROWS, *rd.PIECES, ops.Rope, ops.Quantize)
     if not (rd.is_plain(op) or isinstance(op, known)):
         return f"{op.name} has no loop form"
     if isinstance(op, ops.Elementwise):
@@ -91,9 +93,14 @@ def _op_refusal(op: Op) -> str | None:
 
 def _is_cheap(op: Op) -> bool:
     """Whether no loop is needed for one element."""
-    if isinstance(op, (*rd.FOLDS, *rd.ROWS)):
+    if isinstance(op, (*rd.FOLDS, *rd.ROWS, ops.Quantize)):
         return False
     return all(v.owner is None or _is_cheap(v.owner) for v in op.operands)
+
+
+def _quantizes(kernel: Function) -> bool:
+    """Whether codes of quantized rows are among the results; without leading axes there is one row, one task."""
+    return any(isinstance(op, ops.Quantize) for op in kernel.body)
 
 
 def _foreign(kernel: Function) -> str | None:

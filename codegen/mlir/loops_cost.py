@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen.mlir.loops_quant import keeps_row
 from tilewright.codegen.mlir.loops_rows import fits_stack, keeps_exponentials
 from tilewright.ir import Dim, Function, Op, Value, ops, product
 
@@ -14,6 +15,7 @@ _DEAR = {
     ops.Exp: 8, ops.Log: 8, ops.Log1p: 12, ops.Sin: 10, ops.Cos: 10, ops.Tanh: 12, ops.Sigmoid: 10, ops.Silu: 10,
     ops.Erf: 14, ops.Gelu: 14, ops.GeluTanh: 12, ops.Softplus: 20, ops.Pow: 30, ops.Div: 2, ops.Sqrt: 2, ops.Rsqrt: 4,
     ops.Mod: 20, ops.FloorDiv: 20, ops.Softmax: 14, ops.LayerNorm: 4, ops.RmsNorm: 3, ops.GroupNorm: 4, ops.Rope: 2,
+    ops.Quantize: 4, ops.Dequantize: 3,
 }  # fmt: skip
 _DEARER_THAN_A_LOAD = 8
 
@@ -41,17 +43,18 @@ class _Passes:
             return 50
         if isinstance(op, rd.FOLDS):
             return 0
-        last = op.result.shape[-1:]
+        last = op.results[0].shape[-1:]
         varying = [v for v in op.operands if v.shape[-1:] == last and last != (1,)] if last else []
         if isinstance(op, (ops.Reshape, ops.Transpose)):
             varying = op.operands
         return op_weight(op) + sum(self.weights.get(v, 0) for v in varying)
 
-    def run(self, op: Op, result: Value) -> set[object]:
-        """The loops in which the operands are read."""
-        mine = self.loops.get(result, set())
+    def run(self, op: Op, mine: set[object]) -> set[object]:
+        """The loops in which the operands are read, when the results are needed in the loops ``mine``."""
         if isinstance(op, rd.FOLDS):
             return {(op, 0)}
+        if isinstance(op, ops.Quantize):
+            return {(op, 0), *(() if keeps_row(op) else mine)}
         if isinstance(op, ops.RmsNorm):
             return {(op, 0), *mine}
         if isinstance(op, (ops.LayerNorm, ops.GroupNorm)):
@@ -78,14 +81,15 @@ def rows_on_stack(kernel: Function) -> tuple[frozenset[Value], str | None]:
     kept: set[Value] = set()
     for op in reversed(kernel.body[:-1]):
         result = op.results[0]
-        loops = passes.loops.get(result, set())
-        if len(loops) > 1 and passes.weights[result] >= _DEARER_THAN_A_LOAD:
+        loops = set().union(*(passes.loops.get(r, set()) for r in op.results))
+        again = len(loops) > 1 and not isinstance(op, ops.Quantize)
+        if again and passes.weights[result] >= _DEARER_THAN_A_LOAD:
             if not fits_stack(result):
                 return frozenset(), f"{op.name} is needed in {len(loops)} loops, and its row does not fit the stack"
             kept.add(result)
             passes.loops[result] = {(result, "row")}
         for value in op.operands:
-            passes.loops.setdefault(value, set()).update(passes.run(op, result))
+            passes.loops.setdefault(value, set()).update(passes.run(op, loops))
     return frozenset(kept), None
 
 
@@ -100,9 +104,10 @@ def grain(kernel: Function, tasks: Dim) -> Dim:
         (product((op.operands[0] if isinstance(op, (*rd.FOLDS, *rd.ROWS)) else op.results[0]).shape),
          op_weight(op) * _PICOSECONDS)
         for op in kernel.body[:-1]
+        if not _is_table(op.results[0])
     ]  # fmt: skip
     values = (*kernel.returns, *(a for a in kernel.args if not _is_table(a)))
-    work += [(product(v.shape), v.dtype.size * _PICOSECONDS_A_BYTE) for v in values]
+    work += [(product(v.shape), v.dtype.bits * _PICOSECONDS_A_BYTE // 8) for v in values]
     if not isinstance(tasks, int):
         work = [(n, cost) for n, cost in work if not isinstance(n, int)]  # small beside what grows with the tasks
     total = sum((n * cost for n, cost in work), start=sympy.Integer(1) * 0)
@@ -114,4 +119,6 @@ def grain(kernel: Function, tasks: Dim) -> Dim:
 
 def _is_table(value: Value) -> bool:
     """Only some rows are read."""
-    return any(value in rd.tables(user) for user in value.users)
+    return any(
+        value in rd.tables(user) or (isinstance(user, ops.Dequantize) and _is_table(user.result)) for user in value.users
+    )

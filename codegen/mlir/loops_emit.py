@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def build(kernel: Function, plan: Plan, schedule: LoopsSchedule, target: CpuTarget, symbol: str) -> Kernel:
     """The kernel in MLIR, ready to compile."""
     values = [*kernel.args, *kernel.returns]
-    specs = [(f"b{i}", value.dtype.value) for i, value in enumerate(values)]
+    specs = [(f"b{i}", "u8" if value.dtype.bits < 8 else value.dtype.value) for i, value in enumerate(values)]
     with Kernel(symbol, target, tuple(kernel.symbols()), specs) as k:
         arguments = dict(zip(kernel.args, k.buffers))
         lanes = target.lanes * schedule.width
@@ -53,7 +53,7 @@ class _Writer:
         count = group.dims[0]
         block = self.plan.block
         last = (k.end * block).min(self.ev.number(count))
-        start = Poly.of(self.ev.variable(0, count, k.begin * block))
+        start = Poly.of(self.ev.variable(0, count, k.begin * block, even=block % 2 == 0))
         stop = Poly.of(self.ev.variable(0, count, last))
         self._vectors(group, self.spaces[0], (), group.order, {}, start, stop)
 

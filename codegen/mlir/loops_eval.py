@@ -14,16 +14,16 @@ from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.loops_compute import compute, compute_dtype
 from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, at_most, lane_form, less, substitute_all
-from tilewright.codegen.mlir.loops_rows import Rows
+from tilewright.codegen.mlir.loops_quant import Quantized, dequantize
 from tilewright.codegen.mlir.loops_scope import Nest
 from tilewright.codegen.mlir.loops_shapes import linear, size
 from tilewright.codegen.mlir.value import Val, constant, iota, mlir_type, shuffle
-from tilewright.ir import Dim, Op, Value, ops
+from tilewright.ir import Dim, DType, Value, ops
 
 Place = tuple[Value, Index]
 
 
-class Evaluator(Rows, Nest):
+class Evaluator(Quantized, Nest):
     """``value(v, index)`` emits one element of ``v``, or the lanes of a vector when the index has a vector variable."""
 
     def __init__(self, kernel: Kernel, buffers: Mapping[Value, Buffer], buffered: Collection[Value], lanes: int,
@@ -47,15 +47,20 @@ class Evaluator(Rows, Nest):
                 return self._load(v, index)
             if v in self.buffered and (kept := self.kept(v, index)) is not None:
                 return kept
-            assert v.owner is not None
-            return self._evaluate(v.owner, index)
+            return self._evaluate(v, index)
         except Complex:
             return self._by_lane(v, index)
 
-    def _evaluate(self, op: Op, index: Index) -> Val:
+    def _evaluate(self, v: Value, index: Index) -> Val:
+        op = v.owner
+        assert op is not None
+        if isinstance(op, ops.Quantize):
+            return self.quantized(v, index)
         if rd.is_plain(op):
             places = rd.reads(op, index, self._pick)
             values = [self.value(*place) for place in places]
+            if isinstance(op, ops.Dequantize):
+                return dequantize(op, values).to(self.dtype(v))
             return values[0] if rd.is_move(op) else compute(op, values)
         dtype = self.dtype(op.result)
         match op:
@@ -77,6 +82,8 @@ class Evaluator(Rows, Nest):
 
     def _load(self, v: Value, index: Index) -> Val:
         buffer = self.buffers[v]
+        if v.dtype.bits < 8:
+            return self.load_nibbles(buffer, linear(index, v.shape), signed=v.dtype is DType.i4)
         return self.load(buffer, linear(index, v.shape)).to(self.dtype(v))
 
     def load(self, buffer: Buffer, place: Poly) -> Val:
@@ -215,9 +222,8 @@ class Evaluator(Rows, Nest):
         return _swap_pairs(x)
 
     def fresh(self, v: Value, index: Index) -> Val:
-        assert v.owner is not None
         try:
-            return self._evaluate(v.owner, index)
+            return self._evaluate(v, index)
         except Complex:
             return self._by_lane(v, index)
 

@@ -65,6 +65,7 @@ class Var(Atom):
     lanes: int = field(default=0, compare=False)
     mask: Any = field(default=None, compare=False)
     remaining: Any = field(default=None, compare=False)
+    even: bool = field(default=False, compare=False)
 
     @property
     def depth(self) -> int:
@@ -337,6 +338,11 @@ def expand(poly: Poly) -> Poly:
         return poly
     other = poly.substitute(mods)
     return other if len(other.quotients()) < len(poly.quotients()) else poly
+
+
+def is_even(poly: Poly) -> bool:
+    """Whether the value (at lane 0) can be seen to be even."""
+    return all(factor % 2 == 0 or any(isinstance(a, Var) and a.even for a in atoms) for atoms, factor in poly.terms)
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------

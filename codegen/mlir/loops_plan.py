@@ -110,6 +110,8 @@ class Survey:
                 self._cut(i, first)
                 self._cut(i, last)
             self.visit(*rd.pad_read(op, index))
+        elif isinstance(op, ops.Quantize):
+            self._quantize(op, v, index)
         elif not isinstance(op, rd.CREATION):
             self._row(op, index)
 
@@ -157,6 +159,15 @@ class Survey:
         self.visit(op.operands[0], index)
         for place in rd.row_weights(op, index):
             self.visit(*place)
+
+    def _quantize(self, op: ops.Quantize, v: Value, index: Index) -> None:
+        *row, at = index
+        element = Poly.of(Var(f"q{id(op)}", Poly(), size(op.x.shape[-1]) - 1, 2))
+        self.visit(op.x, (*row, element))
+        self.inner_vars |= self.used(index) - self.used(row)
+        if v is op.results[0]:
+            self.places.append(rd.quantize_group(op, at))
+            self.visit(op.x, index)
 
     def used(self, index: Iterable[Poly]) -> set[Var]:
         """Variables of the space on which ``index`` depends."""

@@ -66,6 +66,12 @@ def _embedding(op: ops.Embedding, index: Index, pick: Pick) -> list[Read]:
     return [(op.table, (pick(op.indices, index[:-1], op.table.shape[0]), index[-1]))]
 
 
+def _dequantize(op: ops.Dequantize, index: Index, pick: Pick) -> list[Read]:
+    *lead, at = index
+    group = Poly() if op.scale.shape[-1] == 1 else floor_div(at, int(op.group))
+    return [(op.codes, index), *((v, (*lead, group)) for v in op.operands[1:])]
+
+
 _RULES: dict[type[Op], Callable[..., list[Read]]] = {
     ops.Reshape: _reshape,
     ops.Transpose: _transpose,
@@ -75,12 +81,13 @@ _RULES: dict[type[Op], Callable[..., list[Read]]] = {
     ops.TakeAlong: _take_along,
     ops.GatherND: _gather_nd,
     ops.Embedding: _embedding,
+    ops.Dequantize: _dequantize,
 }
 
 
 def is_move(op: Op) -> bool:
     """Whether the op hands on one element of one operand."""
-    return type(op) in _RULES
+    return type(op) in _RULES and not isinstance(op, ops.Dequantize)
 
 
 def only_moves(kernel: Function) -> bool:
@@ -90,7 +97,7 @@ def only_moves(kernel: Function) -> bool:
 
 def is_plain(op: Op) -> bool:
     """Whether ``reads`` knows the operation."""
-    return is_move(op) or isinstance(op, ops.Elementwise)
+    return type(op) in _RULES or isinstance(op, ops.Elementwise)
 
 
 def reads(op: Op, index: Index, pick: Pick) -> list[Read]:
@@ -108,6 +115,11 @@ def tables(op: Op) -> tuple[Value, ...]:
     if not picks_data(op):
         return ()
     return (op.table,) if isinstance(op, ops.Embedding) else (op.operands[0],)
+
+
+def quantize_group(op: ops.Quantize, at: Poly) -> Poly:
+    """The number of the group that element ``at`` of a row belongs to."""
+    return floor_div(at, op.group) if op.group else Poly()
 
 
 # --- rope ---------------------------------------------------------------------------------------------------------

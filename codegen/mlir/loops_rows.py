@@ -213,7 +213,7 @@ class Rows(Nest):
         kept = None
         if keeps_exponentials(op) and not lane:
             kept = self.memo((op, "exp", row), max((i.depth for i in row), default=0),
-                             lambda: self.kernel.scratch(_whole(op.x.shape[-1], self.lanes), dtype))
+                             lambda: self.kernel.scratch(whole(op.x.shape[-1], self.lanes), dtype))
 
         def top() -> Val:
             highest = self._total(op, "max", row, dtype, lambda at, x: x)
@@ -249,7 +249,7 @@ class Rows(Nest):
         return self.load(buffer, at)
 
     def _fill(self, v: Value, row: Index) -> Buffer:
-        buffer = self.kernel.scratch(_whole(v.shape[-1], self.lanes), compute_dtype(v.dtype))
+        buffer = self.kernel.scratch(whole(v.shape[-1], self.lanes), compute_dtype(v.dtype))
 
         def body(i: Var, group: Group) -> Group:
             value = self.fresh(v, (*row, Poly.of(i))).splat(self.lanes)
@@ -264,7 +264,7 @@ class Rows(Nest):
         raise NotImplementedError
 
 
-def _whole(count: Dim, lanes: int) -> int:
+def whole(count: Dim, lanes: int) -> int:
     """Room for whole vectors."""
     return -(-int(count) // lanes) * lanes
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from tilewright.codegen.emitters import pack
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir import native
 from tilewright.codegen.mlir.loops import LoopsEmitter
@@ -75,6 +76,8 @@ class _Guarded:
 
 
 def _aligned(a: np.ndarray) -> np.ndarray:
+    """A copy as the program passes it: 64-byte aligned, integers of four bits two a byte."""
+    a = pack(a, "")
     raw = np.empty(a.nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     out = raw[start:start + a.nbytes].view(a.dtype).reshape(a.shape)
@@ -113,4 +116,6 @@ def random_array(rng: np.random.Generator, shape: Sequence[int], dtype: str, low
         return rng.random(shape) < 0.5
     if kind.is_float:
         return rng.uniform(low, high, shape).astype(kind.np)
+    if kind.bits < 8:
+        return rng.integers(-8 if kind is DType.i4 else 0, 8 if kind is DType.i4 else 16, shape).astype(kind.np)
     return rng.integers(0 if kind is DType.u8 else int(low) * 3, int(high) * 3 + 1, shape).astype(kind.np)
