@@ -24,8 +24,9 @@ def build(kernel: Function, plan: Plan, schedule: LoopsSchedule, target: CpuTarg
     specs = [(f"b{i}", "u8" if value.dtype.bits < 8 else value.dtype.value) for i, value in enumerate(values)]
     with Kernel(symbol, target, tuple(kernel.symbols()), specs) as k:
         arguments = dict(zip(kernel.args, k.buffers))
+        outputs = dict(zip(kernel.returns, k.buffers[len(kernel.args):]))
         lanes = target.lanes * schedule.width
-        evaluator = Evaluator(k, arguments, plan.buffered, lanes, schedule.streams, rd.only_moves(kernel))
+        evaluator = Evaluator(k, arguments, outputs, plan.buffered, lanes, schedule.streams, rd.only_moves(kernel))
         _Writer(evaluator, kernel, plan, schedule.unroll).write()
     return k
 

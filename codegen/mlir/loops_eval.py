@@ -26,11 +26,12 @@ Place = tuple[Value, Index]
 class Evaluator(Quantized, Nest):
     """``value(v, index)`` emits one element of ``v``, or the lanes of a vector when the index has a vector variable."""
 
-    def __init__(self, kernel: Kernel, buffers: Mapping[Value, Buffer], buffered: Collection[Value], lanes: int,
-                 unroll: int, moves: bool) -> None:
+    def __init__(self, kernel: Kernel, buffers: Mapping[Value, Buffer], outputs: Mapping[Value, Buffer],
+                 buffered: Collection[Value], lanes: int, unroll: int, moves: bool) -> None:
         """``buffered`` are the values whose rows are kept on the stack; ``moves``: no number is ever computed with."""
         super().__init__(kernel, lanes)
-        self.buffers, self.buffered, self.unroll, self.moves = buffers, buffered, unroll, moves
+        self.buffers, self.outputs, self.buffered = buffers, outputs, buffered
+        self.unroll, self.moves = unroll, moves
 
     def dtype(self, v: Value) -> str:
         """The element type of ``v`` in registers: narrow floats widen, unless they only move."""

@@ -7,7 +7,7 @@ keeps its own total.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir import math
@@ -15,9 +15,9 @@ from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.loops_compute import combine, compute_dtype, fold_lanes, identity
 from tilewright.codegen.mlir.loops_index import Index, Poly, Var
 from tilewright.codegen.mlir.loops_scope import Group, Nest
-from tilewright.codegen.mlir.loops_shapes import size
+from tilewright.codegen.mlir.loops_shapes import linear, size
 from tilewright.codegen.mlir.value import Val, constant
-from tilewright.ir import Dim, Op, Value, ops, product
+from tilewright.ir import Dim, DType, Op, Return, Value, ops, product
 
 STACK_ROW = 64 * 1024
 """Bytes of the longest row that is kept on the stack."""
@@ -28,8 +28,16 @@ Step = Callable[[Group, Group], Group]
 
 
 def keeps_exponentials(op: ops.Softmax) -> bool:
-    """Whether the exponentials of a row are kept between the sum and the result."""
-    return rd.is_trailing(op) and fits_stack(op.x)
+    """Whether the exponentials of a row are kept between the sum and the result: on the stack or where that will be."""
+    return rd.is_trailing(op) and (fits_stack(op.x) or _only_leaves(op))
+
+
+def _only_leaves(op: ops.Softmax) -> bool:
+    """Whether the result is one of the kernel's, as wide as it is computed, and nothing else reads it."""
+    result, kernel = op.result, op.parent
+    if kernel is None or result.dtype not in (DType.f32, DType.f64):
+        return False
+    return all(isinstance(user, Return) for user in result.users) and kernel.returns.count(result) == 1
 
 
 def fits_stack(v: Value) -> bool:
@@ -49,6 +57,8 @@ class Rows(Nest):
 
     buffered: Collection[Value]
     unroll: int
+    outputs: Mapping[Value, Buffer]
+    """Where the results go."""
 
     def value(self, v: Value, index: Index) -> Val:
         raise NotImplementedError
@@ -209,11 +219,7 @@ class Rows(Nest):
 
     def _softmax(self, op: ops.Softmax, index: Index, row: Index) -> Val:
         dtype = compute_dtype(op.x.dtype)
-        lane = any(i.lane for i in row)
-        kept = None
-        if keeps_exponentials(op) and not lane:
-            kept = self.memo((op, "exp", row), max((i.depth for i in row), default=0),
-                             lambda: self.kernel.scratch(whole(op.x.shape[-1], self.lanes), dtype))
+        kept = None if any(i.lane for i in row) or not keeps_exponentials(op) else self._exponentials(op, row)
 
         def top() -> Val:
             highest = self._total(op, "max", row, dtype, lambda at, x: x)
@@ -222,7 +228,7 @@ class Rows(Nest):
         def exponential(at: Index, x: Val) -> Val:
             e = _exp(x - self._statistic(op, "top", row, top))
             if kept is not None:
-                kept.store(e, self.number(at[0]))
+                self._keep(kept, op, row, at, e)
             return e
 
         def scale() -> Val:
@@ -231,8 +237,24 @@ class Rows(Nest):
 
         factor = self._statistic(op, "scale", row, scale)
         if kept is not None:
-            return self.load(kept, index[op.axis]) * factor
+            place = index[-1] if fits_stack(op.x) else linear(index, op.x.shape)
+            return self.load(kept, place) * factor
         return _exp(self.value(op.x, index) - self._statistic(op, "top", row, top)) * factor
+
+    def _exponentials(self, op: ops.Softmax, row: Index) -> Buffer:
+        """Where the exponentials of a row are kept."""
+        if not fits_stack(op.x):
+            return self.outputs[op.result]
+        size, depth = whole(op.x.shape[-1], self.lanes), max((i.depth for i in row), default=0)
+        return self.memo((op, "exp", row), depth, lambda: self.kernel.scratch(size, compute_dtype(op.x.dtype)))
+
+    def _keep(self, kept: Buffer, op: ops.Softmax, row: Index, at: Index, value: Val) -> None:
+        if fits_stack(op.x):
+            kept.store(value, self.number(at[0]))
+            return
+        lane = at[0].lane
+        place = self.number(linear(rd.row_element(op, row, at), op.x.shape))
+        kept.store(value, place, None if lane is None else lane.mask)
 
     # --- rows on the stack ------------------------------------------------------------------------------------------
 

@@ -97,9 +97,14 @@ def test_norms(target, dtype, width, rng):
 @each_target
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
 @pytest.mark.parametrize("width", [1, 3, 64, 127, 20000, None])
-def test_softmax(target, dtype, width, rng):
+@pytest.mark.parametrize("build", [
+    lambda b, x: b(ops.Softmax, x, 1),
+    lambda b, x: b(ops.Mul, b(ops.Softmax, x, 1), x),
+    lambda b, x: [b(ops.Softmax, x, 1)] * 2,
+], ids=["alone", "read", "twice"])
+def test_softmax(target, dtype, width, build, rng):
     n = width or N
-    native = Native(kernel_of(lambda b, x: b(ops.Softmax, x, 1), ((B, n), dtype)), target)
+    native = Native(kernel_of(build, ((B, n), dtype)), target)
     for k in (width,) if width else SIZES:
         x = random_array(rng, (3, k), dtype)
         x[0, ::2] = -np.inf
