@@ -25,15 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kernels import Bench, peak_run, read_run
 
 import tilewright.runtime
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.attention_emitter import AttentionEmitter
-from tilewright.codegen.mlir.native import aligned
+from tilewright.codegen.mlir.builder import Kernel
+from tilewright.codegen.mlir.native import NativeKernel, aligned
+from tilewright.codegen.mlir.value import constant, fma, intrinsic
 from tilewright.codegen.schedule import Schedule, parse_schedule
-from tilewright.codegen.target import parse_target
+from tilewright.codegen.target import CpuTarget, parse_target
 from tilewright.ir import DType, Function, KVType, Op, Return, TensorType, Value, eval_dim, ops
 
 RUNTIME = Path(tilewright.runtime.__file__).parent
@@ -95,8 +96,52 @@ def shim() -> ctypes.CDLL:
     command = ["cc", "-O2", "-shared", "-fPIC", f"-DMOST={MOST}", f"-I{RUNTIME}", "-o", folder / "shim.so"]
     subprocess.run([*command, folder / "shim.c", "-lpthread"], check=True)
     made = ctypes.CDLL(str(folder / "shim.so"))
+    made.tw_pool_create.restype = ctypes.c_void_p
     made.run_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 5]
     return made
+
+
+class Bench:
+    """The machine under test."""
+
+    def __init__(self, target: CpuTarget, threads: int) -> None:
+        self.target, self.threads = target, threads
+        self.pool = shim().tw_pool_create(threads)
+
+    def split(self, kernel: NativeKernel, tasks: int, arrays: Sequence[np.ndarray]) -> Callable[[], None]:
+        """A call of a kernel without dims over all threads."""
+        block = (ctypes.c_int64 * (2 + MOST))(kernel.address, 0, *(array.ctypes.data for array in arrays))
+        return lambda kept=(kernel, arrays): shim().run_all(self.pool, block, 1, tasks, 0, 0, 1)
+
+
+def read_run(bench: Bench, size: int) -> Callable[[], None]:
+    """Read ``size`` bytes: the bandwidth to compare with."""
+    step = 8 * bench.target.lanes
+    with Kernel("read", bench.target, buffers=[("x", "f32"), ("y", "f32")]) as kernel:
+        x, y = kernel.buffers
+        zero = constant(0.0, "f32", kernel.lanes)
+        with kernel.loop(kernel.begin * step, kernel.end * step, step, [zero] * 8) as loop:
+            loop.next(*[v + x.load(loop.index + i * kernel.lanes, kernel.lanes) for i, v in enumerate(loop.values)])
+        for i, value in enumerate(loop.results):
+            y.store(value, i * kernel.lanes)
+    return bench.split(NativeKernel(kernel), size // (4 * step), (aligned(size // 4, "f32", 1), aligned(256, "f32")))
+
+
+def peak_run(bench: Bench, dtype: str, count: int = 400_000) -> tuple[Callable[[], None], float]:
+    """Multiply-adds on registers only: the arithmetic to compare with, and its operations."""
+    dot = bench.target.has_bf16_dot and dtype == "bf16"
+    chains = 12 if bench.target.lanes == 16 else 10
+    with Kernel("peak", bench.target, buffers=[("y", "f32")]) as kernel:
+        (y,) = kernel.buffers
+        one = y.load(0, kernel.lanes)
+        pair = one.bitcast("bf16")
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        with kernel.loop(kernel.begin, kernel.end, carry=[one] * chains) as loop:
+            loop.next(*[intrinsic(name, "f32", 16, v, pair, pair) if dot else fma(one, one, v) for v in loop.values])
+        for i, value in enumerate(loop.results):
+            y.store(value, (i + 1) * kernel.lanes)
+    run = bench.split(NativeKernel(kernel), count * bench.threads, (aligned(512, "f32"),))
+    return run, 2.0 * count * bench.threads * chains * bench.target.lanes * (2 if dot else 1)
 
 
 def function(types: Sequence[TensorType | KVType], make: Callable[..., Op]) -> Function:
@@ -248,10 +293,6 @@ def full(heads: Heads, dtype: str, causal: bool, padded: bool) -> Function:
     return function([q, kv, kv, *[TensorType(("B", "S"), DType.bool)] * padded], make)
 
 
-def peak(bench: Bench, dtype: str) -> tuple[Callable[[], None], float]:
-    return peak_run(bench, bench.target.has_bf16_dot and dtype == "bf16", 400_000)
-
-
 def prefill(bench: Bench, shapes: Sequence[Heads]) -> None:
     head("prefill, causal", "GFLOP/s", "of peak", "x torch", "from the cache")
     for heads in shapes:
@@ -259,7 +300,7 @@ def prefill(bench: Bench, shapes: Sequence[Heads]) -> None:
             q, out = filled((1, s, heads.q, heads.dim), dtype), aligned((1, s, heads.q, heads.dim), dtype)
             k, v = (filled((1, s, heads.kv, heads.dim), dtype) for _ in "kv")
             cached = caches(bench, heads, dtype, s, 1, 1)[0]
-            rate, work = peak(bench, dtype)
+            rate, work = peak_run(bench, dtype)
             runs = {"own": call_all(bench, full(heads, dtype, True, False), {"B": 1, "S": s}, [(q, k, v, out)]),
                     "cached": call_all(bench, attend(heads, dtype, s, "S"), {"B": 1, "S": s},
                                        [(q, *cached, aligned(1, "i64", 0), out)]),
@@ -278,7 +319,7 @@ def encoder(bench: Bench, shapes: Sequence[Heads]) -> None:
         for b in (1, 32):
             q, k, v, out = (filled((b, s, heads.q, heads.dim), dtype) for _ in range(4))
             padding = aligned((b, s), "bool", 1)
-            rate, work = peak(bench, dtype)
+            rate, work = peak_run(bench, dtype)
             mask = torch.ones(b, 1, 1, s, dtype=torch.bool)
             tq, tk, tv = (torch.randn(b, heads.q, s, heads.dim).to(TORCH[dtype]) for _ in range(3))
             own = call_all(bench, full(heads, dtype, False, True), {"B": b, "S": s}, [(q, k, v, padding, out)] * (32 // b))

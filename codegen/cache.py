@@ -126,7 +126,7 @@ class CacheLayout:
 
 def panel_for(target: CpuTarget) -> int:
     """The panel that suits the registers of ``target``."""
-    return 64 if target.vector_bits == 512 else 16
+    return 32 if target.vector_bits == 512 else 16
 
 
 def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout:
