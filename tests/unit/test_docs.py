@@ -122,7 +122,7 @@ def test_passes_are_listed_with_their_options() -> None:
         want = {}
         for f in dataclasses.fields(cls):
             default = f.default if f.default != () else "[]"
-            want[f.name] = {None: "none", True: "true", False: "false"}.get(default, str(default))
+            want[f.name] = str(default).lower() if default is None or isinstance(default, bool) else str(default)
         found = {option: cells[0].strip("`") for option, cells in rows(section(text, name)).items()}
         assert found == want, f"options of {name} and their defaults"
         assert print_pass(cls()) == name, "every option has a default"
