@@ -22,6 +22,7 @@ class KernelCode:
     thread. ``packing`` maps the index of an argument that must be a weight to the text of the layout it is stored in;
     arguments not listed are plain row-major. A cache is passed as two pointers, K and V, and never again as a result.
     ``scratch`` are the bytes of temporaries, whose pointers follow those of the results.
+    ``last`` further tasks, numbered from ``tasks`` on, run when all of those are done: they put partial results together.
     """
 
     symbol: str
@@ -31,6 +32,7 @@ class KernelCode:
     grain: Dim = 1
     packing: Mapping[int, str] = field(default_factory=dict)
     scratch: tuple[Dim, ...] = ()
+    last: Dim = 0
 
 
 class Emitter(Protocol):

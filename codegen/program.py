@@ -43,10 +43,11 @@ class Program:
         numbers = "".join(f", int64_t {d}" for d in code.dims)
         self.lines += [
             f"void {code.symbol}(int64_t begin, int64_t end{numbers}{', void *' * count});",
-            f"struct {kernel.name}_args {{ {''.join(f'int64_t {d}; ' for d in code.dims)}void *p[{max(count, 1)}]; }};",
+            f"struct {kernel.name}_args {{ int64_t first; {''.join(f'int64_t {d}; ' for d in code.dims)}"
+            f"void *p[{max(count, 1)}]; }};",
             f"static void {kernel.name}_task(int64_t begin, int64_t end, void *arg) {{",
             f"  const struct {kernel.name}_args *a = arg;",
-            f"  {code.symbol}(begin, end{''.join(f', a->{d}' for d in code.dims)}"
+            f"  {code.symbol}(a->first + begin, a->first + end{''.join(f', a->{d}' for d in code.dims)}"
             f"{''.join(f', a->p[{i}]' for i in range(count))});",
             "}",
             "",
@@ -140,8 +141,10 @@ class _Entry:
         places = [p for i, v in enumerate(op.args) for p in self.places(v, code.packing.get(i, ""))]
         places += [self.place(r) for r in op.results if isinstance(r.type, TensorType)]
         places += self.scratch(code)
-        block = ", ".join([*code.dims, "{" + ", ".join(f"(void *)({p})" for p in places) + "}"])
+        block = ", ".join(["0", *code.dims, "{" + ", ".join(f"(void *)({p})" for p in places) + "}"])
         run = f"tw_pool_run(pool, {name}_task, &a, {c_dim(code.tasks)}, {c_dim(code.grain)})"
+        if code.last != 0:
+            run += f"; a.first = {c_dim(code.tasks)}; tw_pool_run(pool, {name}_task, &a, {c_dim(code.last)}, 1)"
         return [f"  {{ struct {name}_args a = {{{block}}}; {run}; }}  // {op.loc.module}"]
 
     def scratch(self, code: KernelCode) -> list[str]:

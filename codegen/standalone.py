@@ -75,12 +75,12 @@ class StandaloneKernel:
         return [outputs[v] if v in outputs else self.cache(v, caches) for v in self.kernel.returns]
 
     def launch(self, buffers: Sequence[np.ndarray], dims: Mapping[str, int]) -> None:
-        tasks = eval_dim(self.code.tasks, dims)
+        tasks, last = eval_dim(self.code.tasks, dims), eval_dim(self.code.last, dims)
         sizes = [ctypes.c_int64(dims[d]) for d in self.code.dims]
         pointers = [ctypes.c_void_p(b.ctypes.data) for b in buffers]
         kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * (2 + len(sizes)), *[ctypes.c_void_p] * len(pointers))
         run = ctypes.cast(self.run, kind)
-        for begin, end in ((0, tasks // 2), (tasks // 2, tasks)):
+        for begin, end in ((0, tasks // 2), (tasks // 2, tasks), (tasks, tasks + last)):
             run(begin, end, *sizes, *pointers)
 
     def cache(self, value: Value, caches: Mapping[Value, tuple[np.ndarray, np.ndarray]]) -> Operand:

@@ -97,6 +97,7 @@ def encode(code: KernelCode) -> dict[str, object]:
         "grain": dim_text(code.grain),
         "packing": {str(i): text for i, text in code.packing.items()},
         "scratch": [dim_text(d) for d in code.scratch],
+        "last": dim_text(code.last),
     }
 
 
@@ -112,4 +113,5 @@ def decode(head: dict[str, object], code: bytes) -> KernelCode:
         parse_dim(str(head["grain"])),
         {int(i): str(text) for i, text in head["packing"].items()},  # type: ignore[attr-defined]
         tuple(parse_dim(str(d)) for d in head["scratch"]),  # type: ignore[attr-defined]
+        parse_dim(str(head["last"])),
     )

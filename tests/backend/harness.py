@@ -55,7 +55,8 @@ class Compiled:
         tasks = eval_dim(self.code.tasks, dims)
         sizes = [ctypes.c_int64(dims[d]) for d in self.code.dims]
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*inputs, *outputs, *scratch)]
-        for begin, end in ((0, tasks // 2), (tasks // 2, tasks)):
+        last = eval_dim(self.code.last, dims)
+        for begin, end in ((0, tasks // 2), (tasks // 2, tasks), (tasks, tasks + last)):
             self.run(ctypes.c_int64(begin), ctypes.c_int64(end), *sizes, *pointers)
         return outputs
 

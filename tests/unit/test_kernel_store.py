@@ -11,7 +11,7 @@ from tilewright.codegen.store import KernelStore
 from tilewright.ir import sym
 
 B, S = sym("B"), sym("S")
-CODE = KernelCode("tw_k", b"\x7fELF\n\x00code", ("B", "S"), B * ((S + 3) // 4), 2, {1: "panels{k=2}"}, (4 * B * S,))
+CODE = KernelCode("tw_k", b"\x7fELF\n\x00code", ("B", "S"), B * ((S + 3) // 4), 2, {1: "panels{k=2}"}, (4 * B * S,), B)
 
 
 def test_round_trip(tmp_path):
