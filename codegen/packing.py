@@ -2,7 +2,11 @@
 
 ``[ceil(N / panel)][ceil(K / pair)][panel][pair]``: one panel is read contiguously while K advances, so a matrix-vector
 product is a pure stream, and a tile of a matrix product reads whole vectors. Features past N and a K past the end are
-zero. ``pair`` is 2 for bf16, whose pairs feed vdpbf16ps and elsewhere split into two f32 with one instruction each.
+zero. ``pair`` is how many k's of one feature lie side by side: 2 of bf16, whose pairs feed vdpbf16ps and elsewhere split
+into two f32 with one instruction each; 4 codes of 8 bits or 8 of 4 bits, which feed vpdpbusd.
+
+Codes are stored unsigned: i8 plus 128, i4 plus 8. Of eight 4-bit codes the first four are the low halves of the four
+bytes and the others the high halves. Scales and zero points [N, G] are packed like weights with G in the place of K.
 """
 
 from dataclasses import dataclass
@@ -13,26 +17,41 @@ import numpy as np
 
 from tilewright.codegen.text import format_call, parse_call
 
-_STORED = {"f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16), "i8": np.dtype("i1")}
+_DTYPES = {
+    "f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16),
+    "i8": np.dtype("i1"), "u8": np.dtype("u1"), "i4": np.dtype(ml_dtypes.int4), "u4": np.dtype(ml_dtypes.uint4),
+}
+_BIAS = {"i8": 128, "u8": 0, "i4": 8, "u4": 0}  # what makes a code unsigned
+_PAIR = {"bf16": 2, "i8": 4, "i4": 8, "u4": 8}  # unless told otherwise
+_UNITS = (1, 2, 4)  # bytes that can lie side by side
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Layout of one [n, k] weight; ``text`` is its name in artifacts and ``pack`` makes it."""
+    """Layout of one [n, k] weight; ``text`` is its name in artifacts and ``pack`` makes it. ``pair`` 0 is the usual one."""
 
     dtype: str
     n: int
     k: int
     panel: int
+    pair: int = 0
 
     def __post_init__(self) -> None:
-        if self.dtype not in _STORED:
-            raise ValueError(f"cannot pack {self.dtype} weights; known: {', '.join(_STORED)}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"cannot pack {self.dtype} weights; known: {', '.join(_DTYPES)}")
+        object.__setattr__(self, "pair", self.pair or _PAIR.get(self.dtype, 1))
+        if self.pair * self.bits // 8 not in _UNITS or self.pair * self.bits % 8:
+            raise ValueError(f"cannot pack {self.dtype} in pairs of {self.pair}: 1, 2 or 4 bytes lie side by side")
 
     @property
-    def pair(self) -> int:
-        """Consecutive k's that lie side by side."""
-        return 2 if self.dtype == "bf16" else 1
+    def bits(self) -> int:
+        """Of one element."""
+        return 4 if self.dtype in ("i4", "u4") else 8 * _DTYPES[self.dtype].itemsize
+
+    @property
+    def stored(self) -> str:
+        """Element type of the packed array: u8 for codes."""
+        return "u8" if self.dtype in _BIAS else self.dtype
 
     @property
     def panels(self) -> int:
@@ -45,64 +64,79 @@ class Packing:
 
     @property
     def panel_size(self) -> int:
-        """Elements from one panel to the next."""
-        return self.steps * self.pair * self.panel
+        """Stored elements from one panel to the next."""
+        return self.steps * self.panel * self.shape[-1]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self.panels, self.steps, self.panel, self.pair
+        """Of the packed array, in stored elements."""
+        return self.panels, self.steps, self.panel, self.pair * self.bits // 8 // self._stored.itemsize
 
     @property
     def nbytes(self) -> int:
-        return self.panels * self.panel_size * _STORED[self.dtype].itemsize
+        return self.panels * self.panel_size * self._stored.itemsize
 
     @property
     def text(self) -> str:
         """Canonical text; ``Packing.parse`` gives an equal packing back."""
-        return format_call("panels", {"dtype": self.dtype, "n": self.n, "k": self.k, "panel": self.panel})
+        fields = {"dtype": self.dtype, "n": self.n, "k": self.k, "panel": self.panel, "pair": self.pair}
+        return format_call("panels", fields)
 
     @classmethod
     def parse(cls, text: str) -> Self:
         name, fields = parse_call(text)
-        if name != "panels" or sorted(fields) != ["dtype", "k", "n", "panel"]:
-            raise ValueError(f"{text!r} is not a packing; expected panels{{dtype=... n=... k=... panel=...}}")
-        return cls(fields["dtype"], int(fields["n"]), int(fields["k"]), int(fields["panel"]))
+        if name != "panels" or sorted(fields) != ["dtype", "k", "n", "pair", "panel"]:
+            raise ValueError(f"{text!r} is not a packing; expected panels{{dtype=... n=... k=... panel=... pair=...}}")
+        return cls(fields["dtype"], *(int(fields[key]) for key in ("n", "k", "panel", "pair")))
 
     def pack(self, weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The packed copy of ``weight`` [n, k], written to ``out`` (of ``shape``) when given; no other large memory."""
-        stored = _STORED[self.dtype]
-        if weight.shape != (self.n, self.k) or weight.dtype != stored:
+        if weight.shape != (self.n, self.k) or weight.dtype != _DTYPES[self.dtype]:
             raise ValueError(f"{self.text} cannot pack {weight.dtype} {weight.shape}")
-        packed = np.empty(self.shape, stored) if out is None else out
-        whole = self.n // self.panel
-        # Pairs and single elements move as unsigned integers: numpy copies bf16 element by element.
-        unit = np.dtype(f"u{stored.itemsize}")
-        source, target = weight.view(unit), packed.view(unit)
+        packed = np.empty(self.shape, self._stored) if out is None else out
+        # Elements that lie side by side move as one unsigned integer: numpy copies bf16 element by element.
+        source = weight.view(f"u{weight.dtype.itemsize}")
+        target = packed.view(self._stored).reshape(*self.shape[:2], -1).view(self._unit)
         for panel in range(self.panels):
             rows = source[panel * self.panel:(panel + 1) * self.panel]
-            self._pack_panel(rows, target[panel])
-            if panel >= whole:
-                target[panel, :, len(rows):] = 0
+            _transpose(self._units(rows), target[panel, :, :len(rows)])
+            target[panel, :, len(rows):] = 0
         return packed
-
-    def _pack_panel(self, rows: np.ndarray, target: np.ndarray) -> None:
-        """rows [<= panel, k] -> target [steps, panel, pair]."""
-        even = self.k // self.pair * self.pair
-        if self.pair == 1:
-            _transpose(rows, target[:, :len(rows), 0])
-            return
-        wide = np.dtype(f"u{rows.itemsize * self.pair}")
-        pairs = np.ascontiguousarray(rows[:, :even]).view(wide)
-        _transpose(pairs, target.view(wide)[:even // self.pair, :len(rows), 0])
-        if even != self.k:
-            target[-1, :len(rows)] = 0
-            target[-1, :len(rows), 0] = rows[:, -1]
 
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         """The [n, k] weight back from ``pack``."""
-        panels, steps, panel, pair = self.shape
-        flat = packed.reshape(self.shape).transpose(0, 2, 1, 3).reshape(panels * panel, steps * pair)
-        return np.ascontiguousarray(flat[:self.n, :self.k])
+        flat = packed.view(self._stored).reshape(self.shape).transpose(0, 2, 1, 3).reshape(self.panels * self.panel, -1)
+        rows = np.ascontiguousarray(flat[:self.n])
+        if self.bits == 4:
+            quads = rows.reshape(self.n, self.steps, 1, 4)
+            rows = np.concatenate([quads & 15, quads >> 4], 2).reshape(self.n, -1)
+        rows = np.ascontiguousarray(rows[:, :self.k])
+        if bias := _BIAS.get(self.dtype):
+            signed = (rows.astype(np.int16) - bias).astype(np.int8)
+            return signed.astype(_DTYPES[self.dtype])
+        return rows.view(_DTYPES[self.dtype])
+
+    @property
+    def _stored(self) -> np.dtype:
+        return _DTYPES[self.stored]
+
+    @property
+    def _unit(self) -> np.dtype:
+        """The unsigned integer of one feature and one step."""
+        return np.dtype(f"u{self.pair * self.bits // 8}")
+
+    def _units(self, rows: np.ndarray) -> np.ndarray:
+        """Unsigned elements [features, k] -> units [features, steps]."""
+        if self.bits == 4:
+            rows = rows & 15
+        if bias := _BIAS.get(self.dtype):
+            rows = rows ^ np.uint8(bias)
+        if self.pair > 1 and self.k % self.pair:
+            rows = np.pad(rows, ((0, 0), (0, -self.k % self.pair)))
+        if self.bits == 4:
+            halves = rows.reshape(len(rows), self.steps, 2, 4)
+            rows = (halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)).reshape(len(rows), -1)
+        return np.ascontiguousarray(rows).view(self._unit)
 
 
 def _transpose(rows: np.ndarray, target: np.ndarray, block: int = 2048) -> None:

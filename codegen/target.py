@@ -85,8 +85,8 @@ class CpuTarget:
 
     @property
     def has_vnni(self) -> bool:
-        """Whether 512-bit vpdpbusd multiplies int8 quadruples."""
-        return self.vector_bits == 512 and "avx512vnni" in self.features
+        """Whether vpdpbusd multiplies quadruples of 8-bit integers, in vectors of the width that kernels use."""
+        return ("avx512vnni" if self.vector_bits == 512 else "avxvnni") in self.features
 
     @property
     def required_features(self) -> tuple[str, ...]:

@@ -3,77 +3,25 @@
 One kernel serves every M. A task is one panel of output features (see `Packing`) for one block of rows; inside, blocks
 of K keep the panel in cache while register tiles walk over the rows. With one tile of rows or fewer the panel is
 streamed once, which is the matrix-vector product. Weights (or x) that need converting are converted on the fly for a
-few rows, and block by block into scratch memory for more. Sums wait in an f32 scratch, from which a separate small
-loop applies scales, bias, activation and the caller's epilogue, and stores.
+few rows, and block by block into scratch memory for more; int8 codes of x meet codes of weights as they are. Sums wait
+in a scratch, from which a separate small loop applies scales, bias, activation and the caller's epilogue, and stores.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
-from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel, feed_for
+from tilewright.codegen.mlir.linear_codes import DotFeed, WidenFeed
+from tilewright.codegen.mlir.linear_groups import Streams, emit_group_kernel, emit_row_sums, load_zeros
+from tilewright.codegen.mlir.linear_spec import ACTIVATIONS, LinearSpec
+from tilewright.codegen.mlir.microkernel import AnyFeed, Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.mlir.widen import core_feed, widen_inputs, widen_weights
-from tilewright.codegen.packing import Packing
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
 
 _FEW = 4  # rows up to which converting weights in registers beats storing the converted block
 _WIDE_BLOCK = 128  # k's of a converted block
-
-
-def _relu(x: Val) -> Val:
-    return constant(0.0, "f32", x.lanes).max(x)
-
-
-ACTIVATIONS: dict[str, Callable[[Val], Val]] = {**math.FUNCTIONS, "relu": _relu}
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """What a linear kernel computes; M is a dim of the kernel, everything else is static.
-
-    ``weight`` is f32, bf16, f16 or i8 (symmetric, one f32 scale a feature). ``gated``: two weights g and u, and
-    ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside wider rows (0 = dense).
-    """
-
-    n: int
-    k: int
-    x_dtype: str = "f32"
-    weight: str = "f32"
-    out_dtype: str = "f32"
-    bias: str | None = None
-    activation: str | None = None
-    gated: bool = False
-    x_stride: int = 0
-    x_offset: int = 0
-    y_stride: int = 0
-    y_offset: int = 0
-
-    def __post_init__(self) -> None:
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(sorted(ACTIVATIONS))}")
-        if self.gated and self.activation is None:
-            raise ValueError("a gated linear needs an activation")
-
-    @property
-    def parts(self) -> int:
-        """How many weights: 2 when gated."""
-        return 2 if self.gated else 1
-
-    def panel(self, schedule: LinearSchedule, target: CpuTarget) -> int:
-        """Output features of one panel."""
-        return schedule.tile_v * target.lanes
-
-    def packing(self, schedule: LinearSchedule, target: CpuTarget) -> Packing:
-        """The layout in which each weight must come."""
-        return Packing(self.weight, self.n, self.k, self.panel(schedule, target))
-
-    def tasks(self, schedule: LinearSchedule, target: CpuTarget, m: Any) -> Any:
-        """Number of tasks for ``m`` rows: an int, or an expression when ``m`` is symbolic."""
-        return self.packing(schedule, target).panels * -(-m // schedule.block_m)
 
 
 @dataclass(frozen=True)
@@ -92,28 +40,29 @@ Sink = Callable[[Val, Place], None]
 
 @dataclass(frozen=True)
 class LinearBuffers:
-    """Arguments of the kernel: x, per part a packed weight, scales (i8) and bias, and y (unless a sink stores)."""
+    """Arguments of the kernel: x (and its scales), for each weight what belongs to it, y (unless a sink stores)."""
 
     x: Buffer
     weights: Sequence[Buffer]
     scales: Sequence[Buffer] = ()
+    zeros: Sequence[Buffer] = ()
     biases: Sequence[Buffer] = ()
     y: Buffer | None = None
+    x_scale: Buffer | None = None
 
 
 def linear_kernel(name: str, target: CpuTarget, spec: LinearSpec, schedule: LinearSchedule) -> Kernel:
-    """The whole kernel with dim M and buffers x, weights, scales, biases, y in this order."""
+    """The whole kernel with dim M and buffers x, x_scale, weights, scales, zeros, biases, y: those that there are."""
     names = ("gate", "up")[:spec.parts]
-    given = [("x", spec.x_dtype), *((part, spec.weight) for part in names)]
-    given += [(f"{part}_scale", "f32") for part in names] if spec.weight == "i8" else []
-    given += [(f"{part}_bias", spec.bias) for part in names] if spec.bias else []
+    roles = {"weights": "u8" if spec.coded else spec.weight, "scales": spec.scale if spec.coded else None,
+             "zeros": "u8" if spec.asymmetric else None, "biases": spec.bias}
+    given = [("x", spec.x_dtype)] + ([("x_scale", "f32")] if spec.dynamic else [])
+    given += [(f"{part}_{role}", dtype) for role, dtype in roles.items() if dtype for part in names]
     with Kernel(name, target, ("M",), [*given, ("y", spec.out_dtype)]) as kernel:
         x, *rest, y = kernel.buffers
-        groups = [rest[i:i + spec.parts] for i in range(0, len(rest), spec.parts)]
-        weights = groups.pop(0)
-        scales = groups.pop(0) if spec.weight == "i8" else ()
-        biases = groups.pop(0) if spec.bias else ()
-        emit_linear(kernel, spec, schedule, kernel.dims["M"], LinearBuffers(x, weights, scales, biases, y))
+        x_scale = rest.pop(0) if spec.dynamic else None
+        by_role = {role: [rest.pop(0) for _ in names] for role, dtype in roles.items() if dtype}
+        emit_linear(kernel, spec, schedule, kernel.dims["M"], LinearBuffers(x, y=y, x_scale=x_scale, **by_role))
     return kernel
 
 
@@ -132,11 +81,12 @@ def emit_linear(kernel: Kernel, spec: LinearSpec, schedule: LinearSchedule, m: V
 class _Path:
     """Micro-kernels by count of rows, and the buffers of x and weights that they were made for."""
 
-    feed: Feed
+    feed: AnyFeed
     tiles: dict[int, Function]
     x: Buffer
     weights: Buffer
     x_stride: int
+    block: int
 
     @property
     def tallest(self) -> int:
@@ -151,98 +101,163 @@ class _Linear:
                  epilogue: Epilogue | None, sink: Sink | None) -> None:
         self.kernel, self.spec, self.schedule, self.m, self.buffers = kernel, spec, schedule, m, buffers
         self.epilogue, self.sink = epilogue, sink or self._store
-        self.packing = spec.packing(schedule, kernel.target)
+        self.packing, self.groups = spec.packing(schedule, kernel.target), spec.groups
         self.x_stride, self.y_stride = spec.x_stride or spec.k, spec.y_stride or spec.n
-        rows = -(-schedule.block_m // schedule.tile_m) * schedule.tile_m
-        self.sums = [kernel.scratch(rows * self.packing.panel, "f32") for _ in range(spec.parts)]
-        feed = feed_for(kernel, spec.x_dtype, spec.weight, self.packing.panel)
+        self.rows = -(-schedule.block_m // schedule.tile_m) * schedule.tile_m
+        self.grouped = spec.coded and self.groups.count > 1
+        self.acc = "i32" if spec.dynamic and not self.grouped else "f32"
+        self.sums = [kernel.scratch(self.rows * self.packing.panel, self.acc) for _ in range(spec.parts)]
+        self.corrections = None
+        if spec.dynamic or spec.asymmetric:
+            kind = "i32" if spec.dynamic else "f32"
+            self.corrections = kernel.scratch(self.rows * self.groups.count, kind)
+        self.direct, self.wide = self._paths()
+
+    def _paths(self) -> tuple[_Path, _Path | None]:
+        """Micro-kernels for few rows, which read x and the packed weights where they are, and maybe others for many."""
+        kernel, spec, panel, lanes = self.kernel, self.spec, self.packing.panel, self.kernel.lanes
+        x, w = self.buffers.x, self.buffers.weights[0]
+        if spec.dynamic:
+            feed = DotFeed(self.groups.bits, panel, lanes, spec.k, kernel.target.has_vnni)
+            return self._path("direct", feed, self.schedule.tile_m, x, w, self.x_stride), None
+        if spec.coded:
+            feed = WidenFeed(self.groups.bits, panel, lanes, spec.k, spec.x_dtype)
+        else:
+            dot = kernel.target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
+            feed = Feed(spec.x_dtype, spec.weight, panel, lanes, dot)
         core = core_feed(kernel, feed)
         if feed == core:
-            self.direct, self.wide = self._direct(feed, schedule.tile_m), None
-        else:
-            self.direct, self.wide = self._direct(feed, _FEW), self._wide(feed, core, rows)
+            return self._path("direct", feed, self.schedule.tile_m, x, w, self.x_stride), None
+        return self._path("direct", feed, _FEW, x, w, self.x_stride), self._wide(feed, core)
 
-    def _direct(self, feed: Feed, tallest: int) -> _Path:
-        """Micro-kernels that read x and the packed weights where they are."""
-        return self._path("direct", feed, tallest, self.buffers.x, self.buffers.weights[0], self.x_stride)
-
-    def _wide(self, feed: Feed, core: Feed, rows: int) -> _Path:
+    def _wide(self, feed: Feed | WidenFeed, core: Feed) -> _Path:
         """Micro-kernels that read blocks converted for many rows."""
-        block_k = min(self.schedule.block_k, _WIDE_BLOCK)
-        weights = self.kernel.scratch(block_k * core.panel, core.w_dtype)
+        block = self._block(min(self.schedule.block_k, _WIDE_BLOCK))
+        weights = self.kernel.scratch(block * core.panel, core.w_dtype)
         x, stride = self.buffers.x, self.x_stride
         if feed.x_dtype != core.x_dtype:
-            x, stride = self.kernel.scratch(rows * block_k, "f32"), block_k
-        return self._path("wide", core, self.schedule.tile_m, x, weights, stride)
+            x, stride = self.kernel.scratch(self.rows * block, "f32"), block
+        return self._path("wide", core, self.schedule.tile_m, x, weights, stride, block)
 
-    def _path(self, name: str, feed: Feed, tallest: int, x: Buffer, weights: Buffer, x_stride: int) -> _Path:
-        tiles = {}
+    def _block(self, k: int) -> int:
+        """A block of K of about that size, in whole groups."""
+        return max(k // self.groups.size, 1) * self.groups.size if self.grouped else k
+
+    def _path(self, name: str, feed: AnyFeed, tallest: int, x: Buffer, w: Buffer, x_stride: int, block: int = 0) -> _Path:
+        kernel, schedule, tiles = self.kernel, self.schedule, {}
+        vector = feed.lanes * feed.stride // (self.packing.panel * len(feed.spread))
         for rows in range(1, tallest + 1):
-            unroll = max(1, min(self.schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
-            columns = tuple(vector * feed.lanes * feed.pair for vector in range(self.schedule.tile_v))
-            tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, self.schedule.prefetch)
-            buffers = (x, weights, self.sums[0])
-            tiles[rows] = emit_micro_kernel(self.kernel, f"{name}{rows}", feed, tile, self.spec.k, buffers)
-        return _Path(feed, tiles, x, weights, x_stride)
+            unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
+            columns = tuple(i * vector for i in range(schedule.tile_v))
+            tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, schedule.prefetch)
+            if self.grouped:
+                streams = self._streams(x, w)
+                tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams)
+            else:
+                tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, (x, w, self.sums[0]))
+        return _Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k))
+
+    def _streams(self, x: Buffer, w: Buffer, part: int = 0) -> Streams:
+        zeros = self.buffers.zeros[part] if self.spec.asymmetric else None
+        return Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections)
+
+    # --- tasks --------------------------------------------------------------------------------------------------------
 
     def emit(self) -> None:
         kernel, tile_m = self.kernel, self.schedule.tile_m
         blocks = ((self.m + (self.schedule.block_m - 1)) // self.schedule.block_m).max(1)
         height = ((self.m + blocks - 1) // blocks + (tile_m - 1)) // tile_m * tile_m
-        with kernel.loop(kernel.begin, kernel.end) as tasks:
-            panel, row = tasks.index // blocks, tasks.index % blocks * height
+        with kernel.loop(kernel.begin, kernel.end, carry=[self.m]) as tasks:
+            if self.corrections:  # rows change as seldom as possible
+                panel, row = tasks.index % self.packing.panels, tasks.index // self.packing.panels * height
+            else:
+                panel, row = tasks.index // blocks, tasks.index % blocks * height
             rows = height.min(self.m - row)
+            if self.corrections:
+                with kernel.when(row.ne(tasks.values[0])):
+                    self._correct(row, rows)
             for part in range(self.spec.parts):
-                self._zero(self.sums[part], rows)
+                self._start(part, panel, rows)
                 self._multiply(part, panel, row, rows)
             self._finish(panel * self.packing.panel, row, rows)
+            tasks.next(row)
 
-    def _zero(self, sums: Buffer, rows: Val) -> None:
-        zero = constant(0.0, "f32", self.kernel.lanes)
-        with self.kernel.loop(0, rows * self.packing.panel, self.kernel.lanes) as loop:
-            sums.store(zero, loop.index)
+    def _correct(self, row: Val, rows: Val) -> None:
+        """What sums of products start with: minus the zero point times the sum of x."""
+        factor = -1 if self.spec.asymmetric else -(1 << self.groups.bits - 1)
+        x = self.buffers.x.at(row * self.x_stride + self.spec.x_offset)
+        emit_row_sums(self.kernel, x, self.x_stride, rows, self.spec.k, self.groups, factor, self.corrections)
+
+    def _start(self, part: int, panel: Val, rows: Val) -> None:
+        lanes, width, sums = self.kernel.lanes, self.packing.panel, self.sums[part]
+        if self.grouped or not self.corrections:
+            zero = constant(0, self.acc, lanes)
+            with self.kernel.loop(0, rows * width, lanes) as loop:
+                sums.store(zero, loop.index)
+            return
+        with self.kernel.loop(0, rows) as row:
+            value = self.corrections.load(row.index).splat(lanes)
+            for at in range(0, width, lanes):
+                start = value
+                if self.spec.asymmetric:
+                    zeros = self.buffers.zeros[part]
+                    start = value * load_zeros(zeros, panel * width + at, self.direct.feed, self.groups.bits)
+                sums.store(start, row.index * width + at)
+
+    # --- products -----------------------------------------------------------------------------------------------------
 
     def _multiply(self, part: int, panel: Val, row: Val, rows: Val) -> None:
         """sums[part] += x[row : row + rows] @ panel.T, block by block of K."""
         # One tile of rows uses each weight once: no reason to stop along the way.
         at_once = self.m <= self.direct.tallest
         if self.wide is None:
-            block = at_once.select(constant(self.spec.k), self.schedule.block_k)
+            block = at_once.select(constant(self.spec.k), self.direct.block)
             self._multiply_blocks(self.direct, part, (panel, row, rows), block)
             return
         with self.kernel.when(at_once):
             self._multiply_blocks(self.direct, part, (panel, row, rows), constant(self.spec.k))
         with self.kernel.when(~at_once):
-            block = constant(min(self.schedule.block_k, _WIDE_BLOCK))
-            self._multiply_blocks(self.wide, part, (panel, row, rows), block)
+            self._multiply_blocks(self.wide, part, (panel, row, rows), constant(self.wide.block))
 
     def _multiply_blocks(self, path: _Path, part: int, where: tuple[Val, Val, Val], block: Val) -> None:
         panel, row, rows = where
-        k, step = self.spec.k, path.feed.step
-        with self.kernel.loop(0, k, block) as blocks:
+        stored = self.direct.feed
+        with self.kernel.loop(0, self.spec.k, block) as blocks:
             start = blocks.index
-            left = constant(k) - start
-            count = block.min(left)
-            tail = (left.eq(count).to("index") if k % step else constant(0))
+            count = block.min(constant(self.spec.k) - start)
             x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
-            w, w_at = self.buffers.weights[part], panel * self.packing.panel_size + start * self.packing.panel
+            w, w_at = self.buffers.weights[part], panel * self.packing.panel_size + start // stored.step * stored.stride
             if path is self.wide:
-                widen_weights(self.kernel, self.direct.feed, path.feed, w.at(w_at), count, path.weights)
+                widen_weights(self.kernel, stored, path.feed, w.at(w_at), count, path.weights)
                 w, w_at = path.weights, constant(0)
             if path.x is not self.buffers.x:
                 widen_inputs(self.kernel, x.at(x_at), self.x_stride, rows, count, path.x, path.x_stride)
                 x, x_at = path.x, constant(0)
-            self._walk_rows(path, rows, (x, w, self.sums[part]), (x_at, w_at, count // step, tail))
+            self._walk_rows(path, rows, self._call(path, part, (x, w), (x_at, w_at), panel, start, count))
 
-    def _walk_rows(self, path: _Path, rows: Val, buffers: tuple[Buffer, Buffer, Buffer],
-                   numbers: tuple[Val, Val, Val, Val]) -> None:
-        x_at, w_at, steps, tail = numbers
-        full = rows // path.tallest * path.tallest
+    def _call(self, path: _Path, part: int, streams: tuple[Buffer, Buffer], at: tuple[Val, Val], panel: Val, start: Val,
+              count: Val) -> Callable[[int, Val], None]:
+        """Calls the micro-kernel of so many rows, from some row of the block on."""
+        (x, w), (x_at, w_at), k, step = streams, at, self.spec.k, path.feed.step
+        if self.grouped:
+            buffers, group = self._streams(x, w, part).buffers, start // self.groups.size
+            groups = count // self.groups.size
+            scales_at = (panel * self.groups.count + group) * self.packing.panel
+        else:
+            buffers = [x, w, self.sums[part]]
+            tail = (start + count).eq(k).to("index") if k % step else constant(0)
 
-        def call(count: int, row: Val) -> None:
+        def call(rows: int, row: Val) -> None:
             places = (x_at + row * path.x_stride, w_at, row * self.packing.panel)
-            path.tiles[count](buffers, (*places, steps, tail))
+            if self.grouped:
+                path.tiles[rows](buffers, (*places, scales_at, row * self.groups.count + group, groups))
+            else:
+                path.tiles[rows](buffers, (*places, count // step, tail))
 
+        return call
+
+    def _walk_rows(self, path: _Path, rows: Val, call: Callable[[int, Val], None]) -> None:
+        full = rows // path.tallest * path.tallest
         with self.kernel.loop(0, full, path.tallest) as loop:
             call(path.tallest, loop.index)
         for count in range(1, path.tallest):
@@ -276,9 +291,11 @@ class _Linear:
             self.sink(self.epilogue(value, place) if self.epilogue else value, place)
 
     def _scaled(self, part: int, at: Val, place: Place) -> Val:
-        value = self.sums[part].load(at, place.lanes)
-        if self.buffers.scales:
-            value = value * self.buffers.scales[part].load(place.col, place.lanes, place.mask)
+        value = self.sums[part].load(at, place.lanes).to("f32")
+        if self.spec.coded and not self.grouped:
+            value = value * self.buffers.scales[part].load(place.col, place.lanes).to("f32")
+        if self.buffers.x_scale:
+            value = value * self.buffers.x_scale.load(place.row).splat(place.lanes)
         if self.buffers.biases:
             value = value + self.buffers.biases[part].load(place.col, place.lanes, place.mask).to("f32")
         return value

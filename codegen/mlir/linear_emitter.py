@@ -8,7 +8,8 @@ from typing import ClassVar
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import apply, compute_dtype, dim_value, lowers
-from tilewright.codegen.mlir.linear import LinearBuffers, LinearSpec, Place, emit_linear
+from tilewright.codegen.mlir.linear import LinearBuffers, Place, emit_linear
+from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import LinearSchedule, Schedule

@@ -1,20 +1,62 @@
-"""The inner loop of linear and attention kernels: a register tile of f32 sums, fed by packed weights and rows of x.
+"""The inner loop of linear and attention kernels: a register tile of sums, fed by packed weights and rows of x.
 
-A `Feed` says how one step along K is loaded and multiplied for a pair of dtypes. All of them accumulate in f32:
+A feed says how one step along K is loaded and multiplied. `Feed` is that of floats, which accumulate in f32:
 
 - bf16 x bf16 on a bf16-dot target: vdpbf16ps on pairs;
 - bf16 weights otherwise: a pair splits into two f32 by a shift and a mask;
-- f32, f16 and i8 weights: widened, then fma (i8 scales are applied to the sum, by the caller).
+- f32 and f16 weights: widened, then fma.
+
+Those of small integers are in linear_codes.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.value import SIZES, Val, constant, fma, intrinsic
 
 _HIGH_HALF = -0x10000
 _MIN_CHAINS = 8  # independent accumulators that hide the latency of fma
+
+
+class AnyFeed(Protocol):
+    """How x meets the weights of ``lanes`` features, one step of some k's after the other."""
+
+    @property
+    def x_dtype(self) -> str: ...
+
+    @property
+    def w_dtype(self) -> str:
+        """Elements of the buffer of packed weights."""
+
+    @property
+    def lanes(self) -> int: ...
+
+    @property
+    def acc(self) -> str:
+        """What sums are kept in: f32 or i32."""
+
+    @property
+    def step(self) -> int:
+        """k's that one step consumes."""
+
+    @property
+    def stride(self) -> int:
+        """Elements of the weights from one step to the next."""
+
+    @property
+    def spread(self) -> tuple[int, ...]:
+        """Where, from the place of a vector of features, the vectors of one step begin."""
+
+    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+        """The factors of one step for the vector of features at ``place``; ``tail``: only what K has beyond whole steps."""
+
+    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
+        """The factors of one row of x, in every lane."""
+
+    def accumulate(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
+        """``total`` plus the products."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +79,25 @@ class Feed:
         """k's of one feature that lie side by side in the weights."""
         return 2 if self.w_dtype == "bf16" else 1
 
+    @property
+    def acc(self) -> str:
+        return "f32"
+
+    @property
+    def stride(self) -> int:
+        return self.step * self.panel
+
+    @property
+    def spread(self) -> tuple[int, ...]:
+        return tuple(i * self.panel for i in range(self.step // self.pair))
+
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only its first k."""
         if self.w_dtype == "bf16":
             pairs = w.load(place, 2 * self.lanes)
             if self.dot:
                 return [pairs]
-            return _split(pairs)[:1 if tail else 2]
+            return split_bf16(pairs)[:1 if tail else 2]
         count = 1 if tail else self.step
         return [w.load(place + i * self.panel, self.lanes).to("f32") for i in range(count)]
 
@@ -57,7 +111,7 @@ class Feed:
             low = bits.splat(self.lanes)
             return [low.bitcast("bf16")] if self.dot else [(low << 16).bitcast("f32")]
         pair = x.load(place, 2).bitcast("i32").lane(0).splat(self.lanes)
-        return [pair.bitcast("bf16")] if self.dot else _split(pair.bitcast("bf16"))
+        return [pair.bitcast("bf16")] if self.dot else split_bf16(pair.bitcast("bf16"))
 
     def accumulate(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
         for weight, value in zip(weights, inputs, strict=True):
@@ -68,16 +122,10 @@ class Feed:
         return total
 
 
-def _split(pairs: Val) -> list[Val]:
+def split_bf16(pairs: Val) -> list[Val]:
     """bf16 pairs -> f32 of the even and of the odd elements."""
     bits = pairs.bitcast("i32")
     return [(bits << 16).bitcast("f32"), (bits & _HIGH_HALF).bitcast("f32")]
-
-
-def feed_for(kernel: Kernel, x_dtype: str, w_dtype: str, panel: int) -> Feed:
-    """The feed for these dtypes on the kernel's target."""
-    dot = kernel.target.has_bf16_dot and x_dtype == w_dtype == "bf16"
-    return Feed(x_dtype, w_dtype, panel, kernel.lanes, dot)
 
 
 @dataclass(frozen=True)
@@ -100,33 +148,34 @@ class Tile:
         return len(self.columns)
 
 
-def emit_micro_kernel(kernel: Kernel, name: str, feed: Feed, tile: Tile, k: int, buffers: Sequence[Buffer]) -> Function:
+def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: int, buffers: Sequence[Buffer]) -> Function:
     """``sums[rows][features] += x[rows] @ features.T`` over some steps of K, as the inner function ``name``.
 
-    ``buffers`` are x, the packed weight and the f32 sums. Numbers of a call: first element of x, of the weight and of
-    the sums, the count of steps, and 1 when the last odd k follows them.
+    ``buffers`` are x, the packed weight and the sums. Numbers of a call: first element of x, of the weight and of
+    the sums, the count of steps, and 1 when what K has beyond whole steps follows them.
     """
     with kernel.function(name, buffers, numbers=5) as micro:
         x, w, sums = micro.buffers
         x_at, w_at, sums_at, steps, tail = micro.numbers
         x, w, sums = x.at(x_at), w.at(w_at), sums.at(sums_at)
         places = [r * tile.sums_stride + v * feed.lanes for r in range(tile.rows) for v in range(tile.vectors)]
-        zero = constant(0.0, "f32", feed.lanes)
+        zero = constant(0, feed.acc, feed.lanes)
         totals = [zero if tile.fresh else sums.load(place, feed.lanes) for place in places]
-        totals = _sum_steps(kernel, feed, tile, (x, w), steps, totals)
+        chains = min(tile.unroll, -(-_MIN_CHAINS // len(totals)))
+        totals = sum_steps(kernel, feed, tile, (x, w), steps, totals, chains)
         for place, total in zip(places, totals):
             sums.store(total, place)
         if k % feed.step:
             with kernel.when(tail.ne(0)):
-                _add_tail(feed, tile, x.at(steps * feed.step), w.at(steps * (feed.step * feed.panel)), sums)
+                _add_tail(feed, tile, x.at(steps * feed.step), w.at(steps * feed.stride), sums)
     return micro
 
 
-def _sum_steps(kernel: Kernel, feed: Feed, tile: Tile, streams: tuple[Buffer, Buffer], steps: Val,
-               totals: Sequence[Val]) -> list[Val]:
+def sum_steps(kernel: Kernel, feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Buffer], steps: Val,
+              totals: Sequence[Val], split: int = 1) -> list[Val]:
+    """``totals`` after so many steps along x and the weights; each is kept as ``split`` sums meanwhile."""
     count = len(totals)
-    split = min(tile.unroll, -(-_MIN_CHAINS // count))
-    zero = constant(0.0, "f32", feed.lanes)
+    zero = constant(0, feed.acc, feed.lanes)
     whole = steps // tile.unroll * tile.unroll
     with kernel.loop(0, whole, tile.unroll, [*totals, *[zero] * (count * (split - 1))]) as loop:
         chains = loop.values
@@ -144,16 +193,16 @@ def _sum_steps(kernel: Kernel, feed: Feed, tile: Tile, streams: tuple[Buffer, Bu
     return loop.results
 
 
-def _one_step(feed: Feed, tile: Tile, streams: tuple[Buffer, Buffer], step: Val, totals: Sequence[Val]) -> list[Val]:
+def _one_step(feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Buffer], step: Val, totals: Sequence[Val]) -> list[Val]:
     x, w = streams
-    place = step * (feed.step * feed.panel)
+    place = step * feed.stride
     _prefetch(feed, tile, w, place)
     if tile.rows > tile.vectors:
         return _row_by_row(feed, tile, x.at(step * feed.step), w.at(place), totals)
     return _vector_by_vector(feed, tile, x.at(step * feed.step), w.at(place), totals)
 
 
-def _row_by_row(feed: Feed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
+def _row_by_row(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
     """Weights stay in registers while the rows pass."""
     weights = [feed.weights(w, constant(column)) for column in tile.columns]
     sums = []
@@ -164,7 +213,7 @@ def _row_by_row(feed: Feed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[V
     return sums
 
 
-def _vector_by_vector(feed: Feed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
+def _vector_by_vector(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
     """Inputs stay in registers while the weights pass."""
     inputs = [feed.inputs(x, constant(r * tile.x_stride)) for r in range(tile.rows)]
     sums = list(totals)
@@ -176,17 +225,17 @@ def _vector_by_vector(feed: Feed, tile: Tile, x: Buffer, w: Buffer, totals: Sequ
     return sums
 
 
-def _prefetch(feed: Feed, tile: Tile, w: Buffer, place: Val) -> None:
+def _prefetch(feed: AnyFeed, tile: Tile, w: Buffer, place: Val) -> None:
     """Fetch ahead into the second-level cache: the first has too few miss buffers to keep memory busy."""
     if not tile.prefetch:
         return
     size = SIZES[feed.w_dtype]
-    lines = {(column + i * feed.panel) * size // 64 for column in tile.columns for i in range(feed.step // feed.pair)}
+    lines = {(column + start) * size // 64 for column in tile.columns for start in feed.spread}
     for line in sorted(lines):
         w.prefetch(place + (tile.prefetch + line * 64) // size, locality=2)
 
 
-def _add_tail(feed: Feed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:
+def _add_tail(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:
     for r in range(tile.rows):
         inputs = feed.inputs(x, constant(r * tile.x_stride), tail=True)
         for v, column in enumerate(tile.columns):

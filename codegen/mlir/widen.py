@@ -1,18 +1,22 @@
 """Turn blocks of x and of packed weights into what the fastest micro-kernel eats, when many rows will share them."""
 
+from __future__ import annotations
+
 from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.linear_codes import WidenFeed
 from tilewright.codegen.mlir.microkernel import Feed
 from tilewright.codegen.mlir.value import Val, constant
 
 
-def core_feed(kernel: Kernel, feed: Feed) -> Feed:
+def core_feed(kernel: Kernel, feed: Feed | WidenFeed) -> Feed:
     """The feed worth converting blocks to: bf16 pairs where they multiply exactly, else f32."""
-    if kernel.target.has_bf16_dot and feed.x_dtype == "bf16" and feed.w_dtype in ("bf16", "i8"):
+    exact = isinstance(feed, WidenFeed) or feed.w_dtype == "bf16"
+    if kernel.target.has_bf16_dot and feed.x_dtype == "bf16" and exact:
         return Feed("bf16", "bf16", feed.panel, feed.lanes, dot=True)
     return Feed("f32", "f32", feed.panel, feed.lanes, dot=False)
 
 
-def widen_weights(kernel: Kernel, feed: Feed, core: Feed, w: Buffer, count: Val, block: Buffer) -> None:
+def widen_weights(kernel: Kernel, feed: Feed | WidenFeed, core: Feed, w: Buffer, count: Val, block: Buffer) -> None:
     """``count`` k's of the panel at ``w``, stored for ``feed``, into ``block`` for ``core``; an odd pair ends in zero."""
     step = max(feed.step, core.pair)
     whole = count // step * step
@@ -22,26 +26,29 @@ def widen_weights(kernel: Kernel, feed: Feed, core: Feed, w: Buffer, count: Val,
             _store(core, block, loop.index, column, rows)
     with kernel.when((count - whole).ne(0)):
         for column in range(0, feed.panel, feed.lanes):
-            rows = _weights(feed, w, whole, column, step)[:1]
-            _store(core, block, whole, column, [*rows, constant(0.0, "f32", feed.lanes)][:core.pair])
+            rows = _weights(feed, w, whole, column, step, tail=True)
+            rows += [constant(0.0, "f32", feed.lanes)] * (len(rows) % core.pair)
+            _store(core, block, whole, column, rows)
 
 
-def _weights(feed: Feed, w: Buffer, k: Val, column: int, step: int) -> list[Val]:
-    """The f32 weights of ``step`` k's; past an odd end of the panel only the first is real."""
+def _weights(feed: Feed | WidenFeed, w: Buffer, k: Val, column: int, step: int, tail: bool = False) -> list[Val]:
+    """The f32 weights of ``step`` k's, or of those that K has beyond whole steps."""
+    if isinstance(feed, WidenFeed):
+        return feed.weights(w, k // step * feed.stride + 4 * column, tail)
     if feed.pair == 2:
-        return feed.weights(w, k * feed.panel + 2 * column)
-    return [w.load((k + i) * feed.panel + column, feed.lanes).to("f32") for i in range(step)]
+        return feed.weights(w, k * feed.panel + 2 * column)[:1 if tail else 2]
+    return [w.load((k + i) * feed.panel + column, feed.lanes).to("f32") for i in range(1 if tail else step)]
 
 
 def _store(core: Feed, block: Buffer, k: Val, column: int, rows: list[Val]) -> None:
-    if core.pair == 2:
-        # Whole numbers below 256 are bf16 already: their upper halves are all there is.
-        low, high = (row.bitcast("i32") for row in rows)
-        pairs = low.shift_right_logical(16) | (high & -0x10000)
-        block.store(pairs.bitcast("bf16"), k * core.panel + 2 * column)
-        return
-    for i, row in enumerate(rows):
-        block.store(row, (k + i) * core.panel + column)
+    for i in range(0, len(rows), core.pair):
+        place = (k + i) * core.panel + core.pair * column
+        if core.pair == 2:
+            # bf16 already, and whole numbers below 256 are bf16 too: their upper halves are all there is.
+            low, high = (row.bitcast("i32") for row in rows[i:i + 2])
+            block.store((low.shift_right_logical(16) | (high & -0x10000)).bitcast("bf16"), place)
+        else:
+            block.store(rows[i], place)
 
 
 def widen_inputs(kernel: Kernel, x: Buffer, stride: int, rows: Val, count: Val, block: Buffer, block_stride: int) -> None:

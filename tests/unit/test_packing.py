@@ -6,17 +6,31 @@ import pytest
 
 from tilewright.codegen.packing import Packing
 
+KINDS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "i8": np.int8, "u8": np.uint8,
+         "i4": ml_dtypes.int4, "u4": ml_dtypes.uint4}
+RANGES = {"u8": (0, 256), "i8": (-128, 128), "i4": (-8, 8), "u4": (0, 16)}
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "i8"])
+
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (64, 64), (65, 33), (130, 7), (16, 200)])
 def test_unpack_inverts_pack(dtype: str, n: int, k: int) -> None:
-    kinds = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "i8": np.int8}
-    weight = np.random.default_rng(0).integers(-100, 100, (n, k)).astype(kinds[dtype])
+    weight = np.random.default_rng(0).integers(*RANGES.get(dtype, (-100, 100)), (n, k)).astype(KINDS[dtype])
     packing = Packing(dtype, n, k, 64)
-    packed = packing.pack(weight, np.full(packing.shape, 9, weight.dtype))
+    packed = packing.pack(weight)
+    assert packed.shape == packing.shape
     assert packed.nbytes == packing.nbytes
-    assert np.array_equal(packing.unpack(packed), weight)
-    assert np.count_nonzero(packed) == np.count_nonzero(weight)  # the padding is zero
+    again = packing.unpack(packed)
+    assert again.dtype == weight.dtype
+    assert np.array_equal(again, weight)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_padding_is_zero(dtype: str) -> None:
+    """Whatever the bias of the codes: what is not there multiplies to nothing."""
+    weight = np.full((3, 5), 5).astype(KINDS[dtype])
+    packing = Packing(dtype, 3, 5, 16)
+    packed = packing.pack(weight, np.full(packing.shape, 9, packing._stored))
+    assert np.count_nonzero(packed) == (3 * 4 if packing.bits == 4 else 3 * 5)  # two codes, or one, fill a byte
 
 
 def test_pairs_lie_side_by_side() -> None:
@@ -26,10 +40,18 @@ def test_pairs_lie_side_by_side() -> None:
     assert packed[0, 1].tolist() == [[2, 3], [6, 7], [10, 11], [0, 0]]
 
 
+def test_codes_are_unsigned() -> None:
+    bytes_ = Packing("i8", 1, 4, 1).pack(np.array([[-128, -1, 0, 127]], np.int8))
+    assert bytes_.ravel().tolist() == [0, 127, 128, 255]
+    nibbles = Packing("i4", 1, 8, 1).pack(np.array([[-8, -1, 0, 7, -7, 1, 2, 3]], ml_dtypes.int4))
+    assert nibbles.ravel().tolist() == [0 | 1 << 4, 7 | 9 << 4, 8 | 10 << 4, 15 | 11 << 4]
+
+
 def test_text_round_trips() -> None:
     packing = Packing("bf16", 5632, 2048, 64)
-    assert packing.text == "panels{dtype=bf16 n=5632 k=2048 panel=64}"
+    assert packing.text == "panels{dtype=bf16 n=5632 k=2048 panel=64 pair=2}"
     assert Packing.parse(packing.text) == packing
+    assert Packing.parse(Packing("u8", 3, 2, 16, pair=4).text) != Packing("u8", 3, 2, 16)
 
 
 def test_errors() -> None:
@@ -37,5 +59,7 @@ def test_errors() -> None:
         Packing.parse("panels{n=1}")
     with pytest.raises(ValueError, match=r"cannot pack f64 weights; known: f32, f16, bf16, i8"):
         Packing("f64", 1, 1, 16)
+    with pytest.raises(ValueError, match=r"cannot pack i4 in pairs of 3"):
+        Packing("i4", 1, 1, 16, pair=3)
     with pytest.raises(ValueError, match=r"cannot pack float32 \(2, 2\)"):
         Packing("bf16", 2, 2, 16).pack(np.zeros((2, 2), np.float32))

@@ -14,7 +14,7 @@ def test_text_round_trips(text: str) -> None:
 
 
 @pytest.mark.parametrize(("arch", "bits", "bf16", "vnni"), [
-    ("x86-64-v3", 256, False, False), ("znver3", 256, False, False), ("alderlake", 256, False, False),
+    ("x86-64-v3", 256, False, False), ("znver3", 256, False, False), ("alderlake", 256, False, True),
     ("x86-64-v4", 512, False, False), ("icelake-server", 512, False, True), ("znver4", 512, True, True),
 ])
 def test_what_follows_from_the_architecture(arch: str, bits: int, bf16: bool, vnni: bool) -> None:

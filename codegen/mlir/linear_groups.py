@@ -1,0 +1,174 @@
+"""Weights with a scale (and zero point) for each group of k's: sums of x, and the micro-kernel that applies the scales.
+
+The sums of a group are kept apart, in i32 for int8 activations, and scaled into f32 totals when the group ends. A zero
+point costs nothing in the inner loop: ``sum (w - zero) * x = sum w * x - zero * sum x``, so a group's sums start at the
+correction ``-zero * sum x``. The same holds for a scale a channel, where all of K is one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
+from tilewright.codegen.mlir.linear_codes import quad_sums
+from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, sum_steps
+from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
+from tilewright.codegen.schedule import registers
+
+
+@dataclass(frozen=True)
+class Groups:
+    """``count`` groups of ``size`` k's in a row of K, of codes of ``bits``."""
+
+    size: int
+    count: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a panel brings along K, and what x does: buffers, not offset. ``zeros`` and ``corrections`` may be missing."""
+
+    x: Buffer
+    codes: Buffer
+    scales: Buffer
+    sums: Buffer
+    zeros: Buffer | None = None
+    corrections: Buffer | None = None
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        given = (self.x, self.codes, self.scales, self.sums, self.zeros, self.corrections)
+        return [buffer for buffer in given if buffer is not None]
+
+    def like(self, buffers: Sequence[Buffer]) -> Streams:
+        """The same roles for other buffers, in the order of ``buffers``."""
+        x, codes, scales, sums, *rest = buffers
+        zeros = rest.pop(0) if self.zeros else None
+        return Streams(x, codes, scales, sums, zeros, rest.pop(0) if self.corrections else None)
+
+
+def emit_group_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, groups: Groups, streams: Streams) -> Function:
+    """``sums[rows][features] += x[rows] @ features.T`` over some groups of K, as the inner function ``name``.
+
+    Numbers of a call: first element of x, of the codes, of the sums, of the scales (and zeros) and of the corrections,
+    and the count of groups.
+    """
+    with kernel.function(name, streams.buffers, numbers=6) as micro:
+        x_at, w_at, sums_at, scales_at, corrections_at, count = micro.numbers
+        _GroupKernel(kernel, feed, tile, groups, streams.like(micro.buffers), (x_at, w_at, scales_at, corrections_at)).emit(
+            sums_at, count)
+    return micro
+
+
+class _GroupKernel:
+    """The state of one emission."""
+
+    def __init__(self, kernel: Kernel, feed: AnyFeed, tile: Tile, groups: Groups, streams: Streams,
+                 starts: tuple[Val, Val, Val, Val]) -> None:
+        self.kernel, self.feed, self.tile, self.groups, self.streams = kernel, feed, tile, groups, streams
+        self.x_at, self.w_at, self.scales_at, self.corrections_at = starts
+        self.places = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
+        self.width = tile.vectors * feed.lanes
+
+    def emit(self, sums_at: Val, count: Val) -> None:
+        sums = self.streams.sums.at(sums_at)
+        at = [r * self.tile.sums_stride + v * self.feed.lanes for r, v in self.places]
+        if 3 * len(self.places) > registers(self.kernel.target) - 8:
+            with self.kernel.loop(0, count) as loop:
+                self._flush_to_memory(loop.index, sums, at)
+            return
+        totals = [sums.load(place, self.feed.lanes) for place in at]
+        with self.kernel.loop(0, count, carry=totals) as loop:
+            parts, scales = self._group(loop.index), self._scales(loop.index)
+            pairs = zip(parts, loop.values, self.places)
+            loop.next(*[fma(part, scales[v], total) for part, total, (_, v) in pairs])
+        for place, total in zip(at, loop.results):
+            sums.store(total, place)
+
+    def _flush_to_memory(self, group: Val, sums: Buffer, at: Sequence[int]) -> None:
+        parts, scales = self._group(group), self._scales(group)
+        for part, place, (_, v) in zip(parts, at, self.places):
+            sums.store(fma(part, scales[v], sums.load(place, self.feed.lanes)), place)
+
+    def _group(self, group: Val) -> list[Val]:
+        """The f32 sums of one group."""
+        steps = self.groups.size // self.feed.step
+        x = self.streams.x.at(self.x_at + group * self.groups.size)
+        codes = self.streams.codes.at(self.w_at + group * (steps * self.feed.stride))
+        totals = sum_steps(self.kernel, self.feed, self.tile, (x, codes), constant(steps), self._start(group))
+        return [total.to("f32") for total in totals]
+
+    def _start(self, group: Val) -> list[Val]:
+        feed, streams = self.feed, self.streams
+        if streams.corrections is None:
+            return [constant(0, feed.acc, feed.lanes)] * len(self.places)
+        at = self.corrections_at + group
+        rows = [streams.corrections.load(at + r * self.groups.count).splat(feed.lanes) for r in range(self.tile.rows)]
+        if streams.zeros is None:
+            return [rows[r] for r, _ in self.places]
+        at = self.scales_at + group * self.width
+        zeros = [load_zeros(streams.zeros, at + v * feed.lanes, feed, self.groups.bits) for v in range(self.tile.vectors)]
+        return [rows[r] * zeros[v] for r, v in self.places]
+
+    def _scales(self, group: Val) -> list[Val]:
+        at, lanes = self.scales_at + group * self.width, self.feed.lanes
+        return [self.streams.scales.load(at + v * lanes, lanes).to("f32") for v in range(self.tile.vectors)]
+
+
+def load_zeros(zeros: Buffer, at: Val, feed: AnyFeed, bits: int) -> Val:
+    """Zero points of a vector of features, as ``feed`` sees the codes."""
+    loaded = zeros.load(at, feed.lanes).to("i32")
+    return loaded if feed.acc == "i32" else (loaded - (1 << bits - 1)).to("f32")
+
+
+# --- sums of x ------------------------------------------------------------------------------------------------------
+
+
+def emit_row_sums(kernel: Kernel, x: Buffer, stride: int, rows: Val, k: int, groups: Groups, factor: int,
+                  out: Buffer) -> None:
+    """``out[row, group] = factor * sum(x[row, group])`` for ``rows`` rows of x that are ``stride`` apart."""
+    with kernel.loop(0, rows) as row:
+        source, target = x.at(row.index * stride), out.at(row.index * groups.count)
+        if groups.count == 1:
+            target.store(_sum_row(kernel, source, constant(0), k, out.dtype) * factor, 0)
+            return
+        together = _together(kernel, groups, x.dtype)
+        whole = groups.count // together * together if together > 1 else 0
+        if together > 1:
+            with kernel.loop(0, whole, together) as loop:
+                target.store(_sum_groups(source.at(loop.index * groups.size), groups.size, together) * factor, loop.index)
+        with kernel.loop(whole, groups.count) as loop:
+            total = _sum_row(kernel, source, loop.index * groups.size, groups.size, out.dtype)
+            target.store(total * factor, loop.index)
+
+
+def _together(kernel: Kernel, groups: Groups, dtype: str) -> int:
+    """Groups of int8 codes whose sums are found at once, filling a vector; 1 where that does not work out."""
+    quads, odd = divmod(groups.size, 4)
+    return kernel.lanes if dtype == "i8" and not odd and quads & (quads - 1) == 0 else 1
+
+
+def _sum_groups(x: Buffer, size: int, lanes: int) -> Val:
+    """The sums of ``lanes`` groups that follow each other, each of 4 * 2**i codes."""
+    vectors = [quad_sums(x.load(start, 4 * lanes)) for start in range(0, size * lanes, 4 * lanes)]
+    while len(vectors) > 1:
+        vectors = [_add_neighbours(a, b) for a, b in zip(vectors[::2], vectors[1::2])]
+    return vectors[0]
+
+
+def _add_neighbours(a: Val, b: Val) -> Val:
+    """a0 + a1, a2 + a3, ..., b0 + b1, ..."""
+    lanes = 2 * a.lanes
+    return shuffle(a, b, range(0, lanes, 2)) + shuffle(a, b, range(1, lanes, 2))
+
+
+def _sum_row(kernel: Kernel, x: Buffer, start: Val, count: int, dtype: str) -> Val:
+    lanes = kernel.lanes
+    whole = count // lanes * lanes
+    with kernel.loop(0, whole, lanes, [constant(0, dtype, lanes)]) as loop:
+        loop.next(loop.values[0] + x.load(start + loop.index, lanes).to(dtype))
+    with kernel.loop(whole, count, carry=[loop.results[0].reduce("sum")]) as loop:
+        loop.next(loop.values[0] + x.load(start + loop.index).to(dtype))
+    return loop.results[0]

@@ -1,0 +1,111 @@
+"""What a linear kernel computes, and the layouts that its weights come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.codegen.mlir import math
+from tilewright.codegen.mlir.linear_codes import CODES
+from tilewright.codegen.mlir.linear_groups import Groups
+from tilewright.codegen.mlir.value import Val, constant
+from tilewright.codegen.packing import Packing
+from tilewright.codegen.schedule import LinearSchedule
+from tilewright.codegen.target import CpuTarget
+
+_MOST = (1 << 31) // (255 * 128)  # products of codes that surely fit i32
+
+
+def _relu(x: Val) -> Val:
+    return constant(0.0, "f32", x.lanes).max(x)
+
+
+ACTIVATIONS: dict[str, Callable[[Val], Val]] = {**math.FUNCTIONS, "relu": _relu}
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a linear kernel computes; M is a dim of the kernel, everything else is static.
+
+    ``weight`` is f32, bf16, f16, or codes: i8 and i4 (symmetric), u8 and u4 (with a u8 zero point), one ``scale`` (f32 or
+    f16) for each ``group`` of k's, 0 being a whole row. ``x_dtype`` i8 are codes too, with one f32 scale a row. ``gated``:
+    two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside
+    wider rows (0 = dense).
+    """
+
+    n: int
+    k: int
+    x_dtype: str = "f32"
+    weight: str = "f32"
+    out_dtype: str = "f32"
+    bias: str | None = None
+    activation: str | None = None
+    gated: bool = False
+    group: int = 0
+    scale: str = "f32"
+    x_stride: int = 0
+    x_offset: int = 0
+    y_stride: int = 0
+    y_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(sorted(ACTIVATIONS))}")
+        if self.gated and self.activation is None:
+            raise ValueError("a gated linear needs an activation")
+        if reason := self.refusal():
+            raise ValueError(reason)
+
+    def refusal(self) -> str | None:
+        """What of the quantization the kernels do not do."""
+        if not self.coded:
+            return f"int8 activations with {self.weight} weights" if self.dynamic else None
+        step = 32 // CODES[self.weight]
+        if self.group and (self.k % self.group or (self.group != self.k and self.group % step)):
+            return f"groups of {self.group} do not divide K = {self.k} into multiples of {step}"
+        if self.dynamic and self.groups.size > _MOST:
+            return f"{self.groups.size} products of codes may overflow; at most {_MOST}"
+        return None
+
+    @property
+    def parts(self) -> int:
+        """How many weights: 2 when gated."""
+        return 2 if self.gated else 1
+
+    @property
+    def coded(self) -> bool:
+        """Whether weights are codes with scales."""
+        return self.weight in CODES
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether x is int8 codes with a scale a row."""
+        return self.x_dtype == "i8"
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether codes have zero points."""
+        return self.weight in ("u8", "u4")
+
+    @property
+    def groups(self) -> Groups:
+        size = self.group or self.k
+        return Groups(size, self.k // size if size else 1, CODES.get(self.weight, 0))
+
+    def panel(self, schedule: LinearSchedule, target: CpuTarget) -> int:
+        """Output features of one panel."""
+        return schedule.tile_v * target.lanes
+
+    def packing(self, schedule: LinearSchedule, target: CpuTarget) -> Packing:
+        """The layout in which each weight must come."""
+        pair = 32 // CODES[self.weight] if self.coded else 0
+        return Packing(self.weight, self.n, self.k, self.panel(schedule, target), pair)
+
+    def group_packing(self, dtype: str, schedule: LinearSchedule, target: CpuTarget) -> Packing:
+        """The layout of scales and zero points, ``dtype`` [N, G]."""
+        return Packing(dtype, self.n, self.groups.count, self.panel(schedule, target), 1)
+
+    def tasks(self, schedule: LinearSchedule, target: CpuTarget, m: Any) -> Any:
+        """Number of tasks for ``m`` rows: an int, or an expression when ``m`` is symbolic."""
+        return self.packing(schedule, target).panels * -(-m // schedule.block_m)

@@ -1,0 +1,193 @@
+"""Linear kernels over quantized weights against integer arithmetic in numpy."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.backend.mlir_helpers import TARGETS, assert_close, library_calls, random_array, target
+from tilewright.codegen.mlir.linear import linear_kernel
+from tilewright.codegen.mlir.linear_spec import LinearSpec
+from tilewright.codegen.mlir.lower import assembly
+from tilewright.codegen.mlir.native import NativeKernel, aligned
+from tilewright.codegen.schedule import LinearSchedule
+from tilewright.codegen.target import CpuTarget, parse_target
+
+VNNI = "cpu{arch=x86-64-v4 features=+avx512bf16+avx512vnni}"
+CODED_TARGETS = [*TARGETS, VNNI]
+WEIGHTS = {"i8": (np.int8, -128, 128), "u8": (np.uint8, 0, 256),
+           "i4": (ml_dtypes.int4, -8, 8), "u4": (ml_dtypes.uint4, 0, 16)}
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+@dataclasses.dataclass
+class Weight:
+    """Random codes, scales and zero points of one weight; ``whole`` makes every scale 1."""
+
+    spec: LinearSpec
+    rng: np.random.Generator
+    whole: bool = False
+    extreme: bool = False
+
+    def __post_init__(self) -> None:
+        spec, (kind, low, high) = self.spec, WEIGHTS[self.spec.weight]
+        shape, groups = (spec.n, spec.k), (spec.n, spec.groups.count)
+        self.codes = self.rng.integers(low, high, shape)
+        if self.extreme:
+            self.codes = self.rng.choice([low, high - 1], shape)
+        self.scale = np.ones(groups) if self.whole else self.rng.uniform(0.005, 0.02, groups)
+        self.scale = self.scale.astype("f2" if spec.scale == "f16" else "f4")
+        self.zero = self.rng.integers(0, high, groups) if spec.asymmetric else np.zeros(groups, int)
+        self.kind = kind
+
+    @property
+    def exact(self) -> np.ndarray:
+        spread = [np.repeat(a, self.spec.groups.size, 1) for a in (self.scale.astype(np.float64), self.zero)]
+        return (self.codes - spread[1]) * spread[0]
+
+    def arrays(self, schedule: LinearSchedule, where: CpuTarget) -> list[np.ndarray]:
+        pairs = [(self.spec.packing(schedule, where), self.codes.astype(self.kind)),
+                 (self.spec.group_packing(self.spec.scale, schedule, where), self.scale)]
+        if self.spec.asymmetric:
+            pairs.append((self.spec.group_packing("u8", schedule, where), self.zero.astype(np.uint8)))
+        return [packing.pack(array, aligned(packing.shape, packing.stored)) for packing, array in pairs]
+
+
+class Case:
+    """A compiled kernel with its weights; ``run`` computes, ``expected`` is the exact result."""
+
+    def __init__(self, name: str, spec: LinearSpec, schedule: LinearSchedule | None = None, **kind: bool) -> None:
+        self.spec, self.target, self.rng = spec, named(name), np.random.default_rng(0)
+        self.schedule = schedule or LinearSchedule.default(self.target)
+        self.kernel = NativeKernel(linear_kernel("k", self.target, spec, self.schedule))
+        self.weights = [Weight(spec, self.rng, **kind) for _ in range(spec.parts)]
+        arrays = [weight.arrays(self.schedule, self.target) for weight in self.weights]
+        self.packed = [array for role in zip(*arrays) for array in role]
+        self.biases = [random_array(self.rng, spec.n, spec.bias) for _ in self.weights if spec.bias]
+
+    def x(self, m: int, extreme: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of x, and their scales."""
+        shape, dtype = (m, self.spec.k), self.spec.x_dtype
+        if dtype != "i8":
+            return random_array(self.rng, shape, dtype), np.ones(m, np.float32)
+        codes = self.rng.choice([-128, 127], shape) if extreme else self.rng.integers(-128, 128, shape)
+        return codes.astype(np.int8), self.rng.uniform(0.01, 0.1, m).astype(np.float32)
+
+    def run(self, x: np.ndarray, scale: np.ndarray, pieces: int = 1) -> np.ndarray:
+        m = len(x)
+        y = aligned((m, self.spec.n), self.spec.out_dtype, fill=7)
+        given = [x, scale] if self.spec.dynamic else [x]
+        tasks = self.spec.tasks(self.schedule, self.target, m)
+        for piece in range(pieces):
+            begin, end = piece * tasks // pieces, (piece + 1) * tasks // pieces
+            self.kernel(begin, end, (m,), (*given, *self.packed, *self.biases, y))
+        return y
+
+    def expected(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        rows = x.astype(np.float64) * scale[:, None]
+        sums = [rows @ weight.exact.T for weight in self.weights]
+        sums = [total + bias.astype(np.float64) for total, bias in zip(sums, self.biases)] if self.biases else sums
+        first = silu(sums[0]) if self.spec.activation == "silu" else sums[0]
+        return first * sums[1] if self.spec.gated else first
+
+
+def named(name: str) -> CpuTarget:
+    if name != VNNI:
+        return target(name)
+    target("x86-64-v4+bf16")
+    where = parse_target(name)
+    try:
+        return where if parse_target("native").has_vnni else pytest.skip("host lacks avx512vnni")
+    except ValueError:
+        return pytest.skip("host lacks avx512vnni")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize(("x", "weight", "group"), [
+    *((x, weight, group) for x in ("i8", "bf16") for weight in WEIGHTS for group in (0, 32)),
+    ("i8", "i4", 128), ("i8", "i8", 64), ("f32", "i4", 32), ("f32", "i8", 0), ("f16", "u4", 64), ("bf16", "i4", 256)])
+def test_formats_and_rows(name: str, x: str, weight: str, group: int) -> None:
+    """Every count of rows takes another path: one, a few, a tile, tiles and a remainder, several blocks."""
+    k = 3 * group if group else 187
+    subject = Case(name, LinearSpec(70, k, x, weight, "f32", group=group, scale="f32" if group == 64 else "f16"))
+    for m in (1, 2, 4, 5, 13, 29, 103):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "f32")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("group", [0, 32])
+def test_integer_products_are_exact(name: str, weight: str, group: int) -> None:
+    """The largest codes there are, and scales of 1: nothing saturates, nothing is rounded."""
+    subject = Case(name, LinearSpec(70, 256, "i8", weight, "f32", group=group), whole=True, extreme=True)
+    for m in (1, 5, 30):
+        for extreme in (True, False):
+            codes, scale = subject.x(m, extreme)
+            scale[:] = 1
+            assert np.array_equal(subject.run(codes, scale), subject.expected(codes, scale))
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize("x", ["i8", "bf16"])
+@pytest.mark.parametrize("weight", ["i8", "i4"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (17, 15), (33, 9), (64, 4), (3, 700)])
+def test_sizes(name: str, x: str, weight: str, n: int, k: int) -> None:
+    """Any N and K, also across several blocks of K."""
+    schedule = dataclasses.replace(LinearSchedule.default(named(name)), block_k=256)
+    subject = Case(name, LinearSpec(n, k, x, weight, "f32"), schedule)
+    for m in (1, 3, 17):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "f32")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize("x", ["i8", "bf16"])
+def test_gated_with_bias(name: str, x: str) -> None:
+    spec = LinearSpec(90, 128, x, "u4", "bf16", "f32", gated=True, activation="silu", group=32, scale="f16")
+    subject = Case(name, spec)
+    for m in (1, 9):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "bf16")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+def test_unaligned_x(name: str) -> None:
+    subject = Case(name, LinearSpec(40, 96, "i8", "i4", "f32", group=32))
+    codes, scale = subject.x(3)
+    moved = np.empty(codes.size + 1, np.int8)[1:].reshape(codes.shape)
+    moved[...] = codes
+    assert np.array_equal(subject.run(moved, scale), subject.run(codes, scale))
+
+
+def test_tasks_split_anywhere() -> None:
+    schedule = dataclasses.replace(LinearSchedule.default(parse_target("x86-64-v3")), block_m=24)
+    subject = Case("x86-64-v3", LinearSpec(100, 64, "i8", "i4", "f32", group=32), schedule)
+    rows = subject.x(130)
+    assert np.array_equal(subject.run(*rows), subject.run(*rows, pieces=7))
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [
+    ("x86-64-v3", "vpmaddubsw"), ("x86-64-v4", "vpmaddubsw"), ("alderlake", "{vex} vpdpbusd"), ("znver4", "vpdpbusd")])
+def test_instructions(arch: str, instruction: str) -> None:
+    where = parse_target(arch)
+    spec = LinearSpec(64, 64, "i8", "i4", "f32", group=32)
+    code = assembly(linear_kernel("k", where, spec, LinearSchedule.default(where)))
+    assert " ".join(instruction.split()) in " ".join(code.split())
+    assert ("zmm" in code) == (where.vector_bits == 512)
+    assert library_calls(code) <= {"memset"}
+
+
+@pytest.mark.parametrize(("spec", "reason"), [
+    ({"weight": "i4", "group": 12, "k": 96}, "groups of 12 do not divide K = 96 into multiples of 8"),
+    ({"weight": "i8", "group": 32, "k": 100}, "groups of 32 do not divide K = 100"),
+    ({"weight": "bf16", "k": 96}, "int8 activations with bf16 weights"),
+    ({"weight": "i8", "k": 70000}, "may overflow; at most 65793"),
+])
+def test_refusals(spec: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        LinearSpec(n=8, x_dtype="i8", **spec)
