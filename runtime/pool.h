@@ -25,9 +25,9 @@ TW_EXPORT void tw_pool_destroy(tw_pool *pool);
 
 TW_EXPORT int tw_pool_threads(const tw_pool *pool);
 
-/* Runs fn over [0, tasks) in disjoint chunks of `grain` tasks (the last may be shorter; grain <= 0: about four chunks a
- * thread) and returns when all are done. One region at a time on a pool, and fn must not start another on the same
- * pool. A single chunk, a pool of one thread and a NULL pool run inline: fn(0, tasks, arg). */
+/* Runs fn over [0, tasks) in disjoint chunks and returns when all are done. Chunks begin at multiples of `grain` tasks,
+ * and all but the last have a multiple of it (grain <= 0: 1). One region at a time on a pool, and fn must not start
+ * another on the same pool. At most `grain` tasks, a pool of one thread and a NULL pool run inline: fn(0, tasks, arg). */
 TW_EXPORT void tw_pool_run(tw_pool *pool, tw_task fn, void *arg, int64_t tasks, int64_t grain);
 
 #endif

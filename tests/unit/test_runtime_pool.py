@@ -14,6 +14,7 @@ import pytest
 from tests.toy_artifact import compile_c
 
 SOURCE = r"""
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -49,6 +50,33 @@ TW_EXPORT int together(tw_pool *pool, int64_t tasks) {
     tw_pool_run(pool, meet, &m, tasks, 1);
     return m.most;
 }
+typedef struct { atomic_llong sum; atomic_int uneven; int64_t tasks, grain; } tally;
+static void count(int64_t begin, int64_t end, void *arg) {
+    tally *t = arg;
+    atomic_fetch_add(&t->sum, end - begin);
+    if (begin % t->grain || (end % t->grain && end != t->tasks)) atomic_fetch_add(&t->uneven, 1);
+}
+/* How many tasks ran in one region; -1 when a chunk was not made of whole grains. */
+TW_EXPORT int64_t tasks_run(tw_pool *pool, int64_t tasks, int64_t grain) {
+    tally t = {0, 0, tasks, grain};
+    tw_pool_run(pool, count, &t, tasks, grain);
+    return t.uneven ? -1 : t.sum;
+}
+typedef struct { pthread_t slow; atomic_int by_slow; } race;
+static void first_is_slow(int64_t begin, int64_t end, void *arg) {
+    race *r = arg;
+    for (int64_t i = begin; i < end; i++) {
+        if (i == 0) r->slow = pthread_self();
+        usleep(i == 0 ? 100000 : 100);
+    }
+    if (begin == 0 || pthread_equal(r->slow, pthread_self())) atomic_fetch_add(&r->by_slow, (int)(end - begin));
+}
+/* How many of 64 tasks were done by the thread that has the first one, which takes long. */
+TW_EXPORT int tasks_of_the_slow(tw_pool *pool) {
+    race r = {pthread_self(), 0};
+    tw_pool_run(pool, first_is_slow, &r, 64, 1);
+    return r.by_slow;
+}
 typedef struct { int calls; int64_t begin, end; } record;
 static void note(int64_t begin, int64_t end, void *arg) {
     record *r = arg;
@@ -73,6 +101,9 @@ def library(tmp_path_factory):
     library.check.restype = ctypes.c_int64
     library.check.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     library.together.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.tasks_run.restype = ctypes.c_int64
+    library.tasks_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.tasks_of_the_slow.argtypes = [ctypes.c_void_p]
     library.inline_calls.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return library
 
@@ -89,6 +120,17 @@ def pool(request, library):
 @pytest.mark.parametrize("grain", [-1, 0, 1, 3, 64, 10**12])
 def test_every_task_runs_once(library, pool, tasks, grain):
     assert library.check(pool, 20, tasks, grain) == 0
+
+
+@pytest.mark.parametrize(("tasks", "grain"), [(10**6, 1), (10**6 + 7, 64), (2**40 + 1, 1), (2**62, 3), (100, 99)])
+def test_chunks_are_of_whole_grains(library, pool, tasks, grain):
+    assert library.tasks_run(pool, tasks, grain) == tasks
+
+
+def test_others_take_over_what_a_slow_thread_has_not_begun(library):
+    pool = library.tw_pool_create(2)
+    assert library.tasks_of_the_slow(pool) < 32  # half of them were its own
+    library.tw_pool_destroy(pool)
 
 
 def test_ten_thousand_regions(library, pool):
