@@ -12,12 +12,35 @@ from tilewright.codegen.mlir.linear import LinearBuffers, Place, emit_linear
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.value import Val, constant
+from tilewright.codegen.packing import Packing
 from tilewright.codegen.schedule import LinearSchedule, Schedule
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import Argument, CodegenError, Dim, Function, Op, Value, as_dim, ops, product, same_dim
+from tilewright.ir import Argument, CodegenError, Dim, DType, Function, Op, Value, as_dim, ops, product, same_dim
 
-_WEIGHTS = ("f32", "bf16", "f16", "i8")
-_INPUTS = ("f32", "bf16", "f16")
+_FLOATS = ("f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An operand of the layer: an argument, or the codes, scales and zero points that are dequantized to it."""
+
+    data: Value
+    scale: Value | None = None
+    zero: Value | None = None
+
+    @classmethod
+    def of(cls, value: Value) -> Tensor:
+        op = value.owner
+        return cls(op.codes, op.scale, op.zero) if isinstance(op, ops.Dequantize) else cls(value)
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return tuple(v for v in (self.data, self.scale, self.zero) if v is not None)
+
+    @property
+    def format(self) -> tuple[object, ...]:
+        """What tensors that one kernel treats alike have in common."""
+        return tuple((v.dtype, v.shape) for v in self.values)
 
 
 @dataclass(frozen=True)
@@ -25,8 +48,8 @@ class Pattern:
     """A kernel's linear layer, its operands by role, and the operations after it."""
 
     anchor: ops.Linear | ops.GatedLinear
-    weights: tuple[Value, ...]
-    scales: tuple[Value, ...]
+    x: Tensor
+    weights: tuple[Tensor, ...]
     biases: tuple[Value, ...]
     tail: tuple[Op, ...]
     result: Value
@@ -36,19 +59,26 @@ class Pattern:
         """M: how many rows of x there are."""
         return as_dim(product(self.anchor.x.shape[:-1]))
 
+    @property
+    def features(self) -> int:
+        """N."""
+        return int(self.weights[0].data.shape[0])
+
     def spec(self) -> LinearSpec:
-        gated = isinstance(self.anchor, ops.GatedLinear)
-        n, k = self.weights[0].shape
-        act = self.anchor.act if isinstance(self.anchor, ops.GatedLinear) else None
+        """Raises ValueError with what of the quantization the kernels do not do."""
+        weight, (n, k) = self.weights[0], self.weights[0].data.shape
+        groups = weight.scale.shape[-1] if weight.scale else 1
         return LinearSpec(
             int(n),
             int(k),
-            self.anchor.x.dtype.value,
-            self.weights[0].dtype.value,
+            self.x.data.dtype.value,
+            weight.data.dtype.value,
             self.result.dtype.value,
             self.biases[0].dtype.value if self.biases else None,
-            act,
-            gated,
+            self.anchor.act if isinstance(self.anchor, ops.GatedLinear) else None,
+            isinstance(self.anchor, ops.GatedLinear),
+            int(k) // groups if groups > 1 else 0,
+            weight.scale.dtype.value if weight.scale else "f32",
         )
 
 
@@ -58,39 +88,57 @@ def find(kernel: Function) -> Pattern | str:
     if len(anchors) != 1 or len(kernel.returns) != 1:
         return "not one linear layer with one result"
     anchor = anchors[0]
-    assert isinstance(anchor, (ops.Linear, ops.GatedLinear))
     if isinstance(anchor, ops.Linear):
-        roles = ((anchor.weight,), (), (anchor.bias,))
+        factors, biases = [anchor.weight], [anchor.bias]
     else:
-        roles = ((anchor.gate, anchor.up), (), (anchor.gate_bias, anchor.up_bias))
-    weights, scales, biases = (tuple(v for v in role if v is not None) for role in roles)
-    if len(biases) not in (0, len(weights)):
+        factors, biases = [anchor.gate, anchor.up], [anchor.gate_bias, anchor.up_bias]
+    x, weights = Tensor.of(anchor.x), tuple(map(Tensor.of, factors))
+    given = tuple(bias for bias in biases if bias is not None)
+    if len(given) not in (0, len(weights)):
         return "only one of gate and up has a bias"
-    given = {anchor.x, *weights, *scales, *biases}
-    if not all(isinstance(v, Argument) for v in given):
+    before = {v.owner for v in (anchor.x, *factors)}
+    if not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
         return "an operand of the linear layer is computed in the kernel"
-    tail = tuple(op for op in kernel.body[:-1] if op is not anchor)
-    pattern = Pattern(anchor, weights, scales, biases, tail, kernel.returns[0])
+    tail = tuple(op for op in kernel.body[:-1] if op is not anchor and op not in before)
+    pattern = Pattern(anchor, x, weights, given, tail, kernel.returns[0])
     return refusal(pattern) or pattern
 
 
 def refusal(p: Pattern) -> str | None:
     """What of a pattern the kernels do not do."""
-    n, k = p.weights[0].shape
-    if not (isinstance(n, int) and isinstance(k, int)):
+    weight = p.weights[0]
+    if not all(isinstance(d, int) for d in weight.data.shape):
         return "the weight's shape is not static"
-    if p.weights[0].dtype.value not in _WEIGHTS or p.anchor.x.dtype.value not in _INPUTS:
-        return f"no kernel for x {p.anchor.x.dtype.value} and weight {p.weights[0].dtype.value}"
+    if any(w.format != weight.format for w in p.weights):
+        return "gate and up differ in format"
     if len({b.dtype for b in p.biases}) > 1:
         return "biases of two element types"
     for op in p.tail:
         if not (lowers(op) or isinstance(op, ops.Full)):
             return f"{op.name} does not run in the epilogue"
+    return _number_refusal(p)
+
+
+def _number_refusal(p: Pattern) -> str | None:
+    """What of the element types the kernels do not do."""
+    for value in p.anchor.operands:
+        if isinstance(value.owner, ops.Dequantize) and value.dtype is not DType.f32:
+            return f"dequantized to {value.dtype.value}: sums are made of unrounded numbers"
+    x, weight = p.x, p.weights[0]
+    for tensor in (x, weight):
+        if tensor.scale is None and tensor.data.dtype.value not in _FLOATS:
+            return f"no kernel for x {x.data.dtype.value} and weight {weight.data.dtype.value}"
+    if x.scale and (x.data.dtype is not DType.i8 or x.scale.shape[-1] != 1 or x.scale.dtype is not DType.f32):
+        return f"activations are {x.data.dtype.value} with scales {x.scale.type}, not i8 with one f32 scale a row"
+    try:
+        p.spec()
+    except ValueError as error:
+        return str(error)
     return None
 
 
 class LinearEmitter:
-    """Linear layers, plain and gated, f32, bf16, f16 and weight-only i8, with elementwise epilogues."""
+    """Linear layers, plain and gated, of floats or of quantized weights and activations, with elementwise epilogues."""
 
     name: ClassVar[str] = "mlir.linear"
 
@@ -99,24 +147,51 @@ class LinearEmitter:
         return found if isinstance(found, str) else None
 
     def default_schedule(self, kernel: Function, target: CpuTarget) -> Schedule:
-        return LinearSchedule.default(target)
+        found = find(kernel)
+        return LinearSchedule.default(target) if isinstance(found, str) else found.spec().schedule(target)
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         found = find(kernel)
         if isinstance(found, str) or not isinstance(schedule, LinearSchedule):
             raise CodegenError(f"{self.name} cannot lower @{kernel.name} with {schedule}: {found}")
         spec, dims = found.spec(), tuple(kernel.symbols())
-        pairs = [(f"a{i}", v.dtype.value) for i, v in enumerate(kernel.args)]
+        packed = packings(found, spec, schedule, target)
+        pairs = [(f"a{i}", packed[v].stored if v in packed else v.dtype.value) for i, v in enumerate(kernel.args)]
         with Kernel(symbol, target, dims, [*pairs, ("y", spec.out_dtype)]) as k:
             by_value: dict[Value, Buffer] = dict(zip(kernel.args, k.buffers))
-            roles = [[by_value[v] for v in role] for role in (found.weights, found.scales, found.biases)]
-            buffers = LinearBuffers(by_value[found.anchor.x], *roles, k.buffers[-1])
+            buffers = roles(found, by_value, k.buffers[-1])
             epilogue = Epilogue(found, by_value) if found.tail else None
             emit_linear(k, spec, schedule, dim_value(found.rows, k.dims), buffers, epilogue)
-        packing = spec.packing(schedule, target).text
-        packed = {kernel.args.index(w): packing for w in found.weights}  # type: ignore[arg-type]
+        layouts = {kernel.args.index(v): packing.text for v, packing in packed.items()}  # type: ignore[arg-type]
         tasks = spec.tasks(schedule, target, found.rows)
-        return KernelCode(symbol, compile_kernel(k), dims, as_dim(tasks), packing=packed)
+        return KernelCode(symbol, compile_kernel(k), dims, as_dim(tasks), packing=layouts)
+
+
+def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target: CpuTarget) -> dict[Value, Packing]:
+    """The layouts in which weights and what belongs to them must come."""
+    layouts: dict[Value, Packing] = {}
+    for weight in found.weights:
+        layouts[weight.data] = spec.packing(schedule, target)
+        for value in weight.values[1:]:
+            layouts[value] = spec.group_packing(value.dtype.value, schedule, target)
+    return layouts
+
+
+def roles(found: Pattern, buffers: dict[Value, Buffer], y: Buffer) -> LinearBuffers:
+    """The kernel's arguments by what they are to the layer."""
+
+    def every(values: list[Value | None]) -> list[Buffer]:
+        return [buffers[v] for v in values if v is not None]
+
+    return LinearBuffers(
+        buffers[found.x.data],
+        every([weight.data for weight in found.weights]),
+        every([weight.scale for weight in found.weights]),
+        every([weight.zero for weight in found.weights]),
+        every(list(found.biases)),
+        y,
+        buffers[found.x.scale] if found.x.scale else None,
+    )
 
 
 class Epilogue:
@@ -138,10 +213,10 @@ class Epilogue:
         if value in known:
             return known[value]
         buffer, wide = self.buffers[value], compute_dtype(value.dtype)
-        n = self.pattern.weights[0].shape[0]
+        n = self.pattern.features
         last = value.shape[-1] if value.shape else 1
         if not same_dim(last, n):
             return buffer.load(constant(0)).to(wide).splat(place.lanes)
         if all(d == 1 for d in value.shape[:-1]) and value.shape != self.pattern.result.shape:
             return buffer.load(place.col, place.lanes, place.mask).to(wide)
-        return buffer.load(place.row * int(n) + place.col, place.lanes, place.mask).to(wide)
+        return buffer.load(place.row * n + place.col, place.lanes, place.mask).to(wide)

@@ -93,6 +93,10 @@ class LinearSpec:
         size = self.group or self.k
         return Groups(size, self.k // size if size else 1, CODES.get(self.weight, 0))
 
+    def schedule(self, target: CpuTarget) -> LinearSchedule:
+        """A good schedule, by rule."""
+        return LinearSchedule.default(target)
+
     def panel(self, schedule: LinearSchedule, target: CpuTarget) -> int:
         """Output features of one panel."""
         return schedule.tile_v * target.lanes
