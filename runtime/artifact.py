@@ -36,8 +36,18 @@ from tilewright.runtime.manifest import (
     TargetSpec,
     TensorSpec,
 )
+from tilewright.runtime.memory import advise
 from tilewright.runtime.native import native_sources
-from tilewright.runtime.weights import ALIGNMENT, WeightSpec, WeightsPlan, WeightsWriter, plan_weights, read_table
+from tilewright.runtime.weights import (
+    ALIGNMENT,
+    BLOCK,
+    WeightSpec,
+    WeightsPlan,
+    WeightsWriter,
+    plan_weights,
+    read_table,
+    write_all,
+)
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 64 << 20
@@ -118,8 +128,8 @@ def checksum(descriptor: int) -> str:
     if size == 0:
         return str(xxhash.xxh3_128_hexdigest(b""))
     with mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapping:
-        if hasattr(mmap, "MADV_SEQUENTIAL"):
-            mapping.madvise(mmap.MADV_SEQUENTIAL)
+        advise(mapping, "MADV_HUGEPAGE")  # what is read from the disk now stays in memory for the kernels: in large pages
+        advise(mapping, "MADV_SEQUENTIAL")
         return str(xxhash.xxh3_128_hexdigest(mapping))
 
 
@@ -153,6 +163,7 @@ class ArtifactWriter:
 
     def path(self, name: str) -> Path:
         """Where the file ``name`` goes, its folders made."""
+        self._known.pop(name, None)  # it is about to be written
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -161,7 +172,16 @@ class ArtifactWriter:
         self.path(name).write_bytes(data.encode() if isinstance(data, str) else data)
 
     def copy(self, name: str, source: str | os.PathLike[str]) -> None:
-        shutil.copyfile(source, self.path(name))
+        """Puts a copy of the file ``source`` in, in large blocks as ``WeightsWriter`` writes them."""
+        digest, size = xxhash.xxh3_128(), 0
+        with open(source, "rb", buffering=0) as old, open(self.path(name), "wb", buffering=0) as new:
+            block = memoryview(bytearray(min(BLOCK, max(1, os.fstat(old.fileno()).st_size))))
+            while count := old.readinto(block):
+                digest.update(block[:count])
+                write_all(new, block[:count])
+                size += count
+        file = FileSpec(size, digest.hexdigest())
+        self._known[name] = lambda: file
 
     def weights(self, plan: WeightsPlan) -> WeightsWriter:
         """The stream into ``weights.safetensors``; a context manager."""

@@ -12,6 +12,7 @@ from tilewright.runtime.artifact import Folder
 from tilewright.runtime.errors import ArtifactError, InputError
 from tilewright.runtime.host import check_host
 from tilewright.runtime.manifest import KERNELS, WEIGHTS, Manifest
+from tilewright.runtime.memory import advise
 from tilewright.runtime.native import Library
 from tilewright.runtime.session import Session
 from tilewright.runtime.weights import data_offset
@@ -26,8 +27,8 @@ class Weights:
         size = os.fstat(descriptor).st_size
         offset = data_offset(os.pread(descriptor, 8, 0), size, where)
         self._mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._mapping.madvise(mmap.MADV_WILLNEED)
+        advise(self._mapping, "MADV_HUGEPAGE")  # before anything is read: what is not in memory comes in large pages
+        advise(self._mapping, "MADV_WILLNEED")
         self._view = np.frombuffer(self._mapping, np.uint8)
         self.address = self._view.ctypes.data + offset
         self.bytes = size

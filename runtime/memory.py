@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from typing import Any
@@ -19,16 +20,16 @@ def pages(count: int, huge: bool = False) -> np.ndarray[Any, np.dtype[np.uint8]]
         mapping = mmap.mmap(-1, max(count, 1), flags=flags)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"cannot map {count} bytes for a session; use a smaller batch, chunk or capacity") from error
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        _advise(mapping, mmap.MADV_HUGEPAGE)
+    if huge:
+        advise(mapping, "MADV_HUGEPAGE")
     return np.frombuffer(mapping, np.uint8)
 
 
-def _advise(mapping: mmap.mmap, advice: int) -> None:
-    try:
-        mapping.madvise(advice)
-    except OSError:
-        return  # advice only: kernels without huge pages refuse it
+def advise(mapping: mmap.mmap, name: str) -> None:
+    """Gives the system advice of ``mmap``'s name, where it knows that advice and takes it."""
+    if hasattr(mmap, name):
+        with contextlib.suppress(OSError):
+            mapping.madvise(getattr(mmap, name))
 
 
 def address(array: np.ndarray[Any, Any]) -> int:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tests.toy_artifact import manifest, plan, save
+from tests.toy_artifact import kernels, manifest, plan, save
 from tilewright.runtime import (
     ArtifactError,
     ArtifactVersionError,
@@ -305,3 +305,30 @@ def test_runtime_needs_only_its_own_dependencies():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["['runtime']", "[]"]
+
+
+def test_a_copied_file_may_be_written_again(tmp_path):
+    with ArtifactWriter(tmp_path / "new") as writer:
+        first = save(tmp_path / "toy")
+        for name in ("kernels.so", "weights.safetensors", "program.c"):
+            writer.copy(name, first / name)
+        writer.add("program.c", "changed")
+        writer.path("kernels.so").write_bytes(kernels(3))
+        writer.commit(manifest())
+    assert (tmp_path / "new" / "program.c").read_text() == "changed"
+    assert load(tmp_path / "new").session()("scale", x=np.ones((1, 8), np.float32))["y"][0, 0] == 3
+
+
+def test_large_files_are_copied_whole(tmp_path):
+    """Larger than a block, and no multiple of it."""
+    data = np.random.default_rng(0).integers(0, 256, (8 << 20) + 4097, np.uint8).tobytes()
+    (tmp_path / "large").write_bytes(data)
+    with ArtifactWriter(tmp_path / "new") as writer:
+        first = save(tmp_path / "toy")
+        for name in ("kernels.so", "weights.safetensors"):
+            writer.copy(name, first / name)
+        writer.copy("large", tmp_path / "large")
+        writer.copy("empty", os.devnull)
+        writer.commit(manifest())
+    assert (tmp_path / "new" / "large").read_bytes() == data
+    load(tmp_path / "new")
