@@ -54,12 +54,12 @@ static void task(i begin, i end, void *arg) {
     ((void (*)(i, i, i, i, i, i, i, i, i, i, i, i, i, i, i, i))c->kernel)(begin + c->first, end + c->first,
         a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]);
 }
-void run_all(tw_pool *pool, struct call *calls, i count, i tasks, i grain, i last, i last_grain) {
+void run_all(tw_pool *pool, struct call *calls, i count, i tasks, i grain, i last) {
     for (i n = 0; n < count; n++) {
         calls[n].first = 0;
         tw_pool_run(pool, task, &calls[n], tasks, grain);
         calls[n].first = tasks;
-        tw_pool_run(pool, task, &calls[n], last, last_grain);
+        if (last) tw_pool_run(pool, task, &calls[n], last, 1);
     }
 }
 """
@@ -97,7 +97,7 @@ def shim() -> ctypes.CDLL:
     subprocess.run([*command, folder / "shim.c", "-lpthread"], check=True)
     made = ctypes.CDLL(str(folder / "shim.so"))
     made.tw_pool_create.restype = ctypes.c_void_p
-    made.run_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 5]
+    made.run_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
     return made
 
 
@@ -111,7 +111,7 @@ class Bench:
     def split(self, kernel: NativeKernel, tasks: int, arrays: Sequence[np.ndarray]) -> Callable[[], None]:
         """A call of a kernel without dims over all threads."""
         block = (ctypes.c_int64 * (2 + MOST))(kernel.address, 0, *(array.ctypes.data for array in arrays))
-        return lambda kept=(kernel, arrays): shim().run_all(self.pool, block, 1, tasks, 0, 0, 1)
+        return lambda kept=(kernel, arrays): shim().run_all(self.pool, block, 1, tasks, 0, 0)
 
 
 def read_run(bench: Bench, size: int) -> Callable[[], None]:
@@ -164,8 +164,7 @@ def call_all(bench: Bench, kernel: Function, dims: dict[str, int], sets: Sequenc
         numbers = [dims[d] for d in code.dims] + [a.ctypes.data for a in (*arrays, *scratch)]
         block[0] = linked(code.object, "kernel")
         block[2:2 + len(numbers)] = numbers
-    last = getattr(code, "last", 0)
-    counts = [eval_dim(n, dims) for n in (code.tasks, code.grain, last, getattr(code, "last_grain", 1))]
+    counts = [eval_dim(n, dims) for n in (code.tasks, code.grain, code.last)]
     return lambda kept=(sets, scratch): shim().run_all(bench.pool, blocks, len(sets), *counts)
 
 

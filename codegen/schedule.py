@@ -150,18 +150,29 @@ class LinearSchedule(Schedule):
         return f"a tile needs {needed} vector registers of {have}" if needed > have else None
 
 
+_ENOUGH_TASKS = 16  # for threads to share a sequence's keys evenly
+
+
 @dataclass(frozen=True)
 class AttentionSchedule(Schedule):
     """Attention: rows (queries of one group of heads) a task holds at most, keys of a block, bytes fetched ahead.
 
-    Fetching ahead is for the few rows of decoding; tasks with many rows do without.
+    The rest is for decoding, where rows are few: bytes to fetch ahead, and parts that the keys of a head are cut into,
+    so that all threads have work and equally much of it.
     """
 
     name: ClassVar[str] = "attention"
     rows: int = knob(64, (16, 32, 64, 128))
-    keys: int = knob(64, (64, 128, 256, 512))
-    prefetch: int = knob(1024, (0, 1024, 4096, 8192, 16384))
+    keys: int = knob(256, (64, 128, 256, 512))
+    prefetch: int = knob(0, (0, 1024, 4096, 8192, 16384))
+    parts: int = knob(1, (1, 2, 4, 8, 16, 32))
 
     @classmethod
-    def default(cls, target: CpuTarget) -> Self:
-        return cls() if target.vector_bits == 512 else cls(prefetch=8192)
+    def decoding(cls, target: CpuTarget, dtype: str, heads: int, group: int) -> Self:
+        """For one query a head over a cache of ``dtype`` with so many heads, each for a group of query heads.
+
+        The hardware fetches ahead well while little is computed between two lines, and along one memory page.
+        """
+        parts = next((p for p in (1, 2, 4, 8) if p * heads >= _ENOUGH_TASKS), 16)
+        busy = dtype == "f32" and group >= 4
+        return cls(keys=64, prefetch=8192 if busy or target.vector_bits < 512 else 0, parts=parts)

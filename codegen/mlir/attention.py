@@ -12,6 +12,7 @@ from tilewright.codegen.cache import VALUE_STEP, panel_for, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
 from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
+from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 from tilewright.codegen.target import CpuTarget
@@ -56,6 +57,7 @@ class AttentionSpec:
     sinks: str | None = None
     padding: bool = False
     s: int | None = None
+    rope: Rope | None = None
     q: Slice = DENSE
     k: Slice = DENSE
     v: Slice = DENSE
@@ -87,6 +89,8 @@ class AttentionBuffers:
     bias: Buffer | None = None
     sinks: Buffer | None = None
     padding: Buffer | None = None
+    cos: Buffer | None = None
+    sin: Buffer | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,9 @@ class Extents:
 
 
 def attention_kernel(name: str, target: CpuTarget, spec: AttentionSpec, schedule: AttentionSchedule) -> Kernel:
-    """The whole kernel: dims B, S, T; buffers q, k, v, then mask, bias, sinks, padding as the spec has them, out."""
+    """The whole kernel: dims B, S, T; buffers q, k, v, then mask, bias, sinks, padding, cos, sin as the spec has them, out."""
     extra = {"mask": spec.mask and "bool", "bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks,
-             "padding": spec.padding and "bool"}
+             "padding": spec.padding and "bool"} | dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
     given = [*((key, spec.dtype) for key in "qkv"), *extra.items(), ("out", spec.out_dtype)]
     with Kernel(name, target, ("B", "S", "T"), given) as kernel:
@@ -131,6 +135,9 @@ class _Attention:
         self.values = kernel.scratch(schedule.keys * round_up(spec.vdim, VALUE_STEP), stored)
         self.panel = panel_for(kernel.target)
         shape = Shape(spec.group, spec.dim, spec.vdim, stored, self.panel, dot, spec.scale, spec.softcap, spec.s)
+        self.angles = None
+        if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
+            self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
         self.flash = Flash(kernel, shape, schedule, (self.keys, self.values))
 
     def emit(self) -> None:
@@ -147,7 +154,7 @@ class _Attention:
         rows = queries * self.spec.group
         flash.reset(rows)
         for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: flash.load_query(
-            row, self.buffers.q, self._place("q", batch, first + query, head * self.spec.group + member)))
+            row, self._query(batch, first + query, head * self.spec.group + member)))
         shift = extents.t - extents.s + first
         visible = _visibility(self.spec, extents.t)
         low, high = visible(shift).low, visible(shift + (queries - 1)).high
@@ -161,6 +168,10 @@ class _Attention:
                         lambda query: visible(shift + query), self._adjust(batch, head, first))
         for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: self._finish(
             row, batch, first + query, head * self.spec.group + member))
+
+    def _query(self, batch: Val, token: Val, head: Val) -> Row:
+        at = self.spec.rope.place(batch, token, self.extents.s) if self.spec.rope else None
+        return Row(self.kernel, self.buffers.q, self._place("q", batch, token, head), self.spec.dim, self.angles, at)
 
     def _place(self, name: str, batch: Val, token: Val, head: Val) -> Val:
         """First element of one head of one token of q, k, v or out."""

@@ -14,11 +14,12 @@ from tilewright.codegen.cache import SLOT_STEP, VALUE_STEP, round_up, value_pane
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer, Kernel, Loop
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
+from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import Val, constant, intrinsic, iota
 from tilewright.codegen.schedule import AttentionSchedule, registers
 
-_LOWEST = -1e30  # below every real score, yet finite: differences of two of them are 0, not NaN
-_LOG2E = 1.4426950408889634
+LOWEST = -(2.0**100)  # below every real score, yet finite: differences of two of them are 0, not NaN
+LOG2E = 1.4426950408889634
 _HEIGHTS = (6, 3, 2, 1)  # of tiles, when the count of rows is only known at run time
 _UNROLL = 4  # vectors of scores at a time
 
@@ -183,21 +184,18 @@ class Flash:
         """Forget everything: no key has been seen."""
         zero = constant(0.0, "f32", self.lanes)
         with self.kernel.loop(0, rows) as loop:
-            self.top.store(constant(_LOWEST, "f32"), loop.index)
+            self.top.store(constant(LOWEST, "f32"), loop.index)
             self.weight.store(zero, loop.index * self.lanes)
             for place in range(0, self.out_size, self.lanes):
                 self.sums.store(zero, loop.index * self.out_size + place)
 
-    def load_query(self, row: Val, source: Buffer, place: Val) -> None:
-        """Take the query of ``row`` from ``dim`` elements of ``source``."""
+    def load_query(self, row: Val, source: Row) -> None:
+        """Take the query of ``row``."""
         for start in range(0, self.q_size, self.lanes):
-            left = self.shape.dim - start
-            mask = None if left >= self.lanes else self.kernel.mask(constant(left), self.lanes)
-            value = source.load(place + start, self.lanes, mask).to("f32").to(self.compute)
             # The scratch ends with the last row: write no more than belongs to it.
             keep = self.q_size - start
             inside = None if keep >= self.lanes else self.kernel.mask(constant(keep), self.lanes)
-            self.q.store(value, row * self.q_size + start, inside)
+            self.q.store(source.load(start).to(self.compute), row * self.q_size + start, inside)
 
     def block(self, keys: Keys, values: Values, key: Val, count: Val, rows: Val,
               visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
@@ -246,7 +244,7 @@ class Flash:
     def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
         """One row of scores becomes one row of p; the row's statistics follow."""
         plain = not self.shape.softcap and adjust is None and self.shape.scale > 0
-        factor = constant(self.shape.scale * _LOG2E if plain else 1.0, "f32")
+        factor = constant(self.shape.scale * LOG2E if plain else 1.0, "f32")
         partly = seen.high < key + keys
         if seen.low is not None:
             partly = partly | (seen.low > key)
@@ -298,7 +296,7 @@ class Flash:
             score = math.tanh(score * (1 / self.shape.softcap)) * self.shape.softcap
         if adjust is not None:
             score = adjust(score, row, key, self.lanes)
-        return score * _LOG2E
+        return score * LOG2E
 
     def _rescale(self, row: Val, old: Val, new: Val) -> None:
         factor = math.exp2_of_negative((old - new).splat(self.lanes))
@@ -308,12 +306,19 @@ class Flash:
             place = row * self.out_size + start
             self.sums.store(self.sums.load(place, self.lanes) * factor, place)
 
+    def store_part(self, row: Val, memory: Buffer, place: Val) -> None:
+        """Keep what the row has seen: the sums, then the top and its weight, ``part_size`` elements from ``place`` on."""
+        for start in range(0, self.out_size, self.lanes):
+            memory.store(self.sums.load(row * self.out_size + start, self.lanes), place + start)
+        memory.store(self.top.load(row), place + self.out_size)
+        memory.store(self.weight.load(row * self.lanes, self.lanes).reduce("sum"), place + (self.out_size + 1))
+
     def finish(self, row: Val, out: Buffer, place: Val, sink: Val | None = None) -> None:
         """Store the row's result; ``sink`` is a further score that only counts in the denominator."""
         total = self.weight.load(row * self.lanes, self.lanes).reduce("sum")
         factor = (total > 0.0).select(1.0 / total, constant(0.0, "f32"))
         if sink is not None:
-            top, sink = self.top.load(row), sink * _LOG2E
+            top, sink = self.top.load(row), sink * LOG2E
             both = top.max(sink)
             share = math.exp2_of_negative(top - both)
             factor = share / (total * share + math.exp2_of_negative(sink - both))

@@ -1,12 +1,17 @@
-"""Kernels over a key/value cache in the layout of `CacheLayout`: append new tokens, attend to all of them."""
+"""Attend to a key/value cache in the layout of `CacheLayout`.
+
+In decoding the keys of each head are cut into parts, one a task, and the tasks that run last put them together.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.codegen.cache import CacheLayout, value_panels
+from tilewright.codegen.cache import SLOT_STEP, CacheLayout
 from tilewright.codegen.mlir.attention import DENSE, Slice, for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
+from tilewright.codegen.mlir.kv_parts import Parts, part_size
+from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 from tilewright.codegen.target import CpuTarget
@@ -17,6 +22,7 @@ class AttendSpec:
     """q ``[B, S, heads, dim]`` over a cache -> ``[B, S, heads, vdim]``; query s of sequence b stands at start[b] + s.
 
     ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
+    With ``rope`` the queries are rotated on the way.
     """
 
     heads: int
@@ -31,6 +37,7 @@ class AttendSpec:
     bias_dtype: str = "f32"
     sinks: str | None = None
     s: int | None = None
+    rope: Rope | None = None
     q: Slice = DENSE
     out: Slice = DENSE
 
@@ -45,7 +52,20 @@ class AttendSpec:
 
     def tasks(self, schedule: AttentionSchedule, b: Any, s: Any) -> Any:
         """Number of tasks: an int, or an expression when ``b`` or ``s`` is symbolic."""
-        return b * self.cache.heads * -(-s // self.queries(schedule))
+        return b * self.cache.heads * (self.parts(schedule) if self.s == 1 else -(-s // self.queries(schedule)))
+
+    def parts(self, schedule: AttentionSchedule) -> int:
+        """Parts of the keys of one head, at most."""
+        return min(schedule.parts, self.cache.slots // SLOT_STEP) if self.s == 1 else 1
+
+    def last(self, schedule: AttentionSchedule, b: Any) -> Any:
+        """Number of tasks that put parts together."""
+        return b * self.cache.heads if self.parts(schedule) > 1 else 0
+
+    def scratch(self, schedule: AttentionSchedule, b: Any) -> tuple[Any, ...]:
+        """Bytes of the parts."""
+        size = 4 * self.parts(schedule) * self.heads * part_size(self.cache.vdim)
+        return (b * size,) if self.parts(schedule) > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -59,17 +79,22 @@ class AttendBuffers:
     out: Buffer
     bias: Buffer | None = None
     sinks: Buffer | None = None
+    cos: Buffer | None = None
+    sin: Buffer | None = None
+    parts: Buffer | None = None
 
 
 def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: AttentionSchedule) -> Kernel:
-    """The whole kernel: dims B, S; buffers q, cache k and v, start, then bias and sinks as the spec has them, out."""
+    """The whole kernel: dims B, S; buffers q, cache k and v, start, then bias, sinks, cos and sin as the spec has them, out, parts."""
     extra = {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
+    extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
     stored = spec.cache.dtype
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]
+    given += [("parts", "f32")] * (spec.parts(schedule) > 1)
     with Kernel(name, target, ("B", "S"), given) as kernel:
-        q, k, v, start, *rest, out = kernel.buffers
-        buffers = AttendBuffers(q, k, v, start, out, **dict(zip(extra, rest)))
+        named = {name: buffer for (name, _), buffer in zip(given, kernel.buffers)}
+        buffers = AttendBuffers(**named)
         emit_attend(kernel, spec, schedule, kernel.dims["B"], kernel.dims["S"], buffers)
     return kernel
 
@@ -91,33 +116,96 @@ class _Attend:
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
         shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, dot, spec.scale, spec.softcap, spec.s)
         self.flash = Flash(kernel, shape, schedule, (buffers.k, buffers.v))
+        self.parts, self.angles = spec.parts(schedule), None
+        if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
+            self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
 
     def emit(self) -> None:
+        if self.parts > 1:
+            self._emit_parts()
+            return
         kernel, heads, queries = self.kernel, self.spec.cache.heads, self.spec.queries(self.schedule)
         runs = ((self.s + (queries - 1)) // queries).max(1)
         with kernel.loop(kernel.begin, kernel.end) as tasks:
             run, head = tasks.index % runs, tasks.index // runs % heads
             batch, first = tasks.index // (runs * heads), run * queries
-            self._task(batch, head, first, (self.s - first).min(constant(queries)))
+            rows = (self.s - first).min(constant(queries))
+            begin, high = self._range(batch, first, rows)
+            self._task(batch, head, first, rows, begin, high)
+            for_rows(kernel, rows, self.spec.group, lambda query, member, row: self._finish(
+                row, batch, first + query, head * self.spec.group + member))
 
-    def _task(self, batch: Val, head: Val, first: Val, queries: Val) -> None:
+    def _emit_parts(self) -> None:
+        """One query: a task is a part of the keys of a head. Neighbours are next to each other in memory."""
+        kernel, heads, zero = self.kernel, self.spec.cache.heads, constant(0)
+        lanes = self.b * heads
+        work = lanes * self.parts
+        with kernel.loop(kernel.begin, kernel.end.min(work)) as tasks:
+            lane, part = tasks.index // self.parts, tasks.index % self.parts
+            batch, head = lane // heads, lane % heads
+            begin, high = self._range(batch, zero, constant(1))
+            size = self._part_keys(high - begin)
+            first = begin + part * size
+            with kernel.when(first < high):
+                self._task(batch, head, zero, constant(1), first, (first + size).min(high))
+                with kernel.loop(0, self.spec.group) as members:
+                    kernel.branch(high - begin <= size,
+                                  lambda: self._finish(members.index, batch, zero, head * self.spec.group + members.index),
+                                  lambda: self._keep(members.index, lane, part))
+        with kernel.loop(kernel.begin.max(work), kernel.end) as tasks:
+            self._combine(tasks.index - work)
+
+    def _range(self, batch: Val, first: Val, queries: Val) -> tuple[Val, Val]:
+        """The keys that some of the queries see, from the start of a block on."""
+        position, step = self.buffers.start.load(batch).to("index") + first, self.schedule.keys
+        low = self._visible(position).low
+        return constant(0) if low is None else low // step * step, self._visible(position + (queries - 1)).high
+
+    def _part_keys(self, keys: Val) -> Val:
+        """Keys of each part but the last, whole runs."""
+        return ((keys + (self.parts - 1)) // self.parts + (SLOT_STEP - 1)) // SLOT_STEP * SLOT_STEP
+
+    def _part_place(self, row: Val, lane: Val, part: Val) -> Val:
+        return ((lane * self.parts + part) * self.spec.group + row) * part_size(self.spec.cache.vdim)
+
+    def _keep(self, row: Val, lane: Val, part: Val) -> None:
+        self.flash.store_part(row, self.buffers.parts, self._part_place(row, lane, part))
+
+    def _combine(self, lane: Val) -> None:
+        """Put the parts of one head together, unless there is only one."""
+        spec, kernel, heads = self.spec, self.kernel, self.spec.cache.heads
+        batch, head = lane // heads, lane % heads
+        begin, high = self._range(batch, constant(0), constant(1))
+        size = self._part_keys(high - begin)
+        count = (high - begin + (size - 1)) // size
+        with kernel.when(count > 1), kernel.loop(0, spec.group) as members:
+            place = self._part_place(members.index, lane, constant(0))
+            stride = spec.group * part_size(spec.cache.vdim)
+            parts = Parts(kernel, self.buffers.parts, place, stride, count, spec.cache.vdim)
+            query_head = head * spec.group + members.index
+            parts.combine(self.buffers.out, self._place(spec.out, spec.cache.vdim, batch, constant(0), query_head),
+                          self._sink(query_head))
+
+    def _task(self, batch: Val, head: Val, first: Val, queries: Val, begin: Val, high: Val) -> None:
+        """Queries from ``first`` on, over keys ``begin <= key < high``."""
         spec, cache, flash, step = self.spec, self.spec.cache, self.flash, self.schedule.keys
         rows = queries * spec.group
+        lane = (batch * cache.heads + head) * cache.slots
         flash.reset(rows)
         for_rows(self.kernel, queries, spec.group, lambda query, member, row: flash.load_query(
-            row, self.buffers.q, self._place(spec.q, cache.dim, batch, first + query, head * spec.group + member)))
+            row, self._query(batch, first + query, head * spec.group + member)))
         position = self.buffers.start.load(batch).to("index") + first
-        low, high = self._visible(position).low, self._visible(position + (queries - 1)).high
-        begin = constant(0) if low is None else low // step * step
-        lane = (batch * cache.heads + head) * cache.slots
         with self.kernel.loop(begin, high, step) as blocks:
             key = blocks.index
             keys = Keys(self.buffers.k, (lane + key) * cache.key_size)
             values = Values(self.buffers.v, lane * cache.value_size, cache.slots, key)
             flash.block(keys, values, key, (high - key).min(constant(step)), rows,
                         lambda query: self._visible(position + query), self._adjust(batch, head, first))
-        for_rows(self.kernel, queries, spec.group, lambda query, member, row: self._finish(
-            row, batch, first + query, head * spec.group + member))
+
+    def _query(self, batch: Val, token: Val, head: Val) -> Row:
+        place = self._place(self.spec.q, self.spec.cache.dim, batch, token, head)
+        at = self.spec.rope.place(batch, token, self.s) if self.spec.rope else None
+        return Row(self.kernel, self.buffers.q, place, self.spec.cache.dim, self.angles, at)
 
     def _place(self, where: Slice, size: int, batch: Val, token: Val, head: Val) -> Val:
         return (batch * self.s + token) * (where.stride or self.spec.heads * size) + (head * size + where.offset)
@@ -133,9 +221,11 @@ class _Attend:
         return Visible(low, position + 1)
 
     def _finish(self, row: Val, batch: Val, token: Val, head: Val) -> None:
-        sink = self.buffers.sinks.load(head).to("f32") if self.buffers.sinks else None
         place = self._place(self.spec.out, self.spec.cache.vdim, batch, token, head)
-        self.flash.finish(row, self.buffers.out, place, sink)
+        self.flash.finish(row, self.buffers.out, place, self._sink(head))
+
+    def _sink(self, head: Val) -> Val | None:
+        return self.buffers.sinks.load(head).to("f32") if self.buffers.sinks else None
 
     def _adjust(self, batch: Val, head: Val, first: Val) -> Adjust | None:
         spec, bias = self.spec, self.buffers.bias
@@ -148,84 +238,3 @@ class _Attend:
             return score + load_broadcast(self.kernel, bias, spec.bias, place, size, lanes).to("f32")
 
         return adjust
-
-
-@dataclass(frozen=True)
-class AppendSpec:
-    """k ``[B, S, heads, dim]`` and v ``[B, S, heads, vdim]`` into slots ``start[b]`` and on; S and B are dims."""
-
-    cache: CacheLayout
-    dtype: str = "f32"
-    k: Slice = DENSE
-    v: Slice = DENSE
-
-    def tasks(self, b: Any) -> Any:
-        """Number of tasks: one for each head of each sequence."""
-        return b * self.cache.heads
-
-
-@dataclass(frozen=True)
-class AppendBuffers:
-    """Arguments of the kernel: the cache, the new keys and values, ``start`` i64 [B]."""
-
-    cache_k: Buffer
-    cache_v: Buffer
-    k: Buffer
-    v: Buffer
-    start: Buffer
-
-
-def append_kernel(name: str, target: CpuTarget, spec: AppendSpec) -> Kernel:
-    """The whole kernel: dims B, S; buffers cache k, cache v, k, v, start."""
-    given = [("cache_k", spec.cache.dtype), ("cache_v", spec.cache.dtype), ("k", spec.dtype), ("v", spec.dtype)]
-    with Kernel(name, target, ("B", "S"), [*given, ("start", "i64")]) as kernel:
-        emit_append(kernel, spec, kernel.dims["S"], AppendBuffers(*kernel.buffers))
-    return kernel
-
-
-def emit_append(kernel: Kernel, spec: AppendSpec, s: Val, buffers: AppendBuffers) -> None:
-    """Emit the task loop into ``kernel``."""
-    cache = spec.cache
-    row = kernel.scratch(-(-cache.key_size // kernel.lanes) * kernel.lanes, cache.dtype)
-    with kernel.loop(kernel.begin, kernel.end) as tasks:
-        batch, head = tasks.index // cache.heads, tasks.index % cache.heads
-        start = buffers.start.load(batch).to("index")
-        with kernel.loop(0, s) as tokens:
-            token, slot = batch * s + tokens.index, start + tokens.index
-            k_from = token * (spec.k.stride or cache.heads * cache.dim) + (head * cache.dim + spec.k.offset)
-            v_from = token * (spec.v.stride or cache.heads * cache.vdim) + (head * cache.vdim + spec.v.offset)
-            lane = tasks.index * cache.slots
-            _append_key(kernel, cache, buffers.k.at(k_from), row, buffers.cache_k.at(lane * cache.key_size), slot)
-            _append_value(kernel, cache, buffers.v.at(v_from), buffers.cache_v.at(lane * cache.value_size), slot)
-
-
-def _load(kernel: Kernel, source: Buffer, start: int, size: int, dtype: str) -> Val:
-    left = size - start
-    mask = None if left >= kernel.lanes else kernel.mask(constant(left), kernel.lanes)
-    return source.load(start, kernel.lanes, mask).to("f32").to(dtype)
-
-
-def _append_key(kernel: Kernel, cache: CacheLayout, source: Buffer, row: Buffer, k: Buffer, slot: Val) -> None:
-    """Scatter one key over its panel, a pair at a time."""
-    for start in range(0, cache.key_size, kernel.lanes):
-        row.store(_load(kernel, source, start, cache.dim, cache.dtype), start)
-    place = slot // cache.panel * (cache.panel * cache.key_size) + slot % cache.panel * cache.pair
-    with kernel.loop(0, cache.key_size, cache.pair) as loop:
-        k.store(row.load(loop.index, cache.pair), place + loop.index * cache.panel)
-
-
-def _append_value(kernel: Kernel, cache: CacheLayout, source: Buffer, v: Buffer, slot: Val) -> None:
-    """Write one value; in a pair, the first clears the second, which it precedes, and the second keeps the first."""
-    for start, width in value_panels(cache.value_size, cache.panel):
-        for column in range(0, width, kernel.lanes):
-            if start + column >= cache.vdim:
-                return
-            value = _load(kernel, source, start + column, cache.vdim, cache.dtype)
-            at = slot // cache.pair * (cache.pair * width) + (start * cache.slots + column * cache.pair)
-            v.store(value if cache.pair == 1 else _paired(kernel, value, v, at, slot), at)
-
-
-def _paired(kernel: Kernel, value: Val, v: Buffer, at: Val, slot: Val) -> Val:
-    wide = value.bitcast("i16").to("i32") & 0xFFFF
-    kept = v.load(at, 2 * kernel.lanes).bitcast("i32") & 0xFFFF
-    return (slot % 2).eq(0).select(wide, (wide << 16) | kept).bitcast("bf16")

@@ -9,7 +9,8 @@ import pytest
 from tests.backend.mlir_helpers import TARGETS, library_calls, random_array, target
 from tilewright.codegen.cache import CacheLayout, panel_for
 from tilewright.codegen.mlir.attention import AttentionSpec, Slice, attention_kernel
-from tilewright.codegen.mlir.kv import AppendSpec, AttendSpec, append_kernel, attend_kernel
+from tilewright.codegen.mlir.kv import AttendSpec, attend_kernel
+from tilewright.codegen.mlir.kv_append import AppendSpec, append_kernel
 from tilewright.codegen.mlir.lower import assembly, compile_kernel
 from tilewright.codegen.mlir.native import NativeKernel, aligned, numpy_dtype
 from tilewright.codegen.schedule import AttentionSchedule
@@ -200,13 +201,13 @@ def test_append(name: str, dtype: str, stored: str, dim: int, vdim: int) -> None
     layout = CacheLayout(2, dim, vdim, 70, stored, panel_for(where))
     spec = AppendSpec(layout, dtype)
     kernel = NativeKernel(append_kernel("k", where, spec))
-    for s, starts in ((1, [0, 33]), (2, [15, 16]), (17, [0, 53])):
+    for s, starts in ((1, [0, 33]), (2, [15, 16]), (17, [0, 53]), (65, [5, 2])):
         k, v = filled_cache(rng, layout, 2, 70)
         expected = [array.copy() for array in layout.read(k, v)]
         new_k, new_v = random_array(rng, (2, s, 2, dim), dtype), random_array(rng, (2, s, 2, vdim), dtype)
         start = aligned(2, "i64")
         start[:] = starts
-        kernel(0, spec.tasks(2), (2, s), (k, v, new_k, new_v, start))
+        kernel(0, spec.tasks(2, s), (2, s), (k, v, new_k, new_v, start))
         for array, new in zip(expected, (new_k, new_v)):
             for b, at in enumerate(starts):
                 array[b, at:at + s] = new[b].astype(numpy_dtype(stored))
@@ -255,19 +256,51 @@ def test_attend(name: str, dtype: str, stored: str, what: str) -> None:
 @pytest.mark.parametrize(("group", "dim", "vdim"), [(1, 128, 128), (4, 128, 128), (7, 64, 80), (8, 16, 200), (71, 8, 8)])
 def test_decode(name: str, dtype: str, group: int, dim: int, vdim: int) -> None:
     """With S known to be 1, tiles fit the group of heads exactly."""
-    where, rng = target(name), np.random.default_rng(0)
-    layout = CacheLayout(2, dim, vdim, 150, dtype, panel_for(where))
-    spec = AttendSpec(2 * group, layout, dtype, dtype, scale=dim**-0.5, s=1)
-    schedule = AttentionSchedule.default(where)
-    kernel = NativeKernel(attend_kernel("k", where, spec, schedule))
-    k, v = filled_cache(rng, layout, 3, 150)
-    q, out = random_array(rng, (3, 1, 2 * group, dim), dtype), aligned((3, 1, 2 * group, vdim), dtype, fill=9)
-    start = aligned(3, "i64")
-    start[:] = [0, 64, 149]
-    kernel(0, spec.tasks(schedule, 3, 1), (3, 1), (q, k, v, start, out))
-    keep = np.arange(150) <= start[:, None, None, None]
-    old_k, old_v = layout.read(k, v)
-    check(out, attend(wide(q), wide(old_k), wide(old_v), keep, None, None, spec.scale, 0.0), dtype)
+    Decode(name, dtype, group, dim, vdim, {}).check([0, 64, 149])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("what", CACHED)
+@pytest.mark.parametrize("parts", [2, 8])
+def test_decode_in_parts(name: str, what: str, parts: int) -> None:
+    """Parts of a head's keys, put together at the end; the first sequence is too short for more than one."""
+    decode = Decode(name, "f32", 3, 33, 20, CACHED[what], parts)
+    decode.check([0, 500, 700])
+    decode.check([63, 64, 127])
+
+
+@dataclasses.dataclass
+class Decode:
+    """One query of three sequences over a cache."""
+
+    name: str
+    dtype: str
+    group: int
+    dim: int
+    vdim: int
+    given: dict[str, Any]
+    parts: int = 0
+
+    def check(self, starts: list[int]) -> None:
+        where, rng, heads, length = target(self.name), np.random.default_rng(0), 2 * self.group, max(starts) + 1
+        layout = CacheLayout(2, self.dim, self.vdim, length, self.dtype, panel_for(where))
+        spec = AttendSpec(heads, layout, self.dtype, self.dtype, scale=self.dim**-0.5, s=1, **self.given)
+        schedule = AttentionSchedule.decoding(where, self.dtype, 2, self.group)
+        schedule = dataclasses.replace(schedule, parts=self.parts or schedule.parts)
+        kernel = NativeKernel(attend_kernel("k", where, spec, schedule))
+        k, v = filled_cache(rng, layout, 3, length)
+        q, out = random_array(rng, (3, 1, heads, self.dim), self.dtype), aligned((3, 1, heads, self.vdim), self.dtype, 9)
+        more = extras(rng, spec, {"b": 3, "h": heads, "s": 1, "t": length})
+        start, scratch = aligned(3, "i64"), [aligned(size, "u8", fill=255) for size in spec.scratch(schedule, 3)]
+        start[:] = starts
+        tasks, last = spec.tasks(schedule, 3, 1), spec.last(schedule, 3)
+        for begin, end in ((0, tasks // 2), (tasks // 2, tasks), (tasks, tasks + last)):
+            kernel(begin, end, (3, 1), (q, k, v, start, *more.values(), out, *scratch))
+        keep = visible(start[:, None], np.arange(length), True, spec.window, -1, spec.chunk)[:, None]
+        old_k, old_v = layout.read(k, v)
+        expected = attend(wide(q), wide(old_k), wide(old_v), keep, more.get("bias"), more.get("sinks"), spec.scale,
+                          spec.softcap)
+        check(out, expected, self.dtype)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -1,0 +1,123 @@
+"""Append keys and values to a cache in the layout of `CacheLayout`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.codegen.cache import SLOT_STEP, CacheLayout, value_panels
+from tilewright.codegen.mlir.attention import DENSE, Slice
+from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.rows import Angles, Rope, Row
+from tilewright.codegen.mlir.value import Val, constant
+from tilewright.codegen.target import CpuTarget
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    """k ``[B, S, heads, dim]`` and v ``[B, S, heads, vdim]`` into slots ``start[b]`` and on; S and B are dims.
+
+    ``s`` is S when it is static. With ``rope`` the keys are rotated on the way.
+    """
+
+    cache: CacheLayout
+    dtype: str = "f32"
+    s: int | None = None
+    rope: Rope | None = None
+    k: Slice = DENSE
+    v: Slice = DENSE
+
+    def runs(self, s: Any) -> Any:
+        """Tasks that the tokens of one sequence are cut into; they meet at slots that are multiples of SLOT_STEP."""
+        return 1 if self.s == 1 else -(-s // SLOT_STEP) + 1
+
+    def tasks(self, b: Any, s: Any) -> Any:
+        """Number of tasks."""
+        return b * self.cache.heads * self.runs(s)
+
+
+@dataclass(frozen=True)
+class AppendBuffers:
+    """Arguments of the kernel: the cache, the new keys and values, ``start`` i64 [B], tables of a rotation."""
+
+    cache_k: Buffer
+    cache_v: Buffer
+    k: Buffer
+    v: Buffer
+    start: Buffer
+    cos: Buffer | None = None
+    sin: Buffer | None = None
+
+
+def append_kernel(name: str, target: CpuTarget, spec: AppendSpec) -> Kernel:
+    """The whole kernel: dims B, S; buffers cache k, cache v, k, v, start, and cos and sin if the spec has them."""
+    given = [("cache_k", spec.cache.dtype), ("cache_v", spec.cache.dtype), ("k", spec.dtype), ("v", spec.dtype)]
+    tables = [("cos", spec.rope.dtype), ("sin", spec.rope.dtype)] if spec.rope else []
+    with Kernel(name, target, ("B", "S"), [*given, ("start", "i64"), *tables]) as kernel:
+        emit_append(kernel, spec, kernel.dims["S"], AppendBuffers(*kernel.buffers))
+    return kernel
+
+
+def emit_append(kernel: Kernel, spec: AppendSpec, s: Val, buffers: AppendBuffers) -> None:
+    """Emit the task loop into ``kernel``."""
+    _Append(kernel, spec, s, buffers).emit()
+
+
+class _Append:
+    """The state of one emission."""
+
+    def __init__(self, kernel: Kernel, spec: AppendSpec, s: Val, buffers: AppendBuffers) -> None:
+        self.kernel, self.spec, self.cache, self.s, self.buffers = kernel, spec, spec.cache, s, buffers
+        self.row = kernel.scratch(-(-spec.cache.key_size // kernel.lanes) * kernel.lanes, spec.cache.dtype)
+        self.angles = None
+        if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
+            self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
+
+    def emit(self) -> None:
+        runs = (self.s + (SLOT_STEP - 1)) // SLOT_STEP + 1
+        with self.kernel.loop(self.kernel.begin, self.kernel.end) as tasks:
+            lane = tasks.index if self.spec.s == 1 else tasks.index // runs
+            batch, head = lane // self.cache.heads, lane % self.cache.heads
+            start = self.buffers.start.load(batch).to("index")
+            if self.spec.s == 1:
+                self._token(lane, batch, head, constant(0), start)
+            else:
+                first = start // SLOT_STEP * SLOT_STEP + tasks.index % runs * SLOT_STEP
+                with self.kernel.loop(first.max(start), (first + SLOT_STEP).min(start + self.s)) as slots:
+                    self._token(lane, batch, head, slots.index - start, slots.index)
+
+    def _token(self, lane: Val, batch: Val, head: Val, token: Val, slot: Val) -> None:
+        """One token of one head into its slot."""
+        cache, spec, buffers = self.cache, self.spec, self.buffers
+        row, at = batch * self.s + token, None
+        if spec.rope is not None:
+            at = spec.rope.place(batch, token, self.s)
+        k_from = row * (spec.k.stride or cache.heads * cache.dim) + (head * cache.dim + spec.k.offset)
+        v_from = row * (spec.v.stride or cache.heads * cache.vdim) + (head * cache.vdim + spec.v.offset)
+        first = lane * cache.slots
+        key = Row(self.kernel, buffers.k, k_from, cache.dim, self.angles, at)
+        self._key(key, buffers.cache_k.at(first * cache.key_size), slot)
+        self._value(Row(self.kernel, buffers.v, v_from, cache.vdim), buffers.cache_v.at(first * cache.value_size), slot)
+
+    def _key(self, source: Row, k: Buffer, slot: Val) -> None:
+        """Scatter one key over its panel, a pair at a time."""
+        cache = self.cache
+        for start in range(0, cache.key_size, self.kernel.lanes):
+            self.row.store(source.load(start).to(cache.dtype), start)
+        place = slot // cache.panel * (cache.panel * cache.key_size) + slot % cache.panel * cache.pair
+        with self.kernel.loop(0, cache.key_size, cache.pair) as loop:
+            k.store(self.row.load(loop.index, cache.pair), place + loop.index * cache.panel)
+
+    def _value(self, source: Row, v: Buffer, slot: Val) -> None:
+        """Write one value; in a pair, the first clears the second, which it precedes, and the second keeps the first."""
+        cache = self.cache
+        for start, width in value_panels(cache.value_size, cache.panel):
+            for column in range(0, width, self.kernel.lanes):
+                if start + column >= cache.vdim:
+                    return
+                value = source.load(start + column).to(cache.dtype)
+                at = slot // cache.pair * (cache.pair * width) + (start * cache.slots + column * cache.pair)
+                v.store(value if cache.pair == 1 else self._paired(value, v, at, slot), at)
+
+    def _paired(self, value: Val, v: Buffer, at: Val, slot: Val) -> Val:
+        wide = value.bitcast("i16").to("i32") & 0xFFFF
+        kept = v.load(at, 2 * self.kernel.lanes).bitcast("i32") & 0xFFFF
+        return (slot % 2).eq(0).select(wide, (wide << 16) | kept).bitcast("bf16")
