@@ -1,0 +1,3 @@
+from benchmarks.peers.cli import app
+
+app(prog_name="python -m benchmarks.peers")

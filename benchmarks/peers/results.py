@@ -1,0 +1,138 @@
+"""Samples in a JSON file: appended one at a time, never half written, so that a run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.tasks import TASKS
+
+Sample = dict[str, Any]
+Key = tuple[str, str, str, int]
+
+
+class ResultsError(RuntimeError):
+    """The file holds results of another machine or with other settings."""
+
+
+def key(sample: Sample) -> Key:
+    """What a sample is of: model, system, variant, round."""
+    return sample["model"], sample["system"], sample["variant"], sample["round"]
+
+
+class Results:
+    """The results in ``path``: ``settings`` (what must be equal within a file), ``environment`` and ``samples``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        self.settings: dict[str, Any] = content.get("settings", {})
+        self.environment: dict[str, Any] = content.get("environment", {})
+        self.samples: list[Sample] = content.get("samples", [])
+
+    def begin(self, settings: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Go on with ``settings``; raises ResultsError when there are samples taken with others."""
+        if self.samples and self.settings != settings:
+            raise ResultsError(f"{self.path} holds results with {self.settings}, not {settings}; use another --out")
+        self.settings, self.environment = settings, environment
+
+    def missing(self, at: Key, tasks: Sequence[str]) -> list[str]:
+        """Tasks without a result; those that failed are tried again."""
+        done = {task for sample in self.samples if key(sample) == at for task in sample.get("seconds", {})}
+        return [task for task in tasks if task not in done]
+
+    def append(self, sample: Sample) -> None:
+        """Add a sample and write the file. It takes the place of an earlier one that failed."""
+        self.samples = [old for old in self.samples if key(old) != key(sample) or "error" not in old]
+        self.samples.append(sample)
+        self.write()
+
+    def drop(self, which: Callable[[Sample], bool]) -> None:
+        """Forget samples."""
+        self.samples = [sample for sample in self.samples if not which(sample)]
+
+    def write(self) -> None:
+        """Write the file whole, beside, and rename it: one line a sample."""
+        head = {"settings": self.settings, "environment": self.environment}
+        lines = ",\n".join("  " + json.dumps(sample) for sample in self.samples)
+        text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "samples": [\n{lines}\n ]\n}}\n'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.write_text(text)
+        os.replace(beside, self.path)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Figures of several rounds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def low(self) -> float:
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        return max(self.values)
+
+    @property
+    def iqr(self) -> float:
+        """The distance of the quartiles; 0 for a single figure."""
+        if len(self.values) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
+        return third - first
+
+
+@dataclass(frozen=True)
+class Series:
+    """What one variant of a system reached in one task on one model, by round."""
+
+    model: str
+    system: str
+    variant: str
+    task: str
+    by_round: dict[int, float]
+
+    @property
+    def spread(self) -> Spread:
+        return Spread(tuple(self.by_round.values()))
+
+    def is_better_than(self, other: Series) -> bool:
+        better, worse = self.spread.median, other.spread.median
+        return better > worse if TASKS[self.task].higher_is_better else better < worse
+
+    def ratios(self, other: Series) -> Spread:
+        """Own figure over that of ``other``, in the rounds that both have; medians if they share none."""
+        both = self.by_round.keys() & other.by_round.keys()
+        pairs = tuple(self.by_round[i] / other.by_round[i] for i in sorted(both))
+        return Spread(pairs or (self.spread.median / other.spread.median,))
+
+
+def series(samples: Iterable[Sample]) -> list[Series]:
+    """Figures by model, system, variant and task."""
+    found: dict[tuple[str, str, str, str], dict[int, float]] = {}
+    for sample in samples:
+        for task, seconds in sample.get("seconds", {}).items():
+            at = (sample["model"], sample["system"], sample["variant"], task)
+            found.setdefault(at, {})[sample["round"]] = TASKS[task].figure(seconds)
+    return [Series(*at, by_round=values) for at, values in found.items()]
+
+
+def best(candidates: Sequence[Series]) -> Series | None:
+    """The one with the best median."""
+    chosen: Series | None = None
+    for one in candidates:
+        if chosen is None or one.is_better_than(chosen):
+            chosen = one
+    return chosen

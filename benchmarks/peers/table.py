@@ -1,0 +1,188 @@
+"""Tables of results: the goals, then everything that was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.peers.peer import Variant
+from benchmarks.peers.results import Results, Sample, Series, Spread, best, series
+from benchmarks.peers.shapes import SHAPES
+from benchmarks.peers.systems import OWN, PEERS
+from benchmarks.peers.tasks import TASKS
+from benchmarks.peers.works import WORKS, Work
+
+TENSOR_LIMITS = {"read": "GB/s", "f32": "GFLOP/s", "bf16": "GFLOP/s", "int8": "GOP/s"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A work on a model: own figure beside that of the fastest peer. ``share``: of the limit that the goal names."""
+
+    work: Work
+    model: str
+    task: str
+    own: Series
+    peer: Series | None
+    ratio: Spread | None
+    share: float | None
+
+    @property
+    def verdict(self) -> str:
+        """``hit``, ``miss`` or empty where there is no goal or no peer to compare with."""
+        checks = []
+        if self.work.goal is not None and self.ratio is not None:
+            median = self.ratio.median
+            checks.append(median <= self.work.goal if self.work.below else median >= self.work.goal)
+        if self.share is not None and self.work.share is not None:
+            checks.append(self.share >= self.work.share)
+        return "" if not checks else "hit" if all(checks) else "miss"
+
+    @property
+    def goal(self) -> str:
+        parts = []
+        if self.work.goal is not None:
+            parts.append(f"{'<=' if self.work.below else '>='} {self.work.goal:g}x")
+        if self.share is not None and self.work.share is not None:
+            parts.append(f">= {self.work.share:.0%} of {self.work.of}")
+        return ", ".join(parts)
+
+    def cells(self) -> list[str]:
+        """The texts of a row."""
+        other = f"{name(self.peer)} {figure(self.peer)}" if self.peer else ""
+        ratio = f"{self.ratio.median:.2f} ({self.ratio.low:.2f}-{self.ratio.high:.2f})" if self.ratio else ""
+        share = f"{self.share:.0%}" if self.share is not None else ""
+        ours = f"{self.own.variant} {figure(self.own)}"
+        return [self.work.name, self.model, self.task, ours, other, ratio, share, self.goal, self.verdict]
+
+
+HEAD = ("work", "model", "task", "tilewright", "fastest peer", "ratio", "of limit", "goal", "")
+DETAILS = ("model", "system", "variant", "task", "median", "min", "max", "IQR", "unit", "rounds", "load s", "peak MB")
+
+
+def name(one: Series) -> str:
+    return f"{PEERS[one.system].title} {one.variant}" if one.system in PEERS else one.system
+
+
+def figure(one: Series) -> str:
+    return f"{one.spread.median:.4g} {TASKS[one.task].unit}"
+
+
+def variant_of(one: Series) -> Variant | None:
+    """The declaration of what was measured; None when it is gone."""
+    peer = PEERS.get(one.system)
+    return next((variant for variant in peer.variants if variant.name == one.variant), None) if peer else None
+
+
+def goal_rows(samples: Sequence[Sample], works: Iterable[Work] = WORKS) -> list[Row]:
+    """A row for each work, model and task with an own figure."""
+    known = [(one, variant) for one in series(samples) if (variant := variant_of(one)) is not None]
+    found = []
+    for work in works:
+        for model in work.models:
+            for task in work.tasks:
+                here = [(one, variant) for one, variant in known if (one.model, one.task) == (model, task)]
+                own = best([one for one, variant in here if one.system == OWN and work.own(variant)])
+                peer = best([one for one, variant in here if one.system != OWN and work.peers(variant)
+                             and (not work.systems or one.system in work.systems)])  # fmt: skip
+                if own is not None:
+                    ratio = own.ratios(peer) if peer else None
+                    found.append(Row(work, model, task, own, peer, ratio, share_of_limit(work, own, samples)))
+    return found
+
+
+def share_of_limit(work: Work, own: Series, samples: Sequence[Sample]) -> float | None:
+    """How much of the limit that was measured just before own runs they reached; the median over rounds."""
+    if work.share is None or own.model != "L":
+        return None
+    shares = []
+    for sample in of_series(own, samples):
+        used = demand(own, sample)
+        if used is not None:
+            shares.append(used / sample["seconds"][own.task] / sample["limits"][work.of])
+    return statistics.median(shares) if shares else None
+
+
+def demand(own: Series, sample: Sample) -> float | None:
+    """Bytes that a task must read, or operations that it must do."""
+    facts, shape = sample["facts"], SHAPES[own.model]
+    if own.task == "decode":
+        context, tokens = TASKS["decode"].arguments
+        cache = facts["cache_bytes"] / facts["capacity"] * (context + tokens / 2)
+        return float(tokens * (facts["step_bytes"] + cache))
+    if own.task == "attention":
+        near, far = TASKS["attention"].arguments
+        return float(facts["cache_bytes"] / facts["capacity"] * (far - near))
+    if own.task == "prefill":
+        return float(2 * TASKS["prefill"].work * shape.layer_parameters)
+    return None
+
+
+def of_series(one: Series, samples: Iterable[Sample]) -> list[Sample]:
+    """The samples that a series was made of."""
+    return [s for s in samples if (s["model"], s["system"], s["variant"]) == (one.model, one.system, one.variant)
+            and one.task in s.get("seconds", {})]  # fmt: skip
+
+
+def detail_rows(samples: Sequence[Sample]) -> list[list[str]]:
+    """A row for each system, model, variant and task."""
+    found = []
+    models, tasks = list(SHAPES), list(TASKS)
+    order = sorted(series(samples), key=lambda s: (models.index(s.model), tasks.index(s.task), s.system, s.variant))
+    for one in order:
+        spread, unit = one.spread, TASKS[one.task].unit
+        mine = of_series(one, samples)
+        load = statistics.median(s["load_seconds"] for s in mine)
+        peak = max(s["peak_bytes"] for s in mine) / 1e6
+        numbers = [f"{value:.4g}" for value in (spread.median, spread.low, spread.high, spread.iqr)]
+        found.append([one.model, one.system, one.variant, one.task, *numbers, unit, str(len(spread.values)), f"{load:.2f}",
+                      f"{peak:.0f}"])  # fmt: skip
+    return found
+
+
+def limit_lines(samples: Sequence[Sample]) -> list[str]:
+    """The limits of the machine over the run."""
+    lines = []
+    for limit, unit in TENSOR_LIMITS.items():
+        values = [s["limits"][limit] / 1e9 for s in samples if limit in s["limits"]]
+        if values:
+            lines.append(f"{limit} {statistics.median(values):.0f} {unit} ({min(values):.0f}-{max(values):.0f})")
+    return lines
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def markdown(results: Results) -> str:
+    """The whole page."""
+    env, settings = results.environment, results.settings
+    versions = "; ".join(f"{system}: {', '.join(pins)}" for system, pins in env.get("versions", {}).items())
+    failures = [f"- {s['model']} {s['system']} {s['variant']}: {s['error'].splitlines()[-1]}"
+                for s in results.samples if "error" in s]  # fmt: skip
+    parts = [
+        f"# tilewright beside its peers on {env.get('cpu', '')} ({env.get('target', '')})",
+        f"{settings.get('threads')} threads of {env.get('cores')} cores, {env.get('memory_gib')} GiB, Linux "
+        f"{env.get('kernel')}, {env.get('date')}, commit {env.get('commit')}"
+        + (f", each command under `{settings['prefix']}`" if settings.get("prefix") else "") + ".",
+        f"Limits, measured before each process (median, range): {'; '.join(limit_lines(results.samples))}.",
+        "A ratio is the median over rounds of own figure / peer's figure of the same round (range in brackets).",
+        "## Goals", text_table(HEAD, [row.cells() for row in goal_rows(results.samples)]),
+        "## All measurements", text_table(DETAILS, detail_rows(results.samples)),
+        *(["## Failures", "\n".join(failures)] if failures else []),
+        "## Versions", versions,
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def console_table(results: Results) -> None:
+    """The goals on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*HEAD, title="; ".join(limit_lines(results.samples)))
+    for row in goal_rows(results.samples):
+        shown.add_row(*row.cells(), style={"hit": "green", "miss": "red"}.get(row.verdict))
+    Console().print(shown)

@@ -1,0 +1,40 @@
+"""What is measured in one process after one load: a method of ``Engine`` and its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """``work``: tokens of one measurement, 0 where the figure is a time. ``once``: in the first round alone."""
+
+    method: str
+    arguments: tuple[int, ...]
+    warm_up: tuple[int, ...]
+    work: int = 0
+    unit: str = "tokens/s"
+    once: bool = False
+
+    def figure(self, seconds: float) -> float:
+        """The figure that tables show."""
+        return self.work / seconds if self.unit == "tokens/s" else seconds * (1e3 if self.unit == "ms" else 1)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.unit == "tokens/s"
+
+
+def _latency(batch: int) -> Task:
+    return Task("encode", (batch, 128), (batch, 128), unit="ms")
+
+
+TASKS = {
+    "prefill": Task("prefill", (512,), (512,), work=512),
+    "decode": Task("decode", (128, 64), (128, 8), work=64),
+    "decode-4k": Task("decode", (4032, 64), (128, 8), work=64),
+    "encode-1": _latency(1),
+    "encode-32": _latency(32),
+    "attention": Task("attention", (128, 4160), (128, 4160), unit="ms"),
+    "compile": Task("compile", (), (), unit="s", once=True),
+}
