@@ -6,7 +6,8 @@ zero. ``pair`` is how many k's of one feature lie side by side: 2 of bf16, whose
 into two f32 with one instruction each; 4 codes of 8 bits or 8 of 4 bits, which feed vpdpbusd.
 
 Codes are stored unsigned: i8 plus 128, i4 plus 8. Of eight 4-bit codes the first four are the low halves of the four
-bytes and the others the high halves. Scales and zero points [N, G] are packed like weights with G in the place of K.
+bytes and the others the high halves. ``split`` exchanges the second and the third of four bytes: then neighbours have
+the same place in the two halves of 32 bits, which makes them pairs of bf16 in one instruction. Scales and zero points [N, G] are packed like weights with G in the place of K.
 """
 
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Packing:
     k: int
     panel: int
     pair: int = 0
+    split: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -42,6 +44,8 @@ class Packing:
         object.__setattr__(self, "pair", self.pair or _PAIR.get(self.dtype, 1))
         if self.pair * self.bits // 8 not in _UNITS or self.pair * self.bits % 8:
             raise ValueError(f"cannot pack {self.dtype} in pairs of {self.pair}: 1, 2 or 4 bytes lie side by side")
+        if self.split and self._unit.itemsize * self._stored.itemsize != 4:
+            raise ValueError(f"cannot split {self.dtype} in pairs of {self.pair}: that is for codes in four bytes")
 
     @property
     def bits(self) -> int:
@@ -79,15 +83,15 @@ class Packing:
     @property
     def text(self) -> str:
         """Canonical text; ``Packing.parse`` gives an equal packing back."""
-        fields = {"dtype": self.dtype, "n": self.n, "k": self.k, "panel": self.panel, "pair": self.pair}
+        fields = {"dtype": self.dtype, "n": self.n, "k": self.k, "panel": self.panel, "pair": self.pair, "split": self.split}
         return format_call("panels", fields)
 
     @classmethod
     def parse(cls, text: str) -> Self:
         name, fields = parse_call(text)
-        if name != "panels" or sorted(fields) != ["dtype", "k", "n", "pair", "panel"]:
-            raise ValueError(f"{text!r} is not a packing; expected panels{{dtype=... n=... k=... panel=... pair=...}}")
-        return cls(fields["dtype"], *(int(fields[key]) for key in ("n", "k", "panel", "pair")))
+        if name != "panels" or sorted(fields) != ["dtype", "k", "n", "pair", "panel", "split"]:
+            raise ValueError(f"{text!r} is not a packing; expected panels{{dtype= n= k= panel= pair= split=}}")
+        return cls(fields["dtype"], *(int(fields[key]) for key in ("n", "k", "panel", "pair")), fields["split"] == "true")
 
     def pack(self, weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The packed copy of ``weight`` [n, k], written to ``out`` (of ``shape``) when given; no other large memory."""
@@ -106,7 +110,7 @@ class Packing:
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         """The [n, k] weight back from ``pack``."""
         flat = packed.view(self._stored).reshape(self.shape).transpose(0, 2, 1, 3).reshape(self.panels * self.panel, -1)
-        rows = np.ascontiguousarray(flat[:self.n])
+        rows = self._exchange(np.ascontiguousarray(flat[:self.n]))
         if self.bits == 4:
             quads = rows.reshape(self.n, self.steps, 1, 4)
             rows = np.concatenate([quads & 15, quads >> 4], 2).reshape(self.n, -1)
@@ -136,7 +140,13 @@ class Packing:
         if self.bits == 4:
             halves = rows.reshape(len(rows), self.steps, 2, 4)
             rows = (halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)).reshape(len(rows), -1)
-        return np.ascontiguousarray(rows).view(self._unit)
+        return self._exchange(np.ascontiguousarray(rows)).view(self._unit)
+
+    def _exchange(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes [features, 4 * steps], the second and third of four exchanged where the layout has it so."""
+        if not self.split:
+            return rows
+        return np.ascontiguousarray(rows.reshape(len(rows), -1, 4)[:, :, [0, 2, 1, 3]]).reshape(len(rows), -1)
 
 
 def _transpose(rows: np.ndarray, target: np.ndarray, block: int = 2048) -> None:

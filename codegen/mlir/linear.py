@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
-from tilewright.codegen.mlir.linear_codes import DotFeed, WidenFeed
+from tilewright.codegen.mlir.linear_codes import DotFeed, PairFeed, WidenFeed
 from tilewright.codegen.mlir.linear_groups import Streams, emit_group_kernel, emit_row_sums, load_zeros
 from tilewright.codegen.mlir.linear_spec import ACTIVATIONS, LinearSpec
 from tilewright.codegen.mlir.microkernel import AnyFeed, Feed, Tile, emit_micro_kernel
@@ -87,6 +87,7 @@ class _Path:
     weights: Buffer
     x_stride: int
     block: int
+    stored: Feed | WidenFeed | None = None  # what blocks are converted from
 
     @property
     def tallest(self) -> int:
@@ -115,35 +116,40 @@ class _Linear:
 
     def _paths(self) -> tuple[_Path, _Path | None]:
         """Micro-kernels for few rows, which read x and the packed weights where they are, and maybe others for many."""
-        kernel, spec, panel, lanes = self.kernel, self.spec, self.packing.panel, self.kernel.lanes
-        x, w = self.buffers.x, self.buffers.weights[0]
+        spec, tile_m, target = self.spec, self.schedule.tile_m, self.kernel.target
+        codes = (self.groups.bits, self.packing.panel, self.kernel.lanes, spec.k)
         if spec.dynamic:
-            feed = DotFeed(self.groups.bits, panel, lanes, spec.k, kernel.target.has_vnni)
-            return self._path("direct", feed, self.schedule.tile_m, x, w, self.x_stride), None
+            return self._direct(DotFeed(*codes, target.has_vnni), tile_m), None
         if spec.coded:
-            feed = WidenFeed(self.groups.bits, panel, lanes, spec.k, spec.x_dtype)
-        else:
-            dot = kernel.target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
-            feed = Feed(spec.x_dtype, spec.weight, panel, lanes, dot)
-        core = core_feed(kernel, feed)
-        if feed == core:
-            return self._path("direct", feed, self.schedule.tile_m, x, w, self.x_stride), None
-        return self._path("direct", feed, _FEW, x, w, self.x_stride), self._wide(feed, core)
+            feed = WidenFeed(*codes, spec.x_dtype)
+            if target.has_bf16_dot and spec.x_dtype == "bf16":
+                return self._direct(PairFeed(*codes), tile_m), self._wide(feed)
+            return self._direct(feed, _FEW), self._wide(feed)
+        dot = target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
+        feed = Feed(spec.x_dtype, spec.weight, self.packing.panel, self.kernel.lanes, dot)
+        if feed == core_feed(self.kernel, feed):
+            return self._direct(feed, tile_m), None
+        return self._direct(feed, _FEW), self._wide(feed)
 
-    def _wide(self, feed: Feed | WidenFeed, core: Feed) -> _Path:
-        """Micro-kernels that read blocks converted for many rows."""
-        block = self._block(min(self.schedule.block_k, _WIDE_BLOCK))
+    def _direct(self, feed: AnyFeed, tallest: int) -> _Path:
+        """Micro-kernels that read x and the packed weights where they are."""
+        return self._path("direct", feed, tallest, self.buffers.x, self.buffers.weights[0], self.x_stride)
+
+    def _wide(self, feed: Feed | WidenFeed) -> _Path:
+        """Micro-kernels that read blocks converted, from ``feed``, for many rows."""
+        core, block = core_feed(self.kernel, feed), self._block(min(self.schedule.block_k, _WIDE_BLOCK))
         weights = self.kernel.scratch(block * core.panel, core.w_dtype)
         x, stride = self.buffers.x, self.x_stride
         if feed.x_dtype != core.x_dtype:
             x, stride = self.kernel.scratch(self.rows * block, "f32"), block
-        return self._path("wide", core, self.schedule.tile_m, x, weights, stride, block)
+        return self._path("wide", core, self.schedule.tile_m, x, weights, stride, block, feed)
 
     def _block(self, k: int) -> int:
         """A block of K of about that size, in whole groups."""
         return max(k // self.groups.size, 1) * self.groups.size if self.grouped else k
 
-    def _path(self, name: str, feed: AnyFeed, tallest: int, x: Buffer, w: Buffer, x_stride: int, block: int = 0) -> _Path:
+    def _path(self, name: str, feed: AnyFeed, tallest: int, x: Buffer, w: Buffer, x_stride: int, block: int = 0,
+              stored: Feed | WidenFeed | None = None) -> _Path:
         kernel, schedule, tiles = self.kernel, self.schedule, {}
         vector = feed.lanes * feed.stride // (self.packing.panel * len(feed.spread))
         for rows in range(1, tallest + 1):
@@ -155,7 +161,7 @@ class _Linear:
                 tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams)
             else:
                 tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, (x, w, self.sums[0]))
-        return _Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k))
+        return _Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored)
 
     def _streams(self, x: Buffer, w: Buffer, part: int = 0) -> Streams:
         zeros = self.buffers.zeros[part] if self.spec.asymmetric else None
@@ -221,14 +227,14 @@ class _Linear:
 
     def _multiply_blocks(self, path: _Path, part: int, where: tuple[Val, Val, Val], block: Val) -> None:
         panel, row, rows = where
-        stored = self.direct.feed
+        stored = path.stored or path.feed
         with self.kernel.loop(0, self.spec.k, block) as blocks:
             start = blocks.index
             count = block.min(constant(self.spec.k) - start)
             x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
             w, w_at = self.buffers.weights[part], panel * self.packing.panel_size + start // stored.step * stored.stride
-            if path is self.wide:
-                widen_weights(self.kernel, stored, path.feed, w.at(w_at), count, path.weights)
+            if path.stored:
+                widen_weights(self.kernel, path.stored, path.feed, w.at(w_at), count, path.weights)
                 w, w_at = path.weights, constant(0)
             if path.x is not self.buffers.x:
                 widen_inputs(self.kernel, x.at(x_at), self.x_stride, rows, count, path.x, path.x_stride)

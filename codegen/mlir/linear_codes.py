@@ -1,8 +1,9 @@
-"""How weights that are small integers meet x: two feeds of the micro-kernels (see microkernel.py).
+"""How weights that are small integers meet x: feeds of the micro-kernels (see microkernel.py).
 
 The codes come packed as `Packing` says, unsigned. `DotFeed` multiplies them by the int8 codes of x, exactly, in i32;
 that the weights' codes are too large by their zero point (128 or 8 for symmetric ones) is corrected by whoever starts
-the sums. `WidenFeed` gives their values to x in floats, less 128 or 8, which makes symmetric codes what they mean.
+the sums. `PairFeed` and `WidenFeed` take x in floats and codes as they are, less 128 or 8, which makes symmetric ones
+what they mean; their codes are packed with ``split``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.microkernel import split_bf16
-from tilewright.codegen.mlir.value import BITS, Val, constant, fma, intrinsic, iota
+from tilewright.codegen.mlir.value import BITS, Val, constant, fma, intrinsic, literals
 
 CODES = {"i8": 8, "u8": 8, "i4": 4, "u4": 4}
 """Bits of the codes that weights may be."""
@@ -102,6 +103,41 @@ class DotFeed(_CodeFeed):
 
 
 @dataclass(frozen=True)
+class PairFeed(_CodeFeed):
+    """x in bf16, multiplied in pairs by vdpbf16ps: half a byte of each 16 bits becomes a bf16 in one instruction.
+
+    Codes of 8 bits are taken as 16 times one half plus the other. All of it is exact: products are summed in f32.
+    """
+
+    x_dtype: str = "bf16"
+    acc: str = "f32"
+
+    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+        pairs = self.words(w, place).bitcast("i16")
+        low = literals(2 * (list(range(16)) if self.bits == 8 else list(range(-8, 8))), "bf16").bitcast("i16")
+        high = literals(2 * list(range(-128, 128, 16)), "bf16").bitcast("i16") if self.bits == 8 else low
+        return [_pick_pairs(pairs.shift_right_logical(4 * i), high if i % 2 else low).bitcast("bf16") for i in range(4)]
+
+    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
+        starts = (0, 0, 2, 2) if self.bits == 8 else (0, 4, 2, 6)  # the k's of the halves of a byte
+        pairs = {start: self._pair(x, place + start, self.rest - start if tail else 2) for start in starts}
+        return [pairs[start] for start in starts]
+
+    def _pair(self, x: Buffer, place: Val, count: int) -> Val:
+        """Two neighbours in every lane, zeros for those past ``count``."""
+        if count >= 2:
+            bits = x.load(place, 2).bitcast("i32").lane(0)
+        else:
+            bits = x.load(place, 1).bitcast("i16").lane(0).to("i32") & 0xFFFF if count == 1 else constant(0, "i32")
+        return bits.splat(self.lanes).bitcast("bf16")
+
+    def accumulate(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
+        for weight, value in zip(weights, inputs, strict=True):
+            total = intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", "f32", self.lanes, total, weight, value)
+        return total
+
+
+@dataclass(frozen=True)
 class WidenFeed(_CodeFeed):
     """x in floats: codes widen to f32, then fma."""
 
@@ -112,14 +148,13 @@ class WidenFeed(_CodeFeed):
         words = self.words(w, place)
         count = self.rest if tail else self.step
         if self.bits == 4 and self.lanes == 16:
-            return [_pick(words.shift_right_logical(self._bit(i)), iota(16, "f32") - 8.0) for i in range(count)]
-        signed = words ^ (0x80808080 - (1 << 32) if self.bits == 8 else 0x88888888 - (1 << 32))
-        drop = 32 - self.bits
+            return [_pick(words.shift_right_logical(self._bit(i)), literals(range(-8, 8), "f32")) for i in range(count)]
+        signed, drop = words ^ (-0x7F7F7F80 if self.bits == 8 else -0x77777778), 32 - self.bits  # the sign bits flip
         return [((signed << drop - self._bit(i)) >> drop).to("f32") for i in range(count)]
 
     def _bit(self, i: int) -> int:
         """Where the code of the i-th k begins in its word."""
-        return 8 * i if self.bits == 8 else 8 * (i % 4) + 4 * (i // 4)
+        return 8 * (0, 2, 1, 3)[i % 4] + 4 * (i // 4)
 
     def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
         count = self.rest if tail else self.step
@@ -142,6 +177,11 @@ class WidenFeed(_CodeFeed):
 def _pick(indices: Val, values: Val) -> Val:
     """vpermps: of 16 f32 the one that the low four bits of each i32 name."""
     return intrinsic("llvm.x86.avx512.permvar.sf.512", "f32", 16, values, indices)
+
+
+def _pick_pairs(indices: Val, values: Val) -> Val:
+    """vpermw: of 32 16-bit values the one that the low five bits of each 16 name."""
+    return intrinsic("llvm.x86.avx512.permvar.hi.512", "i16", 32, values, indices)
 
 
 def dot_quads(total: Val, unsigned: Val, signed: Val) -> Val:

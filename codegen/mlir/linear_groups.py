@@ -75,7 +75,7 @@ class _GroupKernel:
     def emit(self, sums_at: Val, count: Val) -> None:
         sums = self.streams.sums.at(sums_at)
         at = [r * self.tile.sums_stride + v * self.feed.lanes for r, v in self.places]
-        if 3 * len(self.places) > registers(self.kernel.target) - 8:
+        if 2 * (len(self.places) + self.tile.vectors) + 2 > registers(self.kernel.target):
             with self.kernel.loop(0, count) as loop:
                 self._flush_to_memory(loop.index, sums, at)
             return

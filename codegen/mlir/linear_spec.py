@@ -97,6 +97,11 @@ class LinearSpec:
         """A good schedule, by rule."""
         return LinearSchedule.default(target)
 
+    @staticmethod
+    def grain(tasks: Any) -> Any:
+        """Tasks that are handed to a thread at once: few enough to share evenly, enough to share what they have in common."""
+        return tasks // 64 + 1
+
     def panel(self, schedule: LinearSchedule, target: CpuTarget) -> int:
         """Output features of one panel."""
         return schedule.tile_v * target.lanes
@@ -104,7 +109,8 @@ class LinearSpec:
     def packing(self, schedule: LinearSchedule, target: CpuTarget) -> Packing:
         """The layout in which each weight must come."""
         pair = 32 // CODES[self.weight] if self.coded else 0
-        return Packing(self.weight, self.n, self.k, self.panel(schedule, target), pair)
+        split = self.coded and not self.dynamic
+        return Packing(self.weight, self.n, self.k, self.panel(schedule, target), pair, split)
 
     def group_packing(self, dtype: str, schedule: LinearSchedule, target: CpuTarget) -> Packing:
         """The layout of scales and zero points, ``dtype`` [N, G]."""

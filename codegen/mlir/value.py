@@ -327,9 +327,14 @@ def shuffle(a: Val, b: Val, lanes: Sequence[int]) -> Val:
 
 def iota(lanes: int, dtype: str = "i32") -> Val:
     """The vector 0, 1, 2, ..."""
-    kind = mlir_type(dtype, lanes)
-    numbers = [_literal(i, dtype) for i in range(lanes)]
-    return Val(arith.constant(kind, ir.DenseElementsAttr.get(numbers, kind)), dtype, lanes)
+    return literals(range(lanes), dtype)
+
+
+def literals(values: Sequence[Number], dtype: str) -> Val:
+    """The vector of these numbers."""
+    kind = mlir_type(dtype, len(values))
+    numbers = [_literal(value, dtype) for value in values]
+    return Val(arith.constant(kind, ir.DenseElementsAttr.get(numbers, kind)), dtype, len(values))
 
 
 def float_from_bits(bits: int) -> float:

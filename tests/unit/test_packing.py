@@ -47,9 +47,18 @@ def test_codes_are_unsigned() -> None:
     assert nibbles.ravel().tolist() == [0 | 1 << 4, 7 | 9 << 4, 8 | 10 << 4, 15 | 11 << 4]
 
 
+@pytest.mark.parametrize(("dtype", "k"), [("i8", 33), ("u4", 33), ("i4", 64)])
+def test_split_exchanges_two_of_four_bytes(dtype: str, k: int) -> None:
+    weight = np.random.default_rng(0).integers(*RANGES[dtype], (20, k)).astype(KINDS[dtype])
+    plain, split = Packing(dtype, 20, k, 16), Packing(dtype, 20, k, 16, split=True)
+    assert np.array_equal(split.pack(weight), plain.pack(weight)[..., [0, 2, 1, 3]])
+    assert np.array_equal(split.unpack(split.pack(weight)), weight)
+    assert Packing.parse(split.text) == split
+
+
 def test_text_round_trips() -> None:
     packing = Packing("bf16", 5632, 2048, 64)
-    assert packing.text == "panels{dtype=bf16 n=5632 k=2048 panel=64 pair=2}"
+    assert packing.text == "panels{dtype=bf16 n=5632 k=2048 panel=64 pair=2 split=false}"
     assert Packing.parse(packing.text) == packing
     assert Packing.parse(Packing("u8", 3, 2, 16, pair=4).text) != Packing("u8", 3, 2, 16)
 
@@ -61,5 +70,7 @@ def test_errors() -> None:
         Packing("f64", 1, 1, 16)
     with pytest.raises(ValueError, match=r"cannot pack i4 in pairs of 3"):
         Packing("i4", 1, 1, 16, pair=3)
+    with pytest.raises(ValueError, match=r"cannot split bf16"):
+        Packing("bf16", 1, 1, 16, split=True)
     with pytest.raises(ValueError, match=r"cannot pack float32 \(2, 2\)"):
         Packing("bf16", 2, 2, 16).pack(np.zeros((2, 2), np.float32))
