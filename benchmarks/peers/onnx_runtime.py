@@ -20,7 +20,7 @@ class OnnxRuntime(Peer):
     title: ClassVar[str] = "ONNX Runtime"
     requirements: ClassVar[tuple[str, ...]] = (
         "torch==2.13.0", "onnxruntime==1.31.1", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnxscript==0.7.2",
-        "onnx-ir==1.1.0", "transformers==5.23.0", "sympy",
+        "onnx-ir==1.1.0", "transformers==5.23.0",
     )  # fmt: skip
     variants: ClassVar[tuple[Variant, ...]] = (
         Variant("f32", "f32", models="SMLE"),

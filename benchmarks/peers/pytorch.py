@@ -16,7 +16,7 @@ from benchmarks.peers.workplace import Workplace
 class PyTorch(Peer):
     name: ClassVar[str] = "torch"
     title: ClassVar[str] = "PyTorch"
-    requirements: ClassVar[tuple[str, ...]] = ("torch==2.13.0", "transformers==5.23.0", "setuptools", "numpy==2.4.6")
+    requirements: ClassVar[tuple[str, ...]] = ("torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6")
     variants: ClassVar[tuple[Variant, ...]] = (
         Variant("f32", "f32", models="SME", rounds=2),
         Variant("bf16", "bf16", models="SMLE", rounds=2),
