@@ -224,7 +224,18 @@ def quant() -> Iterator[Case]:
                    [((1, m), "i64"), ((32000, 2048), codes), ((32000, 16), "f16")])  # fmt: skip
 
 
-GROUPS = {"math": maths, "norms": norms, "rows": rows, "quant": quant}
+def ropes() -> Iterator[Case]:
+    for m, heads, dim, dtype in ((1, 9, 64, "bf16"), (1, 32, 64, "bf16"), (512, 9, 64, "bf16"), (512, 32, 64, "bf16"),
+                                 (512, 32, 128, "bf16"), (512, 9, 64, "f32")):  # fmt: skip
+        def build(b: Builder, x: Value, cos: Value, sin: Value, m: int = m, heads: int = heads, dim: int = dim) -> Value:
+            part = b(ops.Slice, x, (0, 0, 0), (1, m, heads * dim), (1, 1, 1))
+            return b(ops.Rope, b(ops.Reshape, part, (1, m, heads, dim)), cos, sin)
+
+        angles = ((1, m, dim), dtype)
+        yield Case(f"rope {m}x{heads}x{dim} {dtype}", build, [((1, m, heads * dim * 2), dtype), angles, angles])
+
+
+GROUPS = {"math": maths, "norms": norms, "rows": rows, "quant": quant, "rope": ropes}
 
 
 def main() -> None:

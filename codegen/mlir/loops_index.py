@@ -317,7 +317,11 @@ def _divide(num: Poly, den: Poly) -> tuple[Poly, Poly]:
         if step is None:
             break
         exact, rest = exact + step, rest - step * den
-    return exact, rest
+    least = bounds(rest)[0].constant
+    if least is None or den.constant is None or 0 <= least < den.constant:
+        return exact, rest
+    below = least // den.constant  # the constant was divided by itself, and other terms make up for it
+    return exact + below, rest - below * den
 
 
 def _quotient(term: tuple[tuple[Atom, ...], int], lead: tuple[Atom, ...], factor: int) -> Poly:
