@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.linear_codes import DotFeed, PairFeed, WidenFeed
-from tilewright.codegen.mlir.linear_groups import Streams, emit_group_kernel, emit_row_sums, load_zeros
+from tilewright.codegen.mlir.linear_groups import Streams, emit_group_kernel, emit_row_sums, keeps_totals, load_zeros
 from tilewright.codegen.mlir.linear_spec import ACTIVATIONS, LinearSpec
 from tilewright.codegen.mlir.microkernel import AnyFeed, Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.mlir.widen import core_feed, widen_inputs, widen_weights
-from tilewright.codegen.schedule import LinearSchedule
+from tilewright.codegen.schedule import LinearSchedule, registers
 from tilewright.codegen.target import CpuTarget
 
 _FEW = 4  # rows up to which converting weights in registers beats storing the converted block
@@ -95,6 +95,11 @@ class _Path:
         return max(self.tiles)
 
 
+def _spacing(feed: AnyFeed) -> int:
+    """Elements of the weights from one vector of features to the next."""
+    return feed.lanes * feed.stride // (feed.panel * len(feed.spread))
+
+
 class _Linear:
     """The state of one emission."""
 
@@ -151,10 +156,9 @@ class _Linear:
     def _path(self, name: str, feed: AnyFeed, tallest: int, x: Buffer, w: Buffer, x_stride: int, block: int = 0,
               stored: Feed | WidenFeed | None = None) -> _Path:
         kernel, schedule, tiles = self.kernel, self.schedule, {}
-        vector = feed.lanes * feed.stride // (self.packing.panel * len(feed.spread))
         for rows in range(1, tallest + 1):
             unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
-            columns = tuple(i * vector for i in range(schedule.tile_v))
+            columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
             tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, schedule.prefetch)
             if self.grouped:
                 streams = self._streams(x, w)
@@ -162,6 +166,17 @@ class _Linear:
             else:
                 tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, (x, w, self.sums[0]))
         return _Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored)
+
+    def _width(self, feed: AnyFeed, rows: int) -> int:
+        """Vectors of a panel that a tile of so many rows does at once, as registers allow."""
+        target, widths = self.kernel.target, [w for w in range(self.schedule.tile_v, 0, -1) if self.schedule.tile_v % w == 0]
+        if self.grouped:
+            return next((w for w in widths if keeps_totals(rows, w, target)), 1)
+
+        def needed(w: int) -> int:
+            return rows * w + (w if rows > w else 1) * feed.parts + 2
+
+        return next((w for w in widths if needed(w) <= registers(target)), 1) if self.spec.coded else widths[0]
 
     def _streams(self, x: Buffer, w: Buffer, part: int = 0) -> Streams:
         zeros = self.buffers.zeros[part] if self.spec.asymmetric else None
@@ -215,7 +230,7 @@ class _Linear:
     def _multiply(self, part: int, panel: Val, row: Val, rows: Val) -> None:
         """sums[part] += x[row : row + rows] @ panel.T, block by block of K."""
         # One tile of rows uses each weight once: no reason to stop along the way.
-        at_once = self.m <= self.direct.tallest
+        at_once = self.m <= self.direct.tallest * (2 if isinstance(self.direct.feed, PairFeed) and self.groups.bits == 4 else 1)
         if self.wide is None:
             block = at_once.select(constant(self.spec.k), self.direct.block)
             self._multiply_blocks(self.direct, part, (panel, row, rows), block)
@@ -254,11 +269,14 @@ class _Linear:
             tail = (start + count).eq(k).to("index") if k % step else constant(0)
 
         def call(rows: int, row: Val) -> None:
-            places = (x_at + row * path.x_stride, w_at, row * self.packing.panel)
-            if self.grouped:
-                path.tiles[rows](buffers, (*places, scales_at, row * self.groups.count + group, groups))
-            else:
-                path.tiles[rows](buffers, (*places, count // step, tail))
+            for vector in range(0, self.schedule.tile_v, self._width(path.feed, rows)):
+                sums_at = row * self.packing.panel + vector * self.kernel.lanes
+                places = (x_at + row * path.x_stride, w_at + vector * _spacing(path.feed), sums_at)
+                if self.grouped:
+                    more = (scales_at + vector * self.kernel.lanes, row * self.groups.count + group, groups)
+                else:
+                    more = (count // step, tail)
+                path.tiles[rows](buffers, (*places, *more))
 
         return call
 

@@ -63,6 +63,10 @@ class DotFeed(_CodeFeed):
     x_dtype: str = "i8"
     acc: str = "i32"
 
+    @property
+    def parts(self) -> int:
+        return 1 if self.vnni and self.bits == 8 else 2
+
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         words = self.words(w, place)
         if self.bits == 4:
@@ -111,6 +115,7 @@ class PairFeed(_CodeFeed):
 
     x_dtype: str = "bf16"
     acc: str = "f32"
+    parts: int = 4
 
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         pairs = self.words(w, place).bitcast("i16")
@@ -143,6 +148,10 @@ class WidenFeed(_CodeFeed):
 
     x_dtype: str
     acc: str = "f32"
+
+    @property
+    def parts(self) -> int:
+        return self.step
 
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         words = self.words(w, place)

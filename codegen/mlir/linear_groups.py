@@ -15,6 +15,7 @@ from tilewright.codegen.mlir.linear_codes import quad_sums
 from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, sum_steps
 from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
 from tilewright.codegen.schedule import registers
+from tilewright.codegen.target import CpuTarget
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,11 @@ class _GroupKernel:
         self.kernel, self.feed, self.tile, self.groups, self.streams = kernel, feed, tile, groups, streams
         self.x_at, self.w_at, self.scales_at, self.corrections_at = starts
         self.places = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
-        self.width = tile.vectors * feed.lanes
 
     def emit(self, sums_at: Val, count: Val) -> None:
         sums = self.streams.sums.at(sums_at)
         at = [r * self.tile.sums_stride + v * self.feed.lanes for r, v in self.places]
-        if 2 * (len(self.places) + self.tile.vectors) + 2 > registers(self.kernel.target):
+        if not keeps_totals(self.tile.rows, self.tile.vectors, self.kernel.target):
             with self.kernel.loop(0, count) as loop:
                 self._flush_to_memory(loop.index, sums, at)
             return
@@ -108,13 +108,19 @@ class _GroupKernel:
         rows = [streams.corrections.load(at + r * self.groups.count).splat(feed.lanes) for r in range(self.tile.rows)]
         if streams.zeros is None:
             return [rows[r] for r, _ in self.places]
-        at = self.scales_at + group * self.width
+        at = self.scales_at + group * feed.panel
         zeros = [load_zeros(streams.zeros, at + v * feed.lanes, feed, self.groups.bits) for v in range(self.tile.vectors)]
         return [rows[r] * zeros[v] for r, v in self.places]
 
     def _scales(self, group: Val) -> list[Val]:
-        at, lanes = self.scales_at + group * self.width, self.feed.lanes
-        return [self.streams.scales.load(at + v * lanes, lanes).to("f32") for v in range(self.tile.vectors)]
+        feed, scales = self.feed, self.streams.scales
+        at = self.scales_at + group * feed.panel
+        return [scales.load(at + v * feed.lanes, feed.lanes).to("f32") for v in range(self.tile.vectors)]
+
+
+def keeps_totals(rows: int, vectors: int, target: CpuTarget) -> bool:
+    """Whether a tile's totals stay in registers beside the sums of the current group."""
+    return 2 * (rows * vectors + vectors) + 2 <= registers(target)
 
 
 def load_zeros(zeros: Buffer, at: Val, feed: AnyFeed, bits: int) -> Val:

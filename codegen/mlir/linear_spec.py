@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.codegen.mlir import math
@@ -14,6 +14,7 @@ from tilewright.codegen.packing import Packing
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
 
+_SHARED = 32  # panels that threads share evenly
 _MOST = (1 << 31) // (255 * 128)  # products of codes that surely fit i32
 
 
@@ -94,13 +95,9 @@ class LinearSpec:
         return Groups(size, self.k // size if size else 1, CODES.get(self.weight, 0))
 
     def schedule(self, target: CpuTarget) -> LinearSchedule:
-        """A good schedule, by rule."""
-        return LinearSchedule.default(target)
-
-    @staticmethod
-    def grain(tasks: Any) -> Any:
-        """Tasks that are handed to a thread at once: few enough to share evenly, enough to share what they have in common."""
-        return tasks // 64 + 1
+        """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly."""
+        wide = LinearSchedule.default(target)
+        return wide if self.n >= _SHARED * self.panel(wide, target) else replace(wide, tile_v=2)
 
     def panel(self, schedule: LinearSchedule, target: CpuTarget) -> int:
         """Output features of one panel."""

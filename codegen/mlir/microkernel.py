@@ -34,6 +34,10 @@ class AnyFeed(Protocol):
     def lanes(self) -> int: ...
 
     @property
+    def panel(self) -> int:
+        """Features of a panel of weights."""
+
+    @property
     def acc(self) -> str:
         """What sums are kept in: f32 or i32."""
 
@@ -48,6 +52,10 @@ class AnyFeed(Protocol):
     @property
     def spread(self) -> tuple[int, ...]:
         """Where, from the place of a vector of features, the vectors of one step begin."""
+
+    @property
+    def parts(self) -> int:
+        """Factors of one step."""
 
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only what K has beyond whole steps."""
@@ -90,6 +98,10 @@ class Feed:
     @property
     def spread(self) -> tuple[int, ...]:
         return tuple(i * self.panel for i in range(self.step // self.pair))
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.dot else self.step
 
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only its first k."""
