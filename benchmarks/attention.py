@@ -216,7 +216,9 @@ def caches(bench: Bench, heads: Heads, dtype: str, length: int, batch: int, copi
     return [(filled((batch, *layout.k_shape), dtype), filled((batch, *layout.v_shape), dtype)) for _ in range(copies)]
 
 
-def torch_attention(heads: Heads, dtype: str, b: int, s: int, t: int, causal: bool, copies: int) -> list[Callable[[], None]]:
+def torch_attention(
+    heads: Heads, dtype: str, b: int, s: int, t: int, causal: bool, copies: int
+) -> list[Callable[[], None]]:
     q = torch.randn(b, heads.q, s, heads.dim).to(TORCH[dtype])
     pairs = [[torch.randn(b, heads.kv, t, heads.dim).to(TORCH[dtype]) for _ in "kv"] for _ in range(copies)]
     given = {"is_causal": causal, "enable_gqa": heads.q != heads.kv}
@@ -276,8 +278,8 @@ def append(bench: Bench, shapes: Sequence[Heads]) -> None:
             k, v, start = *(filled((batch, tokens, heads.kv, heads.dim), "bf16") for _ in "kv"), aligned(batch, "i64", 3)
             sets = [(*cache, k, v, start) for cache in caches(bench, heads, "bf16", 1024, batch, copies)]
             own = call_all(bench, kernel, {"B": batch, "S": tokens}, sets)
-            source, target = np.ones((copies, size), np.uint8), np.ones((copies, size), np.uint8)
-            t = measure({"own": own, "copy": lambda: np.copyto(target, source)}, 7)
+            copied = np.ones((2, copies, size), np.uint8)
+            t = measure({"own": own, "copy": lambda copied=copied: np.copyto(copied[0], copied[1])}, 7)
             each = t["own"][0] / copies
             row(f"{heads.name} {heads.kv}x{heads.dim}, {batch} x {tokens} tokens", f"{each * 1e6:.2f}",
                 f"{2 * size / each / 1e9:.1f}", f"{t['copy'][0] / t['own'][0]:.2f}")

@@ -11,7 +11,15 @@ from typing import ClassVar, Literal
 
 from tilewright.ir import Argument, Function, Module, Op, Return, Value, canonical, ops
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.fuse_rules import is_anchor, is_copied, is_creation, is_view_of_columns, may_pull, may_trail
+from tilewright.passes.fuse_rules import (
+    is_anchor,
+    is_copied,
+    is_creation,
+    is_rotated_by,
+    is_view_of_columns,
+    may_pull,
+    may_trail,
+)
 
 
 @dataclass
@@ -72,10 +80,12 @@ class Fuse(Pass):
         return isinstance(op, ops.Slice) and is_view_of_columns(op) and all(map(reads_columns, users))
 
     def anchored(self, anchor: Op, taken: dict[Op, Group]) -> Group:
-        """The anchor with the elementwise operations that trail it."""
+        """The anchor with the rotation it does on the way, and the elementwise operations that trail it."""
         group = Group(anchor)
         if self.mode == "single":
             return group
+        rotations = [op for v in anchor.operands if (op := v.owner) is not None and is_rotated_by(op, anchor)]
+        group.ops.update(dict.fromkeys(rotations))
         tail = anchor
         while len(tail.results) == 1 and len(tail.result.users) == 1:
             user = next(iter(tail.result.users))
@@ -113,9 +123,11 @@ def producers(value: Value) -> list[Op]:
 
 
 def reads_columns(user: Op) -> bool:
-    """Whether ``user`` is an attention kernel's operation, or the reshape into heads before some."""
+    """Whether ``user`` is an attention kernel's operation, or the rotation or the reshape into heads before some."""
     if isinstance(user, ops.Reshape):
         return is_view_of_columns(user) and all(map(reads_columns, user.result.users))
+    if isinstance(user, ops.Rope):
+        return any(is_rotated_by(user, u) for u in user.result.users)
     return isinstance(user, (ops.Attention, ops.Attend, ops.Append))
 
 
@@ -162,7 +174,7 @@ def with_copies(group: Group, members: list[Op]) -> list[Op]:
 
 
 def copied_into(user: Op, producer: Op) -> bool:
-    if isinstance(user, (ops.Attention, ops.Attend, ops.Append)):
+    if not isinstance(user, ops.Reshape) and reads_columns(user):
         return is_view_of_columns(producer)
     if isinstance(user, ops.Reshape) and isinstance(producer, ops.Slice):
         return is_view_of_columns(producer)

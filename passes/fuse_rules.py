@@ -48,6 +48,14 @@ def is_copied(op: Op, user: Op) -> bool:
     return isinstance(op, ops.Dequantize) and isinstance(user, (ops.Linear, ops.GatedLinear, ops.Embedding))
 
 
+def is_rotated_by(op: Op, user: Op) -> bool:
+    """Whether the attention kernel of ``user`` does the rotation ``op`` on the way: of queries, and of keys to append."""
+    if not isinstance(op, ops.Rope) or len(op.result.users) != 1:
+        return False
+    turned = user.k if isinstance(user, ops.Append) else user.q if isinstance(user, (ops.Attend, ops.Attention)) else None
+    return turned is op.result and list(user.operands).count(op.result) == 1
+
+
 def may_trail(anchor: Op, op: Op) -> bool:
     """Whether ``op`` can run on each result tile of a linear layer before it is stored."""
     if not isinstance(anchor, (ops.Linear, ops.GatedLinear)) or not isinstance(op, ops.Elementwise):

@@ -103,7 +103,7 @@ class Extents:
 
 
 def attention_kernel(name: str, target: CpuTarget, spec: AttentionSpec, schedule: AttentionSchedule) -> Kernel:
-    """The whole kernel: dims B, S, T; buffers q, k, v, then mask, bias, sinks, padding, cos, sin as the spec has them, out."""
+    """The whole kernel: dims B, S, T; buffers q, k, v, then mask, bias, sinks, padding, cos, sin (as in the spec), out."""
     extra = {"mask": spec.mask and "bool", "bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks,
              "padding": spec.padding and "bool"} | dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}

@@ -155,7 +155,8 @@ def find(kernel: Function) -> Op | str:
     anchors = [op for op in kernel.body if isinstance(op, _KINDS)]
     if len(anchors) != 1:
         return "not one attention operation"
-    others = [op for op in kernel.body if op is not anchors[0] and not isinstance(op, (ops.Slice, ops.Reshape, ops.Rope, Return))]
+    inside = (ops.Slice, ops.Reshape, ops.Rope, Return)
+    others = [op for op in kernel.body if op is not anchors[0] and not isinstance(op, inside)]
     if others:
         return f"{others[0].name} does not run in an attention kernel"
     return anchors[0] if kernel.returns == anchors[0].results else "the attention's result is used in the kernel"
@@ -203,6 +204,7 @@ def _tables(place: dict[Any, Any], value: Value) -> tuple[Any, Any]:
     return (None, None) if rope is None else (_at(place, rope.cos), _at(place, rope.sin))
 
 
+Places = dict[Any, Any]
 Facts = dict[str, Any]
 """The fields of KernelCode that say how many tasks there are."""
 
@@ -212,7 +214,7 @@ def static(dim: Dim) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _attention(op: ops.Attention, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Facts:
+def _attention(op: ops.Attention, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     q, key, value = _view(op.q), _view(op.k), _view(op.v)
     heads, dim = op.q.shape[2:]
     spec = AttentionSpec(
@@ -240,7 +242,7 @@ def _attend_spec(op: ops.Attend, target: CpuTarget) -> AttendSpec:
     )  # fmt: skip
 
 
-def _attend(op: ops.Attend, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Facts:
+def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     spec = _attend_spec(op, target)
     b, s = op.q.shape[:2]
     extra = (*(_at(place, v) for v in (op.bias, op.sinks)), *_tables(place, op.q), place["parts"])
@@ -250,7 +252,7 @@ def _attend(op: ops.Attend, k: Kernel, place: dict[Any, Any], schedule: Attentio
     return {"tasks": as_dim(spec.tasks(schedule, b, s)), "last": as_dim(spec.last(schedule, b)), "scratch": scratch}
 
 
-def _append(op: ops.Append, k: Kernel, place: dict[Any, Any], schedule: AttentionSchedule, target: CpuTarget) -> Facts:
+def _append(op: ops.Append, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     key, value = _view(op.k), _view(op.v)
     b, s = op.k.shape[:2]
     layout: CacheLayout = cache_layout(op.cache.cache, target)

@@ -85,7 +85,7 @@ class AttendBuffers:
 
 
 def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: AttentionSchedule) -> Kernel:
-    """The whole kernel: dims B, S; buffers q, cache k and v, start, then bias, sinks, cos and sin as the spec has them, out, parts."""
+    """The whole kernel: dims B, S; buffers q, cache k, cache v, start, bias, sinks, cos, sin (as in the spec), out, parts."""
     extra = {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
