@@ -7,10 +7,12 @@ into two f32 with one instruction each; 4 codes of 8 bits or 8 of 4 bits, which 
 
 Codes are stored unsigned: i8 plus 128, i4 plus 8. Of eight 4-bit codes the first four are the low halves of the four
 bytes and the others the high halves. ``split`` exchanges the second and the third of four bytes: then neighbours have
-the same place in the two halves of 32 bits, which makes them pairs of bf16 in one instruction. Scales and zero points [N, G] are packed like weights with G in the place of K.
+the same place in the two halves of 32 bits, which makes them pairs of bf16 in one instruction.
+
+Scales and zero points [N, G] are packed like weights, with G in the place of K.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import ml_dtypes
@@ -83,15 +85,14 @@ class Packing:
     @property
     def text(self) -> str:
         """Canonical text; ``Packing.parse`` gives an equal packing back."""
-        fields = {"dtype": self.dtype, "n": self.n, "k": self.k, "panel": self.panel, "pair": self.pair, "split": self.split}
-        return format_call("panels", fields)
+        return format_call("panels", {field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        name, fields = parse_call(text)
-        if name != "panels" or sorted(fields) != ["dtype", "k", "n", "pair", "panel", "split"]:
+        name, given = parse_call(text)
+        if name != "panels" or list(given) != [field.name for field in fields(cls)]:
             raise ValueError(f"{text!r} is not a packing; expected panels{{dtype= n= k= panel= pair= split=}}")
-        return cls(fields["dtype"], *(int(fields[key]) for key in ("n", "k", "panel", "pair")), fields["split"] == "true")
+        return cls(given["dtype"], *(int(given[key]) for key in ("n", "k", "panel", "pair")), given["split"] == "true")
 
     def pack(self, weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The packed copy of ``weight`` [n, k], written to ``out`` (of ``shape``) when given; no other large memory."""

@@ -169,7 +169,8 @@ class _Linear:
 
     def _width(self, feed: AnyFeed, rows: int) -> int:
         """Vectors of a panel that a tile of so many rows does at once, as registers allow."""
-        target, widths = self.kernel.target, [w for w in range(self.schedule.tile_v, 0, -1) if self.schedule.tile_v % w == 0]
+        target, most = self.kernel.target, self.schedule.tile_v
+        widths = [w for w in range(most, 0, -1) if most % w == 0]
         if self.grouped:
             return next((w for w in widths if keeps_totals(rows, w, target)), 1)
 
@@ -229,8 +230,9 @@ class _Linear:
 
     def _multiply(self, part: int, panel: Val, row: Val, rows: Val) -> None:
         """sums[part] += x[row : row + rows] @ panel.T, block by block of K."""
-        # One tile of rows uses each weight once: no reason to stop along the way.
-        at_once = self.m <= self.direct.tallest * (2 if isinstance(self.direct.feed, PairFeed) and self.groups.bits == 4 else 1)
+        # One tile of rows uses each weight once: no reason to stop along the way. Nor to convert 4-bit codes for two.
+        tiles = 2 if isinstance(self.direct.feed, PairFeed) and self.groups.bits == 4 else 1
+        at_once = self.m <= self.direct.tallest * tiles
         if self.wide is None:
             block = at_once.select(constant(self.spec.k), self.direct.block)
             self._multiply_blocks(self.direct, part, (panel, row, rows), block)

@@ -97,6 +97,8 @@ class LinearSpec:
     def schedule(self, target: CpuTarget) -> LinearSchedule:
         """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly."""
         wide = LinearSchedule.default(target)
+        if self.dynamic and CODES[self.weight] == 8 and not self.group and not target.has_vnni:
+            wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
         return wide if self.n >= _SHARED * self.panel(wide, target) else replace(wide, tile_v=2)
 
     def panel(self, schedule: LinearSchedule, target: CpuTarget) -> int:
