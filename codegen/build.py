@@ -24,6 +24,7 @@ from tilewright.codegen.program import Program, behind, entry_dims
 from tilewright.codegen.schedule import Schedule
 from tilewright.codegen.store import KernelStore, kernel_key
 from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.workers import Compilation, Job
 from tilewright.ir import Dim, Function, Module, State, Value, Weight, canonical, dim_text, ops, print_module
 from tilewright.runtime.artifact import (
     ArtifactWriter,
@@ -107,31 +108,28 @@ class Build:
         for op in self.module.ops(ops.Call):
             assert isinstance(op, ops.Call)
             calls[op.callee] = calls.get(op.callee, 0) + 1
-        codes = {}
-        for i, name in enumerate(calls):
-            self.progress("kernels", i, len(calls))
-            codes[name] = self.compile_kernel(self.module.functions[name], calls[name])
-            (folder / f"{name}.o").write_bytes(codes[name].object)
+        jobs = {name: self.job(self.module.functions[name]) for name in calls}
+        codes = {n: code for n, job in jobs.items() if self.store and (code := self.store.get(job.key))}
+        work = Compilation([j for n, j in jobs.items() if n not in codes], self.target, self.module.dims)
+        stored, seconds = len(codes), {}
+        for i, code in enumerate(work.run(lambda done: self.progress("kernels", stored + done, len(calls)))):
+            name = work.jobs[i].kernel.name
+            codes[name], seconds[name] = code, work.seconds.get(i, 0.0)
+            if self.store:
+                self.store.put(work.jobs[i].key, code)
         self.progress("kernels", len(calls), len(calls))
         if self.store:
             self.store.prune()
+        for name, count in calls.items():
+            (folder / f"{name}.o").write_bytes(codes[name].object)
+            self.report.kernels.append(row(jobs[name], codes[name], seconds.get(name), count))
         return codes
 
-    def compile_kernel(self, kernel: Function, calls: int) -> KernelCode:
-        start = time.perf_counter()
+    def job(self, kernel: Function) -> Job:
+        """How ``kernel`` is compiled."""
         emitter: Emitter = choose(kernel, self.target)
         schedule = self.schedules.get(kernel.name) or emitter.default_schedule(kernel, self.target)
-        key = kernel_key(kernel, emitter, schedule, self.target)
-        found = self.store.get(key) if self.store else None
-        code = found or emitter.emit(kernel, schedule, self.target, f"tw_{key[:16]}")
-        if self.store and not found:
-            self.store.put(key, code)
-        names = " ".join(op.name for op in kernel.body[:-1])
-        seconds = time.perf_counter() - start
-        text, size = canonical(kernel), len(code.object)
-        where = (emitter.name, str(schedule))
-        self.report.kernels.append(KernelRow(kernel.name, names, text, *where, size, seconds, calls, found is not None))
-        return code
+        return Job(kernel, emitter.name, schedule, kernel_key(kernel, emitter, schedule, self.target))
 
     def write_weights(self, out: ArtifactWriter, codes: Mapping[str, KernelCode]) -> dict[tuple[str, str], int]:
         """Pack and store every weight in each layout that a kernel wants; gives offsets by (weight, packing)."""
@@ -190,6 +188,13 @@ class Build:
     def tensor(self, name: str, value: Value, bound: int | None = None) -> TensorSpec:
         limits = () if bound is None else (0, bound - 1)
         return TensorSpec(name, value.dtype.value, tuple(map(extent, value.shape)), *limits)
+
+
+def row(job: Job, code: KernelCode, seconds: float | None, calls: int) -> KernelRow:
+    """The report's row of a kernel; without ``seconds`` it was found in the store."""
+    names = " ".join(op.name for op in job.kernel.body[:-1])
+    how = (job.family, str(job.schedule), len(code.object), seconds or 0.0)
+    return KernelRow(job.kernel.name, names, canonical(job.kernel), *how, calls, seconds is None)
 
 
 def extent(dim: Dim) -> Extent:
