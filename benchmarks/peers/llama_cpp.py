@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 from pathlib import Path
+from time import perf_counter
 from typing import Any, ClassVar
 
 from benchmarks.peers.peer import Engine, Peer, Variant, run_worker
@@ -97,20 +99,26 @@ class LlamaBench(Engine):
     def __init__(self, command: list[str]) -> None:
         self.command = command
         self.build: str | None = None
+        start = perf_counter()
+        first = self._seconds(["-p", "0", "-n", "1", "-r", "1", "--no-warmup"])
+        self.load_seconds = perf_counter() - start - first
 
     def prefill(self, tokens: int) -> float:
-        return self._seconds(["-p", str(tokens), "-n", "0"])
+        return self._seconds(["-r", "2", "-p", str(tokens), "-n", "0"])
 
     def decode(self, context: int, tokens: int) -> float:
-        return self._seconds(["-p", "0", "-n", str(tokens), "-d", str(context)])
+        return self._seconds(["-r", "2", "-p", "0", "-n", str(tokens), "-d", str(context)])
 
     def _seconds(self, options: list[str]) -> float:
-        done = subprocess.run([*self.command, "-r", "2", *options], capture_output=True, text=True, check=False)
+        done = subprocess.run([*self.command, *options], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"llama-bench: {done.stderr[-500:]}")
         [row] = json.loads(done.stdout)
         self.build = row["build_commit"]
         return float(row["avg_ns"]) / 1e9
+
+    def peak_bytes(self) -> int:
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
     def facts(self) -> dict[str, Any]:
         return {"build": self.build}

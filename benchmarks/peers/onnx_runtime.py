@@ -50,10 +50,12 @@ class OnnxRuntime(Peer):
         path = self.path(place, shape, variant)
         if variant.name == "f32":
             return export(place.model(shape.name) / "hf", shape, path)
+        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         source = self.path(place, shape, self.variant("f32"))
-        return quantize_dynamic(source, path, weight_type=QuantType.QInt8, per_channel=True)
+        options = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of results of fused operations, which it does not know
+        return quantize_dynamic(source, path, weight_type=QuantType.QInt8, per_channel=True, extra_options=options)
 
     def load(self, place: Workplace, shape: Shape, variant: Variant, threads: int) -> Engine:
         path = self.path(place, shape, variant)

@@ -38,6 +38,9 @@ class Engine:
     quiet: ClassVar[float] = 0.05
     """Share of the machine's time that other processes may take during a measurement."""
 
+    load_seconds: float | None = None
+    """Seconds that loading took, where that is not the time of ``Peer.load``."""
+
     def prefill(self, tokens: int) -> float:
         """Seconds from a prompt of ``tokens`` tokens to the first new one, in an empty context."""
         raise NotImplementedError
@@ -49,6 +52,12 @@ class Engine:
     def encode(self, batch: int, length: int) -> float:
         """Seconds of an encoder on ``batch`` texts of ``length`` tokens."""
         raise NotImplementedError
+
+    def peak_bytes(self) -> int:
+        """The most memory that has been resident so far, mapped files included."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        [line] = [line for line in lines if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
 
     def facts(self) -> dict[str, Any]:
         """What else to record of this model."""

@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.peers.figures import DISTURBED, Series, Spread, best, limit, series
 from benchmarks.peers.peer import Variant
-from benchmarks.peers.results import Results, Sample, Series, Spread, best, series
+from benchmarks.peers.results import Results, Sample
 from benchmarks.peers.shapes import SHAPES
 from benchmarks.peers.systems import OWN, PEERS
 from benchmarks.peers.tasks import TASKS
 from benchmarks.peers.works import WORKS, Work
 
-TENSOR_LIMITS = {"read": "GB/s", "f32": "GFLOP/s", "bf16": "GFLOP/s", "int8": "GOP/s"}
+UNITS = {"read": "GB/s", "f32": "GFLOP/s", "bf16": "GFLOP/s", "int8": "GOP/s"}
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,13 @@ def goal_rows(samples: Sequence[Sample], works: Iterable[Work] = WORKS) -> list[
 
 
 def share_of_limit(work: Work, own: Series, samples: Sequence[Sample]) -> float | None:
-    """How much of the limit that was measured just before own runs they reached; the median over rounds."""
-    if work.share is None or own.model != "L":
+    """How much of the limit of the goal the median of own runs reached."""
+    most = limit(samples, own.model, work.of)
+    if work.share is None or own.model != "L" or most is None:
         return None
-    shares = []
-    for sample in of_series(own, samples):
-        used = demand(own, sample)
-        if used is not None:
-            shares.append(used / sample["seconds"][own.task] / sample["limits"][work.of])
-    return statistics.median(shares) if shares else None
+    used = demand(own, of_series(own, samples)[0])
+    seconds = TASKS[own.task].seconds(own.spread.median)
+    return used / seconds / most if used else None
 
 
 def demand(own: Series, sample: Sample) -> float | None:
@@ -144,10 +143,10 @@ def detail_rows(samples: Sequence[Sample]) -> list[list[str]]:
 def limit_lines(samples: Sequence[Sample]) -> list[str]:
     """The limits of the machine over the run."""
     lines = []
-    for limit, unit in TENSOR_LIMITS.items():
-        values = [s["limits"][limit] / 1e9 for s in samples if limit in s["limits"]]
+    for kind, unit in UNITS.items():
+        values = [s["limits"][kind] / 1e9 for s in samples if kind in s["limits"]]
         if values:
-            lines.append(f"{limit} {statistics.median(values):.0f} {unit} ({min(values):.0f}-{max(values):.0f})")
+            lines.append(f"{kind} {statistics.median(values):.0f} {unit} ({min(values):.0f}-{max(values):.0f})")
     return lines
 
 
@@ -168,7 +167,8 @@ def markdown(results: Results) -> str:
         f"{env.get('kernel')}, {env.get('date')}, commit {env.get('commit')}"
         + (f", each command under `{settings['prefix']}`" if settings.get("prefix") else "") + ".",
         f"Limits, measured before each process (median, range): {'; '.join(limit_lines(results.samples))}.",
-        "A ratio is the median over rounds of own figure / peer's figure of the same round (range in brackets).",
+        "A ratio is the median over rounds of own figure / peer's figure of the same round (range in brackets). Figures "
+        f"during which other processes took more than {DISTURBED:.0%} of the machine are left out where there are others.",
         "## Goals", text_table(HEAD, [row.cells() for row in goal_rows(results.samples)]),
         "## All measurements", text_table(DETAILS, detail_rows(results.samples)),
         *(["## Failures", "\n".join(failures)] if failures else []),

@@ -20,6 +20,10 @@ class Task:
         """The figure that tables show."""
         return self.work / seconds if self.unit == "tokens/s" else seconds * (1e3 if self.unit == "ms" else 1)
 
+    def seconds(self, figure: float) -> float:
+        """The seconds of a measurement that gave ``figure``."""
+        return self.work / figure if self.unit == "tokens/s" else figure / (1e3 if self.unit == "ms" else 1)
+
     @property
     def higher_is_better(self) -> bool:
         return self.unit == "tokens/s"

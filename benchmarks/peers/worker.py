@@ -35,13 +35,6 @@ def request(do: str, place: Workplace, system: str, model: str, variant: str, **
     return json.dumps({"do": do, "cache": str(place.cache), "system": system, "model": model, "variant": variant, **more})
 
 
-def peak_bytes() -> int:
-    """The most memory this process has had resident, mapped files included."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [line] = [line for line in lines if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
 @dataclass(frozen=True)
 class Block:
     """Measurements in a row: seconds of each, and the share of the machine's time that other processes took."""
@@ -115,8 +108,8 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": {name: float(f"{statistics.median(b.values):.5g}") for name, b in blocks.items()},
         "others": {name: round(b.others, 3) for name, b in blocks.items()},
-        "load_seconds": round(load, 3),
-        "peak_bytes": peak_bytes(),
+        "load_seconds": round(engine.load_seconds or load, 3),
+        "peak_bytes": engine.peak_bytes(),
         "facts": engine.facts(),
     }
 

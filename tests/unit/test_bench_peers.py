@@ -11,10 +11,11 @@ import pytest
 
 from benchmarks.peers import gguf_file, worker
 from benchmarks.peers.checkpoints import tokens
+from benchmarks.peers.figures import Series, Spread, best, series
 from benchmarks.peers.own import weight_bytes
 from benchmarks.peers.peer import Engine, Peer, Variant, prompt
 from benchmarks.peers.plan import Job, jobs, rounds
-from benchmarks.peers.results import Results, ResultsError, Series, Spread, best, key, series
+from benchmarks.peers.results import Results, ResultsError, key
 from benchmarks.peers.runner import is_beaten
 from benchmarks.peers.shapes import SHAPES
 from benchmarks.peers.systems import OWN, PEERS
@@ -28,8 +29,9 @@ LIMITS = {"read": 50e9, "f32": 2e11, "bf16": 4e11, "int8": 8e11}
 
 def sample(system: str, variant: str, number: int = 0, model: str = "S", **seconds: float) -> dict[str, Any]:
     facts = {"step_bytes": 10**9, "cache_bytes": 10**8, "capacity": 1000}
-    return {"model": model, "system": system, "variant": variant, "family": variant, "round": number, "limits": LIMITS,
-            "seconds": seconds, "facts": facts, "load_seconds": 0.1, "peak_bytes": 10**8}  # fmt: skip
+    what = {"model": model, "system": system, "variant": variant, "family": variant, "round": number, "limits": LIMITS}
+    others = dict.fromkeys(seconds, 0.0)
+    return {**what, "seconds": seconds, "others": others, "facts": facts, "load_seconds": 0.1, "peak_bytes": 10**8}
 
 
 def work(name: str) -> Any:
@@ -134,6 +136,15 @@ def test_spread_and_ratios() -> None:
     assert a.ratios(Series("S", "c", "v", "decode", {7: 10.0})).values == (2.0,)
     assert best([b, a]) is a
     assert best([]) is None
+
+
+def test_disturbed_figures_count_when_there_are_no_others() -> None:
+    samples = [sample("a", "v", number, decode=seconds) for number, seconds in enumerate((1.0, 2.0, 2.0))]
+    samples[0]["others"]["decode"] = 0.5
+    [one] = series(samples)
+    assert one.by_round == {1: 32.0, 2: 32.0}
+    [one] = series(samples[:1])
+    assert one.by_round == {0: 64.0}
 
 
 def test_of_latencies_the_smaller_is_the_better() -> None:
