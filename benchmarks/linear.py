@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import mmap
 import subprocess
 import tempfile
 import time
@@ -33,6 +34,7 @@ from tilewright.codegen.target import CpuTarget, parse_target
 
 RUNTIME = Path(tilewright.runtime.__file__).parent
 COLD = 160 << 20  # bytes of weights to cycle through, several times the caches
+LARGE_PAGE = 2 << 20
 Run = Callable[[], None]
 
 SHIM = """
@@ -101,6 +103,16 @@ def compare(title: str, work: float, unit: str, limit: Run, own: Run, rounds: in
           f"{work / np.median(limits) / 1e9:.1f}; best {100 * limits.min() / owns.min():.0f} %", flush=True)
 
 
+def large_pages(size: int) -> np.ndarray:
+    """Bytes in pages as large as the system has them, as the weights of an artifact are mapped; all are 1."""
+    memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(memory, np.uint8)
+    array = raw[-raw.ctypes.data % LARGE_PAGE:][:size]
+    array[:] = 1
+    return array
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +125,7 @@ def read_run(machine: Machine, size: int) -> Run:
             loop.next(*[v + x.load(loop.index + i * lanes, lanes) for i, v in enumerate(loop.values)])
         for i, value in enumerate(loop.results):
             y.store(value, i * lanes)
-    memory = aligned(size // 4, "f32", 1), aligned(256, "f32")
+    memory = large_pages(size), aligned(256, "f32")
     return machine.calls([(NativeKernel(kernel), size // (4 * step), 1, memory)])
 
 
@@ -164,12 +176,19 @@ class Layer:
         """Of the weights and all that belongs to them."""
         return sum(layout.nbytes for layout in self.layouts)
 
-    def call(self, m: int) -> tuple[NativeKernel, int, int, Sequence]:
-        """One call for ``m`` rows, with weights of its own."""
-        spec = self.spec
+    def calls(self, m: int, count: int) -> list[tuple[NativeKernel, int, int, Sequence]]:
+        """Calls for ``m`` rows, each with weights of its own."""
+        memory = large_pages(count * (self.bytes + 64 * len(self.layouts)))
+        return [self._call(m, memory) for memory in np.split(memory, count)]
+
+    def _call(self, m: int, memory: np.ndarray) -> tuple[NativeKernel, int, int, Sequence]:
+        spec, at = self.spec, 0
         x, y = aligned((m, spec.k), spec.x_dtype, 1), aligned((m, spec.n), spec.out_dtype)
         scale = [aligned(m, "f32", 1)] if spec.dynamic else []
-        weights = [aligned(layout.shape, layout.stored, 1) for layout in self.layouts]
+        weights = []
+        for layout in self.layouts:
+            weights.append(memory[at:at + layout.nbytes])
+            at += -(-layout.nbytes // 64) * 64
         tasks = spec.tasks(self.schedule, self.target, m)
         return self.kernel, tasks, 1, (m, x, *scale, *weights, y)
 
@@ -204,7 +223,7 @@ def streams(machine: Machine, formats: Sequence[Format], shapes: Sequence[tuple[
             count = max(COLD // layer.bytes, 2)
             limit = read_run(machine, count * layer.bytes)
             for m in rows:
-                own = machine.calls([layer.call(m) for _ in range(count)])
+                own = machine.calls(layer.calls(m, count))
                 compare(f"{m} x {n} x {k}, {kind}", count * layer.bytes, "GB/s", limit, own, 7)
 
 
@@ -227,7 +246,7 @@ def gemm(machine: Machine) -> None:
             work = 2.0 * m * n * k
             repeat = max(round(2e10 / work), 1)
             peak = peak_run(machine, kind.x, repeat * work)
-            own = machine.calls([Layer(machine, kind.spec(n, k)).call(m)] * repeat)
+            own = machine.calls(Layer(machine, kind.spec(n, k)).calls(m, 1) * repeat)
             compare(f"{m} x {n} x {k}, {kind}", repeat * work, "GOP/s", peak, own, 5)
 
 

@@ -21,6 +21,7 @@ from tilewright.codegen.schedule import LinearSchedule, registers
 from tilewright.codegen.target import CpuTarget
 
 _FEW = 4  # rows up to which converting weights in registers beats storing the converted block
+_STREAMED = 2  # rows up to which weights are waited for rather than multiplied
 _WIDE_BLOCK = 128  # k's of a converted block
 
 
@@ -159,7 +160,8 @@ class _Linear:
         for rows in range(1, tallest + 1):
             unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
             columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
-            tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, schedule.prefetch)
+            ahead = schedule.prefetch if rows <= _STREAMED else 0
+            tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, ahead)
             if self.grouped:
                 streams = self._streams(x, w)
                 tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams)

@@ -14,7 +14,7 @@ from tilewright.codegen.packing import Packing
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
 
-_SHARED = 32  # panels that threads share evenly
+_SHARED = 28  # panels that threads share evenly
 _MOST = (1 << 31) // (255 * 128)  # products of codes that surely fit i32
 
 
@@ -95,11 +95,18 @@ class LinearSpec:
         return Groups(size, self.k // size if size else 1, CODES.get(self.weight, 0))
 
     def schedule(self, target: CpuTarget) -> LinearSchedule:
-        """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly."""
+        """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly.
+
+        Groups take their time between memory accesses, for which the hardware fetches ahead by itself.
+        """
+        grouped = self.coded and self.groups.count > 1
         wide = LinearSchedule.default(target)
-        if self.dynamic and CODES[self.weight] == 8 and not self.group and not target.has_vnni:
+        if target.vector_bits == 512 and (self.dynamic or not self.coded) and not grouped:
+            wide = replace(wide, prefetch=2048)
+        if self.dynamic and CODES[self.weight] == 8 and not grouped and not target.has_vnni:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
-        return wide if self.n >= _SHARED * self.panel(wide, target) else replace(wide, tile_v=2)
+        enough = _SHARED // 2 if grouped else _SHARED
+        return wide if self.n >= enough * self.panel(wide, target) else replace(wide, tile_v=2)
 
     def panel(self, schedule: LinearSchedule, target: CpuTarget) -> int:
         """Output features of one panel."""
