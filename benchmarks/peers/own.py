@@ -6,8 +6,6 @@ import hashlib
 import json
 import struct
 import subprocess
-import sys
-import tempfile
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -36,7 +34,7 @@ def _recipe(name: str, width: str, passes: str, dtype: str, a8: bool = False, mo
     options = {"passes": passes, "dtype": dtype, "target": "native"}
     held = {**options, "target": "x86-64-v3"}
     return (Variant(name, width, models, a8=a8, options=options),
-            Variant(f"{name}-avx2", width, models, a8=a8, isa="avx2", options=held))  # fmt: skip
+            Variant(f"{name}-avx2", width, models, rounds=2, isa="avx2", a8=a8, options=held))  # fmt: skip
 
 
 class Tilewright(Peer):
@@ -69,7 +67,7 @@ class Tilewright(Peer):
         tilewright.compile(place.model(shape.name) / "hf", out=self.path(place, shape, variant), **compile_options)
 
     def load(self, place: Workplace, shape: Shape, variant: Variant, threads: int) -> Engine:
-        return Model(place, self.path(place, shape, variant), shape, variant, threads)
+        return Model(self.path(place, shape, variant), shape, threads)
 
 
 def fingerprint(place: Workplace) -> str:
@@ -82,10 +80,10 @@ def fingerprint(place: Workplace) -> str:
 
 
 class Model(Engine):
-    def __init__(self, place: Workplace, path: Path, shape: Shape, variant: Variant, threads: int) -> None:
+    def __init__(self, path: Path, shape: Shape, threads: int) -> None:
         import tilewright
 
-        self.place, self.path, self.shape, self.variant, self.seeds = place, path, shape, variant, count()
+        self.path, self.shape, self.seeds = path, shape, count()
         self.session = tilewright.load(path).session(threads)
 
     def prefill(self, tokens: int) -> float:
@@ -123,19 +121,6 @@ class Model(Engine):
 
         pairs = [(step(near), step(far)) for _ in range(24)]
         return median(b - a for a, b in pairs[4:])
-
-    def compile(self) -> float:
-        """Seconds of ``tilewright compile`` with no kernel known yet."""
-        shape, options = self.shape, self.variant.options
-        with tempfile.TemporaryDirectory(dir=self.place.folder("cold")) as folder:
-            command = [sys.executable, "-c", "from tilewright.cli import main; main()", "compile",
-                       str(self.place.model(shape.name) / "hf"), "--out", f"{folder}/out",
-                       "--max-length", str(CAPACITY.get(shape.name, 1024)), "--passes", options["passes"],
-                       "--target", options["target"], "--dtype", options["dtype"]]  # fmt: skip
-            environment = {**self.place.worker_environment, "XDG_CACHE_HOME": folder}
-            start = perf_counter()
-            subprocess.run(command, check=True, capture_output=True, env=environment)
-            return perf_counter() - start
 
     def facts(self) -> dict[str, Any]:
         with (self.path / "weights.safetensors").open("rb") as file:

@@ -59,6 +59,5 @@ def rounds(all_jobs: Sequence[Job], repeats: int) -> Iterator[tuple[int, Job]]:
         of_model = [job for job in all_jobs if job.model == model]
         for number in range(repeats):
             for job in of_model:
-                tasks = tuple(name for name in job.tasks if number == 0 or not TASKS[name].once)
-                if tasks and number < (job.variant.rounds or repeats):
-                    yield number, Job(job.model, job.system, job.variant, tasks)
+                if number < (job.variant.rounds or repeats):
+                    yield number, job

@@ -22,8 +22,6 @@ from benchmarks.peers.workplace import Workplace
 
 PATIENCE = 600
 """Seconds after which a process is given up."""
-CLEARLY = 1.05
-"""A setting that is slower than its sibling by this factor in every task is not measured again."""
 
 
 class Limits:
@@ -99,14 +97,14 @@ class Runner:
 
 
 def is_beaten(job: Job, samples: Sequence[Sample]) -> bool:
-    """Whether a sibling of the same family was clearly faster in every task of the first round."""
+    """Whether a sibling of the same family was faster in every task of the first round."""
     family = (job.model, job.system, job.family)
     first = [s for s in samples if s["round"] == 0 and "seconds" in s and (s["model"], s["system"], s["family"]) == family]
     own = next((s["seconds"] for s in first if s["variant"] == job.variant.name), None)
     others = [s["seconds"] for s in first if s["variant"] != job.variant.name]
     if own is None:
         return False
-    return any(all(task in other and other[task] * CLEARLY < own[task] for task in own) for other in others)
+    return any(all(task in other and other[task] < own[task] for task in own) for other in others)
 
 
 def describe(job: Job, sample: Sample) -> str:

@@ -7,30 +7,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """``work``: tokens of one measurement, 0 where the figure is a time. ``once``: in the first round alone."""
+    """``work``: tokens of one measurement, 0 where the figure is a latency in milliseconds."""
 
     method: str
     arguments: tuple[int, ...]
     warm_up: tuple[int, ...]
     work: int = 0
-    unit: str = "tokens/s"
-    once: bool = False
+
+    @property
+    def unit(self) -> str:
+        return "tokens/s" if self.work else "ms"
 
     def figure(self, seconds: float) -> float:
         """The figure that tables show."""
-        return self.work / seconds if self.unit == "tokens/s" else seconds * (1e3 if self.unit == "ms" else 1)
+        return self.work / seconds if self.work else seconds * 1e3
 
     def seconds(self, figure: float) -> float:
         """The seconds of a measurement that gave ``figure``."""
-        return self.work / figure if self.unit == "tokens/s" else figure / (1e3 if self.unit == "ms" else 1)
+        return self.work / figure if self.work else figure / 1e3
 
     @property
     def higher_is_better(self) -> bool:
-        return self.unit == "tokens/s"
+        return self.work > 0
 
 
 def _latency(batch: int) -> Task:
-    return Task("encode", (batch, 128), (batch, 128), unit="ms")
+    return Task("encode", (batch, 128), (batch, 128))
 
 
 TASKS = {
@@ -39,6 +41,5 @@ TASKS = {
     "decode-4k": Task("decode", (4032, 64), (128, 8), work=64),
     "encode-1": _latency(1),
     "encode-32": _latency(32),
-    "attention": Task("attention", (128, 4160), (128, 4160), unit="ms"),
-    "compile": Task("compile", (), (), unit="s", once=True),
+    "attention": Task("attention", (128, 4160), (128, 4160)),
 }

@@ -84,11 +84,9 @@ def undisturbed(measure: Callable[[], float], still: float) -> Block:
 
 
 def measure(engine: Engine, name: str) -> Block:
-    """A task, warmed up and repeated; once where that is what is asked for."""
+    """A task, warmed up and repeated."""
     task = TASKS[name]
     method = partial(getattr(engine, task.method), *task.arguments)
-    if task.once:
-        return block(method, 0)
     if not engine.self_timed:
         getattr(engine, task.method)(*task.warm_up)
     return undisturbed(method, engine.quiet)
