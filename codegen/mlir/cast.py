@@ -8,7 +8,7 @@ loaded, converted to f32, and converted back before they are stored.
 from torch_mlir import ir
 from torch_mlir.dialects import arith, vector
 
-from tilewright.codegen.mlir.value import BITS, FLOATS, UNSIGNED, Val, constant, mlir_type
+from tilewright.codegen.mlir.value import BITS, FLOATS, UNSIGNED, Val, constant, mlir_type, shuffle
 
 
 def convert(value: Val, dtype: str) -> Val:
@@ -36,7 +36,12 @@ def _through_f32(value: Val, dtype: str) -> Val:
 
 def widen_bf16(value: Val) -> Val:
     """bf16 to f32: its bits are the upper half."""
+    from tilewright.codegen.mlir.builder import Kernel
+
     bits = value.bitcast("i16")
+    if value.lanes and Kernel.current().target.vector_bits == 512:  # one permutation; a conversion and a shift are two
+        pairs = [i // 2 + (value.lanes if i % 2 else 0) for i in range(2 * value.lanes)]
+        return shuffle(constant(0, "i16", value.lanes), bits, pairs).bitcast("f32")
     wide = Val(arith.extui(mlir_type("i32", value.lanes), bits.ir), "i32", value.lanes)
     return (wide << 16).bitcast("f32")
 

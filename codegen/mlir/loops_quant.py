@@ -14,8 +14,9 @@ from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, is_even, lane_form
 from tilewright.codegen.mlir.loops_rows import Rows, fits_stack, whole
 from tilewright.codegen.mlir.loops_scope import Group
+from tilewright.codegen.mlir.loops_shapes import linear
 from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
-from tilewright.ir import Value, ops
+from tilewright.ir import DType, Value, ops
 
 _LEVELS = 127.0
 _LARGEST = 2.0**127
@@ -85,15 +86,23 @@ class Quantized(Rows):
         """A group's scale and its inverse, by a pass over the group."""
         kept = self._row_buffer(op, row) if self._keeps(op) else None
 
+        bits = op.x in self.buffers and op.x.dtype is DType.bf16
+        dtype = "i16" if bits else "f32"
+
         def element(at: Index) -> Group:
             place = group * op.group + at[0]
+            if bits:  # without their signs they are ordered as integers are
+                raw = self.load(self.buffers[op.x], linear((*row, place), op.x.shape))
+                return [raw.bitcast("i16") & 0x7FFF]
             x = self.value(op.x, (*row, place)).to("f32")
             if kept is not None:
                 kept.store(x, self.number(place))
             return [x.abs()]
 
-        top = self.fold([op.group or op.x.shape[-1]], row, lambda lanes: [constant(0.0, "f32", lanes)], element,
+        top = self.fold([op.group or op.x.shape[-1]], row, lambda lanes: [constant(0, dtype, lanes)], element,
                         lambda a, b: [a[0].max(b[0])])[0]  # fmt: skip
+        if bits:
+            top = top.bitcast("bf16").to("f32")
         empty = top.eq(0.0)
         one = constant(1.0, "f32", top.lanes)
         inverse = constant(_LEVELS, "f32", top.lanes) / empty.select(one, top)

@@ -57,8 +57,9 @@ class Rows(Nest):
 
     buffered: Collection[Value]
     unroll: int
+    buffers: Mapping[Value, Buffer]
     outputs: Mapping[Value, Buffer]
-    """Where the results go."""
+    """Where arguments lie and results go."""
 
     def value(self, v: Value, index: Index) -> Val:
         raise NotImplementedError
