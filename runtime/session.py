@@ -16,7 +16,7 @@ from tilewright.runtime.binding import bind, check_batch, check_positions, check
 from tilewright.runtime.errors import InputError, ProgramError, SessionError, program_failure
 from tilewright.runtime.host import default_threads
 from tilewright.runtime.manifest import DTYPES, EntrySpec
-from tilewright.runtime.memory import Arena, address, aligned, pages
+from tilewright.runtime.memory import Arena, address, aligned, parts_of_pages
 
 if TYPE_CHECKING:
     from tilewright.runtime.generation import Step
@@ -32,7 +32,7 @@ class Session:
 
     ``threads``: in all, the caller's included; default: the physical cores this process may use. ``batch``: the most
     sequences that the KV states hold. Calls from several threads run one after another. Memory: the arena of the
-    largest call so far, and the touched pages of ``batch`` sequences of KV states. Close it, or use it in ``with``.
+    largest call so far, and the touched (large) pages of ``batch`` sequences of KV states. Close it, or use it in ``with``.
     """
 
     def __init__(self, program: Program, threads: int | None = None, batch: int = 1) -> None:
@@ -122,7 +122,7 @@ class Session:
     def _state_addresses(self) -> Any:
         if not self._states:
             specs = self.program.manifest.states
-            self._states = [pages(size * self.batch) for spec in specs for size in (spec.k_bytes, spec.v_bytes)]
+            self._states = parts_of_pages([size * self.batch for spec in specs for size in (spec.k_bytes, spec.v_bytes)])
             self._addresses = _addresses(self._states)
         return self._addresses
 
