@@ -73,7 +73,7 @@ class OpenVino(Peer):
 
     def load(self, place: Workplace, shape: Shape, variant: Variant, threads: int) -> Engine:
         path = self.path(place, shape, variant)
-        precision = "f32" if variant.width == "f32" or variant.name == "int8" else "bf16"
+        precision = "f32" if variant.width == "f32" else "bf16"
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if shape.is_encoder:
             return Encoder(path, shape, settings)

@@ -60,6 +60,6 @@ WORKS = (
     Work("encoder-int8", ("encode-1", "encode-32"), "E", of_width("int8"), of_width("int8"), 0.9, below=True),
     Work("context-4k", ("decode-4k",), "L", of_width("int4"), of_width("int4")),
     Work("attention-4k", ("attention",), "L", of_width("bf16"), nothing, share=0.75, of="read"),
-    *(Work(f"avx2-{task}-{width}", (task,), "SML", of_width(width, isa="avx2"), of_width(width, isa="avx2"), 0.8)
+    *(Work(f"avx2-{task}-{width}", (task,), "SM", of_width(width, isa="avx2"), of_width(width, isa="avx2"), 0.8)
       for task in ("decode", "prefill") for width in ("bf16", "int8", "int4")),
 )  # fmt: skip
