@@ -39,7 +39,7 @@
 #define PURE_SPIN_NS 20000    /* after this each clock read yields: a woken worker may share the caller's processor */
 #define SPINS_A_CLOCK_READ 64
 #define CALLER_SPINS 1024
-#define SHARE 4               /* a chunk is this part of what is left of a range */
+#define LEFT 4                /* a chunk leaves one part in so many of a range to helpers */
 #define MOST_UNITS (1u << 30)
 
 /* state: | stop 1 | epoch 14 | open 1 | workers inside 16 |. The epoch only keeps a worker from entering one region
@@ -93,7 +93,7 @@ static int take(member *own, uint32_t *begin, uint32_t *end) {
         const uint32_t first = (uint32_t)(span >> 32), last = (uint32_t)span;
         if (first >= last) return 0;
         *begin = first;
-        *end = first + (last - first + SHARE - 1) / SHARE;
+        *end = last - (last - first) / LEFT;
         if (atomic_compare_exchange_weak_explicit(&own->span, &span, span_of(*end, last), memory_order_relaxed,
                                                   memory_order_relaxed))
             return 1;
