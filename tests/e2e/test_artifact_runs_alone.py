@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest cut short": (cut("manifest.json", 10), r"manifest\.json: "),
     "no code": (lambda folder: (folder / "kernels.so").unlink(), r"kernels\.so: cannot be opened.*incomplete"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: cannot be opened.*incomplete"),
-    "a later version": (edit_manifest(version=2), r"version 2\b.*\b1\b"),
+    "a later version": (edit_manifest(version=3), r"version 3\b.*\b2\b"),
     "another format": (edit_manifest(format="other"), r"format.*not an artifact made by tilewright"),
     "another processor": (other_cpu, r"compiled for cpu\{arch=znver9\}.*lacks the CPU features avx1024f, avx1024bw.*"
                                      r"x86-64-v3"),
