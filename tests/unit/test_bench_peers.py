@@ -8,15 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from benchmarks.peers import gguf_file, worker
+from benchmarks.peers import cli, gguf_file, runner, worker
 from benchmarks.peers.checkpoints import tokens
 from benchmarks.peers.figures import Series, Spread, best, series
 from benchmarks.peers.own import weight_bytes
 from benchmarks.peers.peer import Engine, Peer, Variant, prompt
 from benchmarks.peers.plan import Job, jobs, rounds
 from benchmarks.peers.results import Results, ResultsError, key
-from benchmarks.peers.runner import is_beaten
+from benchmarks.peers.runner import Runner, is_beaten
 from benchmarks.peers.shapes import SHAPES
 from benchmarks.peers.systems import OWN, PEERS
 from benchmarks.peers.table import goal_rows, markdown, text_table
@@ -161,6 +162,68 @@ def test_a_setting_that_loses_everything_is_not_measured_again() -> None:
     assert not is_beaten(job("int8-sdpa"), [slower, faster])
     assert not is_beaten(job("int8-pa"), [of("int8-pa", prefill=2.0, decode=1.0), faster])
     assert not is_beaten(job("int8-pa"), [faster]), "not measured yet"
+
+
+class Machine:
+    """Stands for the process that measures limits."""
+
+    def __init__(self, *_: object) -> None:
+        self.closed = False
+
+    def __call__(self) -> dict[str, float]:
+        return LIMITS
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def worker_of(self: Runner, job: Job, tasks: list[str]) -> dict[str, Any]:
+        asked.append((job.system, tuple(tasks)))
+        if len(asked) == 2:
+            raise RuntimeError("Traceback\nValueError: no")
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {key: value for key, value in sample(job.system, "x", **dict.fromkeys(tasks, 1.0)).items() if key != "round"}
+
+    monkeypatch.setattr(runner, "Limits", Machine)
+    monkeypatch.setattr(Runner, "_worker", worker_of)
+    all_jobs = [Job("S", system, Variant("x", "f32"), ("prefill", "decode")) for system in "abc"]
+    said: list[str] = []
+    running = Runner(Workplace(tmp_path), {}, threads=2, say=said.append)
+    with pytest.raises(KeyboardInterrupt):
+        running.run(all_jobs, 1, Results(tmp_path / "r.json"))
+    assert said[1] == "S b x: failed: ValueError: no"
+    results = Results(tmp_path / "r.json")
+    running.run(all_jobs, 1, results)
+    both = ("prefill", "decode")
+    assert asked == [("a", both), ("b", both), ("c", both), ("b", both), ("c", both)], "a is not measured again"
+    assert [s["system"] for s in results.samples if "error" not in s] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--only", "nothing"], "no work 'nothing'; there are decode-int4"),
+        (["run", "--models", "X"], "no model 'X'; there are S, M, L, E"),
+        (["setup", "--systems", "tvm"], "no system 'tvm'; there are tilewright, llama.cpp"),
+    ],
+)
+def test_the_command_line_says_what_exists(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, [*arguments, "--cache", str(tmp_path)])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_what_is_not_there_is_left_out_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Limits", Machine)
+    options = ["--cache", str(tmp_path), "--out", str(tmp_path / "r.json"), "--models", "S", "--systems", "openvino"]
+    done = CliRunner().invoke(cli.app, ["run", *options, "--only", "decode-int4"])
+    assert done.exit_code == 0, done.output
+    assert "S openvino int4-pa: left out, not there (run setup and models)" in done.output
+    assert not (tmp_path / "r.json").exists()
 
 
 # Tables
