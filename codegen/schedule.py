@@ -174,5 +174,5 @@ class AttentionSchedule(Schedule):
         The hardware fetches ahead well while little is computed between two lines, and along one memory page.
         """
         parts = next((p for p in (1, 2, 4, 8) if p * heads >= _ENOUGH_TASKS), 16)
-        busy = dtype == "f32" and group >= 4
-        return cls(keys=64, prefetch=8192 if busy or target.vector_bits < 512 else 0, parts=parts)
+        busy = group >= 4 and (dtype == "f32" or target.vector_bits < 512)
+        return cls(keys=64, prefetch=8192 if busy else 0, parts=parts)

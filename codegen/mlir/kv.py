@@ -16,6 +16,8 @@ from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 from tilewright.codegen.target import CpuTarget
 
+_FEW_KEYS = 256
+
 
 @dataclass(frozen=True)
 class AttendSpec:
@@ -56,7 +58,7 @@ class AttendSpec:
 
     def parts(self, schedule: AttentionSchedule) -> int:
         """Parts of the keys of one head, at most."""
-        return min(schedule.parts, self.cache.slots // SLOT_STEP) if self.s == 1 else 1
+        return min(schedule.parts, -(-self.cache.slots // _FEW_KEYS)) if self.s == 1 else 1
 
     def last(self, schedule: AttentionSchedule, b: Any) -> Any:
         """Number of tasks that put parts together."""
@@ -85,7 +87,7 @@ class AttendBuffers:
 
 
 def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: AttentionSchedule) -> Kernel:
-    """The whole kernel: dims B, S; buffers q, cache k, cache v, start, bias, sinks, cos, sin (as in the spec), out, parts."""
+    """The whole kernel: dims B, S; buffers q, cache, start, what the spec has of bias, sinks, cos, sin, then out, parts."""
     extra = {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
@@ -162,8 +164,9 @@ class _Attend:
         return constant(0) if low is None else low // step * step, self._visible(position + (queries - 1)).high
 
     def _part_keys(self, keys: Val) -> Val:
-        """Keys of each part but the last, whole runs."""
-        return ((keys + (self.parts - 1)) // self.parts + (SLOT_STEP - 1)) // SLOT_STEP * SLOT_STEP
+        """Keys of each part but the last, whole runs: not so few that memory has hardly begun to stream."""
+        parts = ((keys + (_FEW_KEYS - 1)) // _FEW_KEYS).min(constant(self.parts))
+        return ((keys + (parts - 1)) // parts + (SLOT_STEP - 1)) // SLOT_STEP * SLOT_STEP
 
     def _part_place(self, row: Val, lane: Val, part: Val) -> Val:
         return ((lane * self.parts + part) * self.spec.group + row) * part_size(self.spec.cache.vdim)
