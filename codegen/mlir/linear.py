@@ -21,7 +21,7 @@ from tilewright.codegen.schedule import LinearSchedule, registers
 from tilewright.codegen.target import CpuTarget
 
 _FEW = 4  # rows up to which converting weights in registers beats storing the converted block
-_STREAMED = 2  # rows up to which weights are waited for rather than multiplied
+_STREAMED = 2  # rows up to which fetching ahead pays
 _WIDE_BLOCK = 128  # k's of a converted block
 
 
@@ -160,14 +160,17 @@ class _Linear:
         for rows in range(1, tallest + 1):
             unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
             columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
-            ahead = schedule.prefetch if rows <= _STREAMED else 0
-            tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, ahead)
+            tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, told=self._fetches(rows))
             if self.grouped:
                 streams = self._streams(x, w)
                 tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams)
             else:
                 tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, (x, w, self.sums[0]))
         return _Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored)
+
+    def _fetches(self, rows: int) -> bool:
+        """Whether a tile of so many rows may fetch weights ahead: one that waits for them rather than multiplies."""
+        return bool(self.schedule.prefetch) and not self.grouped and rows <= _STREAMED
 
     def _width(self, feed: AnyFeed, rows: int) -> int:
         """Vectors of a panel that a tile of so many rows does at once, as registers allow."""
@@ -271,6 +274,7 @@ class _Linear:
         else:
             buffers = [x, w, self.sums[part]]
             tail = (start + count).eq(k).to("index") if k % step else constant(0)
+            ahead = (self.m <= path.tallest).select(constant(self.schedule.prefetch), 0)  # else the caches have the block
 
         def call(rows: int, row: Val) -> None:
             for vector in range(0, self.schedule.tile_v, self._width(path.feed, rows)):
@@ -278,6 +282,8 @@ class _Linear:
                 places = (x_at + row * path.x_stride, w_at + vector * _spacing(path.feed), sums_at)
                 if self.grouped:
                     more = (scales_at + vector * self.kernel.lanes, row * self.groups.count + group, groups)
+                elif self._fetches(rows):
+                    more = (count // step, tail, ahead)
                 else:
                     more = (count // step, tail)
                 path.tiles[rows](buffers, (*places, *more))

@@ -10,7 +10,7 @@ Those of small integers are in linear_codes.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
@@ -152,8 +152,9 @@ class Tile:
     x_stride: int
     sums_stride: int
     unroll: int
-    prefetch: int = 0  # bytes ahead in the weight stream, 0 = none
+    prefetch: int | Val = 0  # bytes ahead in the weight stream, 0 = none
     fresh: bool = False  # start from zero rather than from the sums
+    told: bool = False  # how far to fetch ahead is a sixth number of a call
 
     @property
     def vectors(self) -> int:
@@ -164,11 +165,12 @@ def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: i
     """``sums[rows][features] += x[rows] @ features.T`` over some steps of K, as the inner function ``name``.
 
     ``buffers`` are x, the packed weight and the sums. Numbers of a call: first element of x, of the weight and of
-    the sums, the count of steps, and 1 when what K has beyond whole steps follows them.
+    the sums, the count of steps, 1 when what K has beyond whole steps follows them, and perhaps bytes to fetch ahead.
     """
-    with kernel.function(name, buffers, numbers=5) as micro:
+    with kernel.function(name, buffers, numbers=6 if tile.told else 5) as micro:
         x, w, sums = micro.buffers
-        x_at, w_at, sums_at, steps, tail = micro.numbers
+        x_at, w_at, sums_at, steps, tail, *ahead = micro.numbers
+        tile = replace(tile, prefetch=ahead[0]) if tile.told else tile
         x, w, sums = x.at(x_at), w.at(w_at), sums.at(sums_at)
         places = [r * tile.sums_stride + v * feed.lanes for r in range(tile.rows) for v in range(tile.vectors)]
         zero = constant(0, feed.acc, feed.lanes)
@@ -239,12 +241,12 @@ def _vector_by_vector(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: S
 
 def _prefetch(feed: AnyFeed, tile: Tile, w: Buffer, place: Val) -> None:
     """Fetch ahead into the second-level cache: the first has too few miss buffers to keep memory busy."""
-    if not tile.prefetch:
+    if isinstance(tile.prefetch, int) and not tile.prefetch:
         return
     size = SIZES[feed.w_dtype]
     lines = {(column + start) * size // 64 for column in tile.columns for start in feed.spread}
     for line in sorted(lines):
-        w.prefetch(place + (tile.prefetch + line * 64) // size, locality=2)
+        w.prefetch(place + tile.prefetch // size + line * 64 // size, locality=2)
 
 
 def _add_tail(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:
