@@ -54,7 +54,10 @@ def run_here(artifact: str, threads: int) -> dict[str, Any]:
             start = time.perf_counter()
             generate(session, prompt, 1)
             out[f"{name}_seconds"] = time.perf_counter() - start
-        generate(session, [random.integers(0, high + 1, PROMPT)], DECODED)
+        times: list[float] = []
+        prompt = [random.integers(0, high + 1, PROMPT)]
+        generate(session, prompt, 1 + DECODED, callback=lambda step, tokens: times.append(time.perf_counter()))
+        out["token_seconds"] = (times[-1] - times[0]) / DECODED
         generate(session, [random.integers(0, high + 1, LENGTH - DECODED)], DECODED)
         held = session.memory
     weights = program.manifest.files["weights.safetensors"].bytes

@@ -74,6 +74,7 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import tilewright
+    from tilewright.runtime.sampling import Sampler, Sampling
 
     checkpoint, artifact = work / "llama-1b", work / "llama-1b.tw"
     make_checkpoint(checkpoint)
@@ -86,8 +87,10 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     session = program.session(threads)
     torch.set_num_threads(threads)
     peer = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-    ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (1, PROMPT))
+    random = np.random.default_rng(0)
+    ids = random.integers(0, SHAPE["vocab_size"], (1, PROMPT))
     zero = np.zeros(1, np.int64)
+    step, greedy = session.bind("decode", ids=ids[:, :1], start=zero), Sampler(program.library, Sampling())
     read_bandwidth = ReadBandwidth(threads)
 
     def ours_prefill() -> float:
@@ -104,7 +107,8 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     def ours_decode() -> float:
         start = time.perf_counter()
         for i in range(DECODED):
-            session("decode", ids=ids[:, i : i + 1], start=zero + CONTEXT + i)
+            step.inputs["start"][...] = CONTEXT + i
+            step.inputs["ids"][...] = greedy.choose(step()["logits"][0], random)
         return DECODED / (time.perf_counter() - start)
 
     rows: dict[str, list[float]] = {}
