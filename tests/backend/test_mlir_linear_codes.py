@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.backend.mlir_helpers import TARGETS, assert_close, library_calls, random_array, target
+from tests.backend.mlir_helpers import assert_close, library_calls, random_array, target
 from tilewright.codegen.mlir.linear import linear_kernel
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import assembly
@@ -15,7 +15,7 @@ from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget, parse_target
 
 VNNI = "cpu{arch=x86-64-v4 features=+avx512bf16+avx512vnni}"
-CODED_TARGETS = [*TARGETS, VNNI]
+CODED_TARGETS = ["x86-64-v3", "x86-64-v4", VNNI]
 WEIGHTS = {"i8": (np.int8, -128, 128), "u8": (np.uint8, 0, 256),
            "i4": (ml_dtypes.int4, -8, 8), "u4": (ml_dtypes.uint4, 0, 16)}
 
@@ -133,9 +133,8 @@ def test_integer_products_are_exact(name: str, weight: str, group: int) -> None:
 
 
 @pytest.mark.parametrize("name", CODED_TARGETS)
-@pytest.mark.parametrize("x", ["i8", "bf16"])
-@pytest.mark.parametrize("weight", ["i8", "i4"])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (17, 15), (33, 9), (64, 4), (3, 700)])
+@pytest.mark.parametrize(("x", "weight"), [("i8", "i8"), ("i8", "i4"), ("bf16", "i8"), ("bf16", "i4")])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 15), (33, 9), (3, 700)])
 def test_sizes(name: str, x: str, weight: str, n: int, k: int) -> None:
     """Any N and K, also across several blocks of K."""
     schedule = dataclasses.replace(LinearSchedule.default(named(name)), block_k=256)
