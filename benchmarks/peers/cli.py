@@ -42,7 +42,7 @@ ALL_MODELS = ",".join(SHAPES)
 def setup(systems: SystemsOption = "", cache: CacheOption = default_cache()) -> None:  # noqa: B008
     """Install and build the peers: about 3 GB and 25 minutes on two cores."""
     place = Workplace(cache)
-    with reported() as attempt:
+    with place.alone(), reported() as attempt:
         for peer in chosen(systems):
             attempt(peer.name, lambda peer=peer: peer.setup(place))
 
@@ -54,7 +54,7 @@ def models(
 ) -> None:  # fmt: skip
     """Make the models, in every format that the works need."""
     place = Workplace(cache, own_python=own_python)
-    with reported() as attempt:
+    with place.alone(), reported() as attempt:
         for model in split(models, SHAPES, "model"):
             shape = SHAPES[model]
             folder = place.model(model) / "hf"
@@ -66,7 +66,7 @@ def models(
 @app.command()
 def run(
     models: ModelsOption = ALL_MODELS, systems: SystemsOption = "", only: OnlyOption = "",
-    repeats: Annotated[int, typer.Option(help="Rounds over all systems.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Rounds over all systems.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of every system.")] = 2,
     prefix: Annotated[str, typer.Option(help="A command before each measurement: 'chrt -f 1'.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of what is selected.")] = False,
@@ -81,22 +81,21 @@ def run(
         ready += [job] if is_ready else []
         if not is_ready:
             typer.echo(f"{job}: left out, not there (run setup and models)", err=True)
-    path = out or default_results()
-    results = Results(path)
-    if fresh:
-        names = {(job.model, job.system, job.variant.name) for job in ready}
-        results.drop(lambda s: (s["model"], s["system"], s["variant"]) in names)
-    try:
-        results.begin({"threads": threads, "prefix": prefix}, describe_machine(place))
-    except ResultsError as error:
-        sys.exit(f"error: {error}")
-    try:
-        Runner(place, PEERS, threads, tuple(shlex.split(prefix))).run(ready, repeats, results)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        write_tables(results)
+    with place.alone():
+        results = Results(out or default_results())
+        if fresh:
+            names = {(job.model, job.system, job.variant.name) for job in ready}
+            results.drop(lambda s: (s["model"], s["system"], s["variant"]) in names)
+        try:
+            results.begin({"threads": threads, "prefix": prefix}, describe_machine(place))
+            Runner(place, PEERS, threads, tuple(shlex.split(prefix))).run(ready, repeats, results)
+        except ResultsError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+        finally:
+            write_tables(results)
 
 
 @app.command()

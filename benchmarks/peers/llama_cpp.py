@@ -91,7 +91,7 @@ class LlamaCpp(Peer):
 
 
 class LlamaBench(Engine):
-    """Runs llama-bench for each measurement: weights mapped, one warm-up run and two timed ones of its own."""
+    """Runs llama-bench for each measurement: weights mapped, after a warm-up of its own."""
 
     self_timed: ClassVar[bool] = True
     quiet: ClassVar[float] = 0.15  # it loads the model each time, and leaves a core to others meanwhile
@@ -104,10 +104,10 @@ class LlamaBench(Engine):
         self.load_seconds = perf_counter() - start - first
 
     def prefill(self, tokens: int) -> float:
-        return self._seconds(["-r", "2", "-p", str(tokens), "-n", "0"])
+        return self._seconds(["-r", "1", "-p", str(tokens), "-n", "0"])
 
     def decode(self, context: int, tokens: int) -> float:
-        return self._seconds(["-r", "2", "-p", "0", "-n", str(tokens), "-d", str(context)])
+        return self._seconds(["-r", "1", "-p", "0", "-n", str(tokens), "-d", str(context)])
 
     def _seconds(self, options: list[str]) -> float:
         done = subprocess.run([*self.command, *options], capture_output=True, text=True, check=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.peers.peer import Peer, Variant
 from benchmarks.peers.tasks import TASKS
@@ -59,5 +59,6 @@ def rounds(all_jobs: Sequence[Job], repeats: int) -> Iterator[tuple[int, Job]]:
         of_model = [job for job in all_jobs if job.model == model]
         for number in range(repeats):
             for job in of_model:
-                if number < (job.variant.rounds or repeats):
-                    yield number, job
+                tasks = tuple(name for name in job.tasks if number < (TASKS[name].rounds or repeats))
+                if tasks and number < (job.variant.rounds or repeats):
+                    yield number, replace(job, tasks=tasks)

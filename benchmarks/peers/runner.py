@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.peer import Peer
@@ -61,16 +57,15 @@ class Runner:
 
     def run(self, jobs: Sequence[Job], repeats: int, results: Results) -> None:
         """All rounds of all jobs that ``results`` does not have yet."""
-        with alone(self.place.cache / "lock"):
-            limits = Limits(self.place, self.prefix, self.threads)
-            try:
-                for number, job in rounds(jobs, repeats):
-                    at = (job.model, job.system, job.variant.name, number)
-                    tasks = results.missing(at, job.tasks)
-                    if tasks and not is_beaten(job, results.samples):
-                        results.append({**self.measure(job, tasks, limits()), "round": number})
-            finally:
-                limits.close()
+        limits = Limits(self.place, self.prefix, self.threads)
+        try:
+            for number, job in rounds(jobs, repeats):
+                at = (job.model, job.system, job.variant.name, number)
+                tasks = results.missing(at, job.tasks)
+                if tasks and not is_beaten(job, results.samples):
+                    results.append({**self.measure(job, tasks, limits()), "round": number})
+        finally:
+            limits.close()
 
     def measure(self, job: Job, tasks: Sequence[str], limits: dict[str, float]) -> Sample:
         """One sample; what went wrong is its ``error``."""
@@ -114,14 +109,3 @@ def describe(job: Job, sample: Sample) -> str:
     figures = [f"{task} {TASKS[task].figure(value):.4g} {TASKS[task].unit}" for task, value in sample["seconds"].items()]
     others = max(sample["others"].values())
     return f"{job}: {', '.join(figures)} ({sample['wall_seconds']:.0f} s; other processes {others:.0%})"
-
-
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Hold ``lock``; a second run beside this one ends with a message."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit("another run is measuring; two at a time would measure each other")
-        yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.peers.figures import DISTURBED, Series, Spread, best, limit, series
 from benchmarks.peers.peer import Variant
+from benchmarks.peers.plan import jobs
 from benchmarks.peers.results import Results, Sample
 from benchmarks.peers.shapes import SHAPES
 from benchmarks.peers.systems import OWN, PEERS
@@ -124,6 +125,13 @@ def of_series(one: Series, samples: Iterable[Sample]) -> list[Sample]:
             and one.task in s.get("seconds", {})]  # fmt: skip
 
 
+def not_measured(samples: Sequence[Sample]) -> list[str]:
+    """Of the models that were measured: what the works ask for, and has no figure."""
+    models = [model for model in SHAPES if any(s["model"] == model for s in samples)]
+    known = {(one.model, one.system, one.variant) for one in series(samples)}
+    return [str(job) for job in jobs(WORKS, models, PEERS, OWN) if (job.model, job.system, job.variant.name) not in known]
+
+
 def detail_rows(samples: Sequence[Sample]) -> list[list[str]]:
     """A row for each system, model, variant and task."""
     found = []
@@ -161,6 +169,7 @@ def markdown(results: Results) -> str:
     versions = "; ".join(f"{system}: {', '.join(pins)}" for system, pins in env.get("versions", {}).items())
     failures = [f"- {s['model']} {s['system']} {s['variant']}: {s['error'].splitlines()[-1]}"
                 for s in results.samples if "error" in s]  # fmt: skip
+    absent = not_measured(results.samples)
     parts = [
         f"# tilewright beside its peers on {env.get('cpu', '')} ({env.get('target', '')})",
         f"{settings.get('threads')} threads of {env.get('cores')} cores, {env.get('memory_gib')} GiB, Linux "
@@ -171,6 +180,7 @@ def markdown(results: Results) -> str:
         f"during which other processes took more than {DISTURBED:.0%} of the machine are left out where there are others.",
         "## Goals", text_table(HEAD, [row.cells() for row in goal_rows(results.samples)]),
         "## All measurements", text_table(DETAILS, detail_rows(results.samples)),
+        *(["## Not measured", ", ".join(absent)] if absent else []),
         *(["## Failures", "\n".join(failures)] if failures else []),
         "## Versions", versions,
     ]  # fmt: skip

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """``work``: tokens of one measurement, 0 where the figure is a latency in milliseconds."""
+    """``work``: tokens of one measurement, 0 where the figure is a latency in milliseconds. ``rounds``: at most so many."""
 
     method: str
     arguments: tuple[int, ...]
     warm_up: tuple[int, ...]
     work: int = 0
+    rounds: int | None = None
 
     @property
     def unit(self) -> str:
@@ -38,7 +39,7 @@ def _latency(batch: int) -> Task:
 TASKS = {
     "prefill": Task("prefill", (512,), (512,), work=512),
     "decode": Task("decode", (128, 64), (128, 8), work=64),
-    "decode-4k": Task("decode", (4032, 64), (128, 8), work=64),
+    "decode-4k": Task("decode", (4032, 64), (128, 8), work=64, rounds=2),
     "encode-1": _latency(1),
     "encode-32": _latency(32),
     "attention": Task("attention", (128, 4160), (128, 4160)),

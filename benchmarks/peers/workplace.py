@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,17 @@ class Workplace:
     def python(self, venv: str) -> Path:
         """The interpreter of an environment."""
         return self.cache / "venv" / venv / "bin" / "python"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One part at a time in this cache: two would measure, or overwrite, each other. Waits for the other one."""
+        with (self.folder() / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.say("waiting for another command to end")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     @property
     def worker_environment(self) -> dict[str, str]:

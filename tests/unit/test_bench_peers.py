@@ -70,6 +70,9 @@ def test_rounds_interleave_systems() -> None:
         Job("L", "a", Variant("x", "f32"), ("decode",)),
     ]
     order = [(number, job.model, job.system) for number, job in rounds(all_jobs, 2)]
+    [long, once] = rounds([Job("L", "a", Variant("x", "f32"), ("decode", "decode-4k"))], 3), TASKS["decode-4k"].rounds
+    assert once == 2
+    assert [job.tasks for _, job in long] == [("decode", "decode-4k")] * 2 + [("decode",)]
     assert order == [(0, "S", "a"), (0, "S", "b"), (1, "S", "a"), (0, "L", "a"), (1, "L", "a")]
 
 
@@ -268,7 +271,7 @@ def test_the_page_has_all_parts(tmp_path: Path) -> None:
     results.append({**sample("torch", "f32"), "error": "Traceback\nValueError: no"})
     page = markdown(results)
     row = "| S | tilewright | f32 | prefill | 1024 |"
-    for part in ("A CPU", "`chrt -f 1`", "read 50 GB/s", row, "ValueError: no", "torch==2"):
+    for part in ("A CPU", "`chrt -f 1`", "read 50 GB/s", row, "ValueError: no", "torch==2", "S llama.cpp q4_0, "):
         assert part in page
     assert text_table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
