@@ -7,7 +7,7 @@ import resource
 import subprocess
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from benchmarks.peers.peer import Engine, Peer, Variant, run_worker
 from benchmarks.peers.shapes import Shape
@@ -98,7 +98,6 @@ class LlamaBench(Engine):
 
     def __init__(self, command: list[str]) -> None:
         self.command = command
-        self.build: str | None = None
         start = perf_counter()
         first = self._seconds(["-p", "0", "-n", "1", "-r", "1", "--no-warmup"])
         self.load_seconds = perf_counter() - start - first
@@ -114,11 +113,7 @@ class LlamaBench(Engine):
         if done.returncode:
             raise RuntimeError(f"llama-bench: {done.stderr[-500:]}")
         [row] = json.loads(done.stdout)
-        self.build = row["build_commit"]
         return float(row["avg_ns"]) / 1e9
 
     def peak_bytes(self) -> int:
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-
-    def facts(self) -> dict[str, Any]:
-        return {"build": self.build}
