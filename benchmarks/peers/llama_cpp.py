@@ -59,10 +59,13 @@ class LlamaCpp(Peer):
     def path(self, place: Workplace, shape: Shape, variant: Variant) -> Path:
         return place.model(shape.name) / f"{variant.name.removesuffix('-avx2')}.gguf"
 
+    def step_name(self, shape: Shape, variant: Variant) -> str:
+        return super().step_name(shape, variant).removesuffix("-avx2")
+
     def prepare(self, place: Workplace, shape: Shape, variant: Variant) -> None:
         if variant.isa != "native":  # the same files
             return
-        log = f"llama.cpp-{shape.name}-{variant.name}"
+        log = self.step_name(shape, variant)
         place.step(log, SOURCE, lambda: self._write(place, shape, variant, log))
 
     def _write(self, place: Workplace, shape: Shape, variant: Variant, log: str) -> None:

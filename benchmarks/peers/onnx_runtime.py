@@ -33,7 +33,7 @@ class OnnxRuntime(Peer):
         return place.model(shape.name) / (f"{name}.onnx" if shape.is_encoder else name)
 
     def prepare(self, place: Workplace, shape: Shape, variant: Variant) -> None:
-        log = f"onnxruntime-{shape.name}-{variant.name}"
+        log = self.step_name(shape, variant)
         made_from = " ".join(self.requirements)
         if shape.is_encoder:
             if variant.name != "f32":

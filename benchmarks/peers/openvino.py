@@ -47,9 +47,12 @@ class OpenVino(Peer):
     def path(self, place: Workplace, shape: Shape, variant: Variant) -> Path:
         return place.model(shape.name) / f"openvino-{variant.options['file']}"
 
+    def step_name(self, shape: Shape, variant: Variant) -> str:
+        return f"{self.name}-{shape.name}-{variant.options['file']}"
+
     def prepare(self, place: Workplace, shape: Shape, variant: Variant) -> None:
         file = variant.options["file"]
-        log = f"openvino-{shape.name}-{file}"
+        log = self.step_name(shape, variant)
         made_from = " ".join((*self.requirements, *EXPORTS[file]))
         if shape.is_encoder and file == "int8":
             self.prepare(place, shape, self.variant("f32"))

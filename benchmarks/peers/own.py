@@ -54,7 +54,7 @@ class Tilewright(Peer):
         return place.model(shape.name) / f"tilewright-{variant.name}"
 
     def prepare(self, place: Workplace, shape: Shape, variant: Variant) -> None:
-        log = f"tilewright-{shape.name}-{variant.name}"
+        log = self.step_name(shape, variant)
         made_from = f"{fingerprint(place)} {sorted(variant.options.items())}"
         place.step(log, made_from, lambda: run_worker(place, self, shape, variant, log))
 

@@ -91,7 +91,12 @@ class Peer(ABC):
 
     def is_ready(self, place: Workplace, shape: Shape, variant: Variant) -> bool:
         """Whether everything is there that ``load`` needs."""
-        return self.python(place).exists() and self.path(place, shape, variant).exists()
+        made = place.is_done(self.step_name(shape, variant)) and self.path(place, shape, variant).exists()
+        return made and self.python(place).exists()
+
+    def step_name(self, shape: Shape, variant: Variant) -> str:
+        """The step that ends when ``path`` is whole."""
+        return f"{self.name}-{shape.name}-{variant.name}"
 
     @abstractmethod
     def path(self, place: Workplace, shape: Shape, variant: Variant) -> Path:

@@ -28,6 +28,9 @@ class PyTorch(Peer):
     def path(self, place: Workplace, shape: Shape, variant: Variant) -> Path:
         return place.model(shape.name) / "hf"
 
+    def step_name(self, shape: Shape, variant: Variant) -> str:
+        return f"checkpoint-{shape.name}"
+
     def load(self, place: Workplace, shape: Shape, variant: Variant, threads: int) -> Engine:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place.folder("inductor"))
         os.environ["TORCHINDUCTOR_FREEZING"] = "1"

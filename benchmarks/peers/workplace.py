@@ -72,6 +72,10 @@ class Workplace:
             link.symlink_to(ROOT / "benchmarks")
         return {**os.environ, "PYTHONPATH": str(link.parent), "PYTHONSAFEPATH": "1"}
 
+    def is_done(self, name: str) -> bool:
+        """Whether a step has been done, whatever from."""
+        return (self.folder("stamps") / f"{name}.json").is_file()
+
     def step(self, name: str, made_from: str, action: Callable[[], None]) -> None:
         """Run ``action`` unless it was run with ``made_from`` before."""
         stamp = self.folder("stamps") / f"{name}.json"
