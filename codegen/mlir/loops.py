@@ -1,4 +1,4 @@
-"""The generic kernel emitter: any mixture of elementwise operations, moves, gathers, reductions and normalisations.
+"""The generic kernel emitter: elementwise operations, moves, gathers, reductions, norms and quantization in any mixture.
 
 Each operation is a function from an index to a value (a scalar, or a vector along the innermost axis), so chains
 compose without temporaries: the results' elements pull what they need. `loops_plan` decides the loop nest,
