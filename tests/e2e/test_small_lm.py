@@ -200,8 +200,8 @@ def test_quantised_weights_are_small_and_close(
 ) -> None:
     _, run = quantised
     whole, small = (sum(c.report.weight_bytes.values()) for c in (compiled, run))
-    table = 4096 * 256 * 4  # the embedding keeps its type
-    assert (small - table) <= 0.27 * (whole - table)
+    table = 4096 * 256  # lies there a second time, row by row, for the embedding
+    assert small - table <= 0.27 * whole
     ids = np.array(prompts[15:])
     error = relative_error(last_logits(run, ids), last_logits(compiled, ids))
     assert 1e-4 < error < 5e-2
