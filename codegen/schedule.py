@@ -129,7 +129,10 @@ def registers(target: CpuTarget) -> int:
 
 @dataclass(frozen=True)
 class LinearSchedule(Schedule):
-    """``x @ weight.T``: register tile of ``tile_m`` rows by ``tile_v`` vectors, blocks of rows and of K around it."""
+    """``x @ weight.T``: register tile of ``tile_m`` rows by ``tile_v`` vectors, blocks of rows and of K around it.
+
+    ``first``: which blocks a thread finishes before it goes on, those of a panel of the weight or those of the rows of x.
+    """
 
     name: ClassVar[str] = "linear"
     tile_m: int = knob(6, (1, 2, 4, 5, 6, 8, 12, 14))
@@ -138,6 +141,7 @@ class LinearSchedule(Schedule):
     block_k: int = knob(1024, (128, 256, 512, 1024, 2048, 4096))
     unroll: int = knob(4, (1, 2, 4, 8))
     prefetch: int = knob(0, (0, 512, 1024, 2048, 4096, 8192))
+    first: str = knob("panel", ("panel", "rows"))
 
     @classmethod
     def default(cls, target: CpuTarget) -> Self:

@@ -195,7 +195,7 @@ class _Linear:
         blocks = ((self.m + (self.schedule.block_m - 1)) // self.schedule.block_m).max(1)
         height = ((self.m + blocks - 1) // blocks + (tile_m - 1)) // tile_m * tile_m
         with kernel.loop(kernel.begin, kernel.end, carry=[self.m]) as tasks:
-            if self.corrections:  # rows change as seldom as possible
+            if self.schedule.first == "rows":
                 panel, row = tasks.index % self.packing.panels, tasks.index // self.packing.panels * height
             else:
                 panel, row = tasks.index // blocks, tasks.index % blocks * height

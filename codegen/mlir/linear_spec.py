@@ -15,6 +15,7 @@ from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
 
 _SHARED = 28  # panels that threads share evenly
+_CACHED = 4 << 20  # bytes of a weight that may well be read again for each block of rows
 _MOST = (1 << 31) // (255 * 128)  # products of codes that surely fit i32
 
 
@@ -97,7 +98,7 @@ class LinearSpec:
     def schedule(self, target: CpuTarget) -> LinearSchedule:
         """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly.
 
-        Groups take their time between memory accesses, for which the hardware fetches ahead by itself.
+        With small weights a thread finishes its rows, which the next kernel then finds in its cache. Groups take their time between memory accesses, for which the hardware fetches ahead by itself.
         """
         grouped = self.coded and self.groups.count > 1
         wide = LinearSchedule.default(target)
@@ -105,6 +106,8 @@ class LinearSpec:
             wide = replace(wide, prefetch=2048)
         if self.dynamic and CODES[self.weight] == 8 and not grouped and not target.has_vnni:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
+        if self.dynamic or self.asymmetric or self.parts * self.packing(wide, target).nbytes <= _CACHED:
+            wide = replace(wide, first="rows")  # the sums of x are found once a block of rows
         enough = _SHARED // 2 if grouped else _SHARED
         return wide if self.n >= enough * self.panel(wide, target) else replace(wide, tile_v=2)
 
