@@ -98,7 +98,8 @@ class LinearSpec:
     def schedule(self, target: CpuTarget) -> LinearSchedule:
         """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly.
 
-        With small weights a thread finishes its rows, which the next kernel then finds in its cache. Groups take their time between memory accesses, for which the hardware fetches ahead by itself.
+        With small weights a thread finishes its rows, which the next kernel then finds in its cache. Groups take their
+        time between memory accesses, for which the hardware fetches ahead by itself.
         """
         grouped = self.coded and self.groups.count > 1
         wide = LinearSchedule.default(target)
