@@ -44,7 +44,7 @@ class Tilewright(Peer):
         *_recipe("f32", "f32", "O2", "f32", models="SMLE"),
         *_recipe("bf16", "bf16", "O2", "bf16", models="SMLE"),
         *_recipe("w8a16", "int8", "w8a16", "bf16", models="S"),
-        *_recipe("w8a8", "int8", "w8a8", "bf16", a8=True),
+        *_recipe("w8a8", "int8", "w8a8", "bf16", a8=True, models="SMLE"),
         *_recipe("w4a16", "int4", "w4a16", "bf16", models="S"),
         *_recipe("w4a8", "int4", "w4a8", "bf16", a8=True),
         Variant("w8a8-f32", "int8", "E", a8=True, options={"passes": "w8a8", "dtype": "f32", "target": "native"}),
