@@ -141,7 +141,7 @@ class Build:
             for i, ((weight, packing), spec) in enumerate(zip(wanted, specs)):
                 self.progress("weights", i, len(wanted))
                 stream.write(spec.name, pack(weight.load(), packing))
-                release(weight)
+                weight.release()
                 kind = packing.split("{")[0] or "plain"
                 self.report.weight_bytes[kind] = self.report.weight_bytes.get(kind, 0) + spec.size
         self.progress("weights", len(wanted), len(wanted))
@@ -237,10 +237,3 @@ def table_rows(module: Module, value: Value) -> int | None:
         if isinstance(user, ops.Embedding) and user.indices is value and isinstance(user.table.shape[0], int):
             rows.append(user.table.shape[0])
     return min(rows, default=None)
-
-
-def release(weight: Weight) -> None:
-    """Let go of mapped pages of a weight that was read once."""
-    done = getattr(weight.source, "release", None)
-    if done is not None:
-        done()

@@ -10,7 +10,8 @@ import torch
 
 from tilewright.frontend.table import Context, axis_of, lowers
 from tilewright.ir import ops
-from tilewright.ir.core import ArraySource, Value, Weight
+from tilewright.ir.core import Value, Weight
+from tilewright.ir.sources import ArraySource
 from tilewright.ir.types import DType
 
 aten = torch.ops.aten

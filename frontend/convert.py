@@ -16,8 +16,9 @@ from tilewright.frontend.locate import source_line
 from tilewright.frontend.symbols import FloatSize, NotADim, has_unbacked
 from tilewright.frontend.table import LAZY, Context, source_of
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Function, Loc, Module, Return, Value, Weight, WeightSource
+from tilewright.ir.core import Function, Loc, Module, Return, Value, Weight
 from tilewright.ir.errors import TilewrightError, TraceError, UnsupportedError, VerifyError
+from tilewright.ir.sources import WeightSource
 
 Sources = Mapping[str, WeightSource]
 _Kind = torch.export.graph_signature.InputKind

@@ -23,8 +23,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from tilewright.frontend.checkpoint import Checkpoint, ConvertedSource, TensorSource
 from tilewright.frontend.symbols import DTYPES
 from tilewright.frontend.table import numpy_of
-from tilewright.ir.core import WeightSource
 from tilewright.ir.errors import CheckpointError, UnsupportedError
+from tilewright.ir.sources import WeightSource
 
 _BY_TASK = {
     "causal-lm": "AutoModelForCausalLM",

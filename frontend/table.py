@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tilewright.frontend.locate import source_line
 from tilewright.frontend.symbols import FloatSize, NotADim, SymbolTable, dtype_of
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import ArraySource, ComputedSource, Module, Op, Value, Weight
+from tilewright.ir.core import Module, Op, Value, Weight
 from tilewright.ir.errors import UnsupportedError
 from tilewright.ir.ops import (
     Add,
@@ -33,6 +33,7 @@ from tilewright.ir.ops import (
     Sqrt,
     Transpose,
 )
+from tilewright.ir.sources import ArraySource, ComputedSource
 from tilewright.ir.types import Dim, DType, TensorType, as_dim, product, same_dim
 
 Lower = Callable[..., Any]

@@ -6,21 +6,16 @@ from tilewright.ir.compare import difference, same_type
 from tilewright.ir.core import (
     UNKNOWN,
     Argument,
-    ArraySource,
-    Computation,
-    ComputedSource,
     Env,
     Function,
     Loc,
     Module,
     Op,
-    PartSource,
     Result,
     Return,
     State,
     Value,
     Weight,
-    WeightSource,
 )
 from tilewright.ir.errors import (
     CheckpointError,
@@ -37,6 +32,7 @@ from tilewright.ir.interpreter import empty_states, interpret
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import canonical, print_function, print_module
 from tilewright.ir.rewriter import Pattern, Rewriter, Skip, rewrite
+from tilewright.ir.sources import ArraySource, Computation, ComputedSource, PartSource, WeightSource
 from tilewright.ir.types import (
     Dim,
     DType,
