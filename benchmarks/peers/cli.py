@@ -19,7 +19,7 @@ from benchmarks.peers.checkpoints import make
 from benchmarks.peers.environment import cpu_name, describe_machine
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.plan import Job, jobs
-from benchmarks.peers.results import Results, ResultsError
+from benchmarks.peers.results import Results, ResultsError, key
 from benchmarks.peers.runner import Runner
 from benchmarks.peers.shapes import SHAPES
 from benchmarks.peers.systems import OWN, PEERS
@@ -66,9 +66,9 @@ def models(
 @app.command()
 def run(
     models: ModelsOption = ALL_MODELS, systems: SystemsOption = "", only: OnlyOption = "",
-    repeats: Annotated[int, typer.Option(help="Rounds over all systems.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Rounds over all systems.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of every system.")] = 2,
-    prefix: Annotated[str, typer.Option(help="A command before each measurement: 'chrt -f 1'.")] = "",
+    prefix: Annotated[str, typer.Option(help="A command before each process: 'chrt -f 1'.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of what is selected.")] = False,
     out: OutOption = None,
     cache: CacheOption = default_cache(), own_python: PythonOption = Path(sys.executable),  # noqa: B008
@@ -84,8 +84,8 @@ def run(
     with place.alone():
         results = Results(out or default_results())
         if fresh:
-            names = {(job.model, job.system, job.variant.name) for job in ready}
-            results.drop(lambda s: (s["model"], s["system"], s["variant"]) in names)
+            chosen_ones = {(job.model, job.system, job.variant.name, task) for job in ready for task in job.tasks}
+            results.drop(lambda s: key(s)[:-1] in chosen_ones)
         try:
             results.begin({"threads": threads, "prefix": prefix}, describe_machine(place))
             Runner(place, PEERS, threads, tuple(shlex.split(prefix))).run(ready, repeats, results)

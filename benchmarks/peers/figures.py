@@ -6,11 +6,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.peers.results import Sample
+from benchmarks.peers.results import Sample, key
 from benchmarks.peers.tasks import TASKS
 
 DISTURBED = 0.2
 """Share of the machine's time taken by other processes from which on a figure is left out."""
+SAME = 1.15
+"""Limits that differ by less than this factor are those of one state of the machine."""
+ENOUGH = 3
+"""So many comparable rounds are better than more that are not."""
 
 
 @dataclass(frozen=True)
@@ -42,45 +46,83 @@ class Spread:
 
 @dataclass(frozen=True)
 class Series:
-    """What one variant of a system reached in one task on one model, by round."""
+    """What one variant of a system reached in one task on one model: a sample a round."""
 
     model: str
     system: str
     variant: str
     task: str
-    by_round: dict[int, float]
+    by_round: dict[int, Sample]
 
     @property
     def spread(self) -> Spread:
-        return Spread(tuple(self.by_round.values()))
+        """The figures of all rounds."""
+        return Spread(tuple(self._figure(i) for i in self.by_round))
+
+    def _figure(self, number: int) -> float:
+        return TASKS[self.task].figure(self.by_round[number]["seconds"])
 
     def is_better_than(self, other: Series) -> bool:
         better, worse = self.spread.median, other.spread.median
         return better > worse if TASKS[self.task].higher_is_better else better < worse
 
-    def ratios(self, other: Series) -> Spread:
-        """Own figure over that of ``other``, in the rounds that both have; medians if they share none."""
-        both = self.by_round.keys() & other.by_round.keys()
-        pairs = tuple(self.by_round[i] / other.by_round[i] for i in sorted(both))
-        return Spread(pairs or (self.spread.median / other.spread.median,))
+    def ratios(self, other: Series) -> Chosen | None:
+        """Own figure over that of ``other``, in rounds that both have; where memory decides, in comparable ones."""
+        both = sorted(self.by_round.keys() & other.by_round.keys())
+        reads = TASKS[self.task].reads
+        return choose((self._figure(i) / other._figure(i),
+                       not reads or agree(limits_of(self.by_round[i], "read") + limits_of(other.by_round[i], "read")))
+                      for i in both)  # fmt: skip
+
+    def shares(self, of: str, demand: float) -> Chosen | None:
+        """``demand`` bytes or operations, over what the limit ``of`` allowed in the time that each round took."""
+        found = []
+        for sample in self.by_round.values():
+            limits = limits_of(sample, of)
+            found.append((demand / sample["seconds"] / (statistics.mean(limits) * 1e9), agree(limits)))
+        return choose(found)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Values of comparable rounds, ``of`` so many; of all rounds where fewer than ``ENOUGH`` are comparable."""
+
+    spread: Spread
+    of: int
+
+    @property
+    def rounds(self) -> str:
+        return f"{len(self.spread.values)}/{self.of}"
+
+
+def choose(values: Iterable[tuple[float, bool]]) -> Chosen | None:
+    """The values of rounds, each with whether it is comparable; None without any."""
+    every = list(values)
+    good = [value for value, comparable in every if comparable]
+    used = good if len(good) >= ENOUGH else [value for value, _ in every]
+    return Chosen(Spread(tuple(used)), len(every)) if every else None
+
+
+def limits_of(sample: Sample, name: str) -> list[float]:
+    """A limit before and after ``sample``."""
+    return list(sample["limits"][name])
+
+
+def agree(limits: Sequence[float]) -> bool:
+    """Whether the machine was in the same state at all these times."""
+    return max(limits) <= SAME * min(limits)
 
 
 def series(samples: Iterable[Sample]) -> list[Series]:
-    """Figures by model, system, variant and task; of disturbed ones only if there are no others."""
-    found: dict[tuple[str, str, str, str], dict[int, float]] = {}
-    disturbed: dict[tuple[str, str, str, str], dict[int, float]] = {}
+    """Samples by model, system, variant and task; disturbed ones only if there are no others."""
+    found: dict[tuple[str, str, str, str], dict[int, Sample]] = {}
+    disturbed: dict[tuple[str, str, str, str], dict[int, Sample]] = {}
     for sample in samples:
-        for task, seconds in sample.get("seconds", {}).items():
-            at = (sample["model"], sample["system"], sample["variant"], task)
-            kind = disturbed if sample["others"][task] > DISTURBED else found
-            kind.setdefault(at, {})[sample["round"]] = TASKS[task].figure(seconds)
+        if "error" not in sample:
+            kind = disturbed if sample["others"] > DISTURBED else found
+            *at, number = key(sample)
+            kind.setdefault(tuple(at), {})[number] = sample
     return [Series(*at, by_round=values) for at, values in {**disturbed, **found}.items()]
-
-
-def limit(samples: Sequence[Sample], model: str, name: str) -> float | None:
-    """A limit of the machine while ``model`` was measured: of all times it was measured, nine tenths gave less."""
-    values = sorted(s["limits"][name] for s in samples if s["model"] == model and name in s["limits"])
-    return values[int(0.9 * (len(values) - 1))] if values else None
 
 
 def best(candidates: Sequence[Series]) -> Series | None:

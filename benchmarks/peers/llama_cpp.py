@@ -30,7 +30,7 @@ class LlamaCpp(Peer):
     requirements: ClassVar[tuple[str, ...]] = ("gguf==0.19.0", "numpy==2.4.6")
     variants: ClassVar[tuple[Variant, ...]] = (
         *(Variant(name, width, "SM" if width == "f32" else "SML") for name, width in FORMATS.items()),
-        *(Variant(f"{name}-avx2", FORMATS[name], rounds=2, isa="avx2") for name in ("bf16", "q8_0", "q4_0")),
+        *(Variant(f"{name}-avx2", FORMATS[name], rounds=3, isa="avx2") for name in ("bf16", "q8_0", "q4_0")),
     )
 
     def setup(self, place: Workplace) -> None:

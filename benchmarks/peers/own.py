@@ -34,7 +34,7 @@ def _recipe(name: str, width: str, passes: str, dtype: str, a8: bool = False, mo
     options = {"passes": passes, "dtype": dtype, "target": "native"}
     held = {**options, "target": "x86-64-v3"}
     return (Variant(name, width, models, a8=a8, options=options),
-            Variant(f"{name}-avx2", width, models, rounds=2, isa="avx2", a8=a8, options=held))  # fmt: skip
+            Variant(f"{name}-avx2", width, models, rounds=3, isa="avx2", a8=a8, options=held))  # fmt: skip
 
 
 class Tilewright(Peer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -127,5 +128,5 @@ def run_worker(place: Workplace, peer: Peer, shape: Shape, variant: Variant, log
     """Run ``peer.convert`` in the peer's environment."""
     from benchmarks.peers.worker import request
 
-    text = request("convert", place, peer.name, shape.name, variant.name)
+    text = json.dumps(request("convert", place, peer.name, shape.name, variant.name))
     place.run([peer.python(place), "-m", "benchmarks.peers.worker", text], log)

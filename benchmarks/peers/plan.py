@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 from benchmarks.peers.peer import Peer, Variant
 from benchmarks.peers.tasks import TASKS
@@ -14,12 +15,18 @@ WIDTHS = ("int4", "int8", "bf16", "f32")
 
 @dataclass(frozen=True)
 class Job:
-    """One process: a system loads a model and does some tasks."""
+    """A system with a model loaded does some tasks."""
 
     model: str
     system: str
     variant: Variant
     tasks: tuple[str, ...]
+
+    @property
+    def group(self) -> tuple[str, bool, str]:
+        """Jobs with the same one are loaded together and take turns: model, whether held to AVX2, kind of weights."""
+        width = self.variant.width
+        return self.model, self.variant.isa == "avx2", "quantized" if width in ("int4", "int8") else width
 
     @property
     def family(self) -> str:
@@ -44,6 +51,11 @@ def jobs(works: Sequence[Work], models: Sequence[str], systems: Mapping[str, Pee
     return found
 
 
+def groups(all_jobs: Iterable[Job]) -> list[list[Job]]:
+    """Jobs that take turns, in the order of ``jobs``."""
+    return [list(group) for _, group in groupby(all_jobs, key=lambda job: job.group)]
+
+
 def takes_part(work: Work, model: str, system: str, variant: Variant, own: str) -> bool:
     """Whether a variant of a system is measured for ``work``."""
     if model not in work.models or model not in variant.models:
@@ -53,12 +65,12 @@ def takes_part(work: Work, model: str, system: str, variant: Variant, own: str) 
     return work.peers(variant) and (not work.systems or system in work.systems)
 
 
-def rounds(all_jobs: Sequence[Job], repeats: int) -> Iterator[tuple[int, Job]]:
-    """Model by model, every job of it in turn, ``repeats`` times: neighbours in time are compared with each other."""
-    for model in dict.fromkeys(job.model for job in all_jobs):
-        of_model = [job for job in all_jobs if job.model == model]
-        for number in range(repeats):
-            for job in of_model:
-                tasks = tuple(name for name in job.tasks if number < (TASKS[name].rounds or repeats))
-                if tasks and number < (job.variant.rounds or repeats):
-                    yield number, replace(job, tasks=tasks)
+def turns(group: Sequence[Job], repeats: int) -> Iterator[tuple[int, str, Job]]:
+    """Round by round, task by task, every job in turn: neighbours in time are compared with each other."""
+    for number in range(repeats):
+        for task in TASKS:
+            if number >= (TASKS[task].rounds or repeats):
+                continue
+            for job in group:
+                if task in job.tasks and number < (job.variant.rounds or repeats):
+                    yield number, task, job

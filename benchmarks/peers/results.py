@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Sample = dict[str, Any]
-Key = tuple[str, str, str, int]
+Key = tuple[str, str, str, str, int]
 
 
 class ResultsError(RuntimeError):
@@ -17,8 +17,8 @@ class ResultsError(RuntimeError):
 
 
 def key(sample: Sample) -> Key:
-    """What a sample is of: model, system, variant, round."""
-    return sample["model"], sample["system"], sample["variant"], sample["round"]
+    """What a sample is of: model, system, variant, task, round."""
+    return sample["model"], sample["system"], sample["variant"], sample["task"], sample["round"]
 
 
 class Results:
@@ -37,10 +37,9 @@ class Results:
             raise ResultsError(f"{self.path} holds results with {self.settings}, not {settings}; use another --out")
         self.settings, self.environment = settings, environment
 
-    def missing(self, at: Key, tasks: Sequence[str]) -> list[str]:
-        """Tasks without a result; those that failed are tried again."""
-        done = {task for sample in self.samples if key(sample) == at for task in sample.get("seconds", {})}
-        return [task for task in tasks if task not in done]
+    def has(self, at: Key) -> bool:
+        """Whether there is a figure; what failed is tried again."""
+        return any(key(sample) == at and "error" not in sample for sample in self.samples)
 
     def append(self, sample: Sample) -> None:
         """Add a sample and write the file. It takes the place of an earlier one that failed."""

@@ -1,23 +1,29 @@
-"""Runs jobs: one process at a time, limits of the machine before each, every sample written at once."""
+"""Runs jobs in turns: all models of a group are loaded, one works at a time, limits are measured around each sample."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.peer import Peer
-from benchmarks.peers.plan import Job, rounds
+from benchmarks.peers.plan import Job, groups, turns
+from benchmarks.peers.process import Process, ProcessError
 from benchmarks.peers.results import Results, Sample
+from benchmarks.peers.shapes import SHAPES
+from benchmarks.peers.systems import OWN
 from benchmarks.peers.tasks import TASKS
 from benchmarks.peers.worker import request
 from benchmarks.peers.workplace import Workplace
 
-PATIENCE = 600
-"""Seconds after which a process is given up."""
+RECENT = 0.5
+"""Seconds for which limits count as measured just now."""
+SLOW = 2.0
+"""A peer that takes this many times as long as another one in the first round is not measured again."""
 
 
 class Limits:
@@ -25,24 +31,38 @@ class Limits:
 
     def __init__(self, place: Workplace, prefix: Sequence[str], threads: int) -> None:
         command = [*prefix, str(place.own_python), "-m", "benchmarks.limits", "--serve", "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        cwd=place.cache, env=place.worker_environment)  # fmt: skip
+        self.process = Process(place, command)
+        self.latest: dict[str, float] = {}
+        self.at = float("-inf")
 
     def __call__(self) -> dict[str, float]:
-        """Bytes or operations a second by name."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the measurement of the machine's limits ended; see above")
-        return dict(json.loads(line))
+        """Giga bytes or operations a second by name."""
+        if time.perf_counter() - self.at > RECENT:
+            try:
+                measured = self.process.ask({})
+            except ProcessError as error:
+                raise RuntimeError(f"the measurement of the machine's limits failed: {error}") from error
+            self.latest, self.at = {name: round(value / 1e9, 1) for name, value in measured.items()}, time.perf_counter()
+        return self.latest
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.close()
+
+
+class Worker:
+    """A process with the model of ``job`` loaded."""
+
+    def __init__(self, runner: Runner, job: Job) -> None:
+        command = [*runner.prefix, str(runner.peers[job.system].python(runner.place)), "-m", "benchmarks.peers.worker"]
+        self.process = Process(runner.place, command)
+        asked = request("load", runner.place, job.system, job.model, job.variant.name, threads=runner.threads)
+        self.loaded = self.process.ask(asked)
+
+    def measure(self, task: str) -> dict[str, Any]:
+        return self.loaded | self.process.ask({"do": "measure", "task": task})
+
+    def close(self) -> None:
+        self.process.close()
 
 
 @dataclass(frozen=True)
@@ -54,58 +74,104 @@ class Runner:
     threads: int
     prefix: tuple[str, ...] = ()
     say: Callable[[str], None] = print
+    workers: dict[Job, Worker] = field(default_factory=dict, init=False)
+    """Those that are loaded, the one that worked last at the end."""
 
     def run(self, jobs: Sequence[Job], repeats: int, results: Results) -> None:
-        """All rounds of all jobs that ``results`` does not have yet."""
-        limits = Limits(self.place, self.prefix, self.threads)
-        try:
-            for number, job in rounds(jobs, repeats):
-                at = (job.model, job.system, job.variant.name, number)
-                tasks = results.missing(at, job.tasks)
-                if tasks and not is_beaten(job, results.samples):
-                    results.append({**self.measure(job, tasks, limits()), "round": number})
-        finally:
-            limits.close()
+        """All rounds of all jobs that ``results`` does not have yet; what failed is not tried again in this run."""
+        with closing(Limits(self.place, self.prefix, self.threads)) as limits:
+            for group in groups(jobs):
+                try:
+                    self._take_turns(group, repeats, results, limits)
+                finally:
+                    while self.workers:
+                        self._close_one()
 
-    def measure(self, job: Job, tasks: Sequence[str], limits: dict[str, float]) -> Sample:
+    def _take_turns(self, group: Sequence[Job], repeats: int, results: Results, limits: Limits) -> None:
+        failed = set()
+        for number, task, job in turns(group, repeats):
+            at = (job.model, job.system, job.variant.name, task, number)
+            if (job, task) in failed or results.has(at) or is_beaten(job, task, group, results.samples):
+                continue
+            sample = self.measure(job, task, limits) | {"round": number}
+            results.append(sample)
+            if "error" in sample:
+                failed.add((job, task))
+
+    def measure(self, job: Job, task: str, limits: Limits) -> Sample:
         """One sample; what went wrong is its ``error``."""
-        start = time.perf_counter()
-        sample: Sample = {"model": job.model, "system": job.system, "variant": job.variant.name, "family": job.family,
-                          "at": time.strftime("%Y-%m-%dT%H:%M:%S"), "limits": limits}  # fmt: skip
+        sample: Sample = {"model": job.model, "system": job.system, "variant": job.variant.name, "task": task,
+                          "at": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
         try:
-            sample |= self._worker(job, tasks)
-        except (subprocess.TimeoutExpired, RuntimeError) as error:
-            sample["error"] = str(error)[-600:]
-        sample["wall_seconds"] = round(time.perf_counter() - start, 2)
+            worker = self._worker(job)
+            before = limits()
+            sample |= worker.measure(task)
+            after = limits()
+            sample["limits"] = {name: [before[name], after[name]] for name in before}
+            self.workers[job] = worker
+        except ProcessError as error:
+            sample["error"] = str(error)
         self.say(describe(job, sample))
         return sample
 
-    def _worker(self, job: Job, tasks: Sequence[str]) -> dict[str, Any]:
-        peer, more = self.peers[job.system], {"tasks": list(tasks), "threads": self.threads}
-        text = request("measure", self.place, job.system, job.model, job.variant.name, **more)
-        command = [*self.prefix, str(peer.python(self.place)), "-m", "benchmarks.peers.worker", text]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=self.place.cache,
-                              env=self.place.worker_environment)  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(done.stderr or f"exit code {done.returncode}")
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+    def _worker(self, job: Job) -> Worker:
+        """The worker of ``job``, taken out of ``workers``; a new one if it is not there."""
+        if job in self.workers:
+            return self.workers.pop(job)
+        peer, shape = self.peers[job.system], SHAPES[job.model]
+        needed = 2 * size(peer.path(self.place, shape, job.variant)) + 2**30
+        while self.workers and free_memory() < needed:
+            self._close_one()
+        return Worker(self, job)
+
+    def _close_one(self) -> None:
+        """Close the worker that waited longest."""
+        self.workers.pop(next(iter(self.workers))).close()
 
 
-def is_beaten(job: Job, samples: Sequence[Sample]) -> bool:
-    """Whether a sibling of the same family was faster in every task of the first round."""
-    family = (job.model, job.system, job.family)
-    first = [s for s in samples if s["round"] == 0 and "seconds" in s and (s["model"], s["system"], s["family"]) == family]
-    own = next((s["seconds"] for s in first if s["variant"] == job.variant.name), None)
-    others = [s["seconds"] for s in first if s["variant"] != job.variant.name]
-    if own is None:
+def is_beaten(job: Job, task: str, group: Sequence[Job], samples: Sequence[Sample]) -> bool:
+    """Whether the first round showed that a peer is not the fastest, so that there is no need to measure it again.
+
+    Either a variant of the same family was faster in every task, or another peer, with weights as wide, was more than
+    ``SLOW`` times as fast in this one.
+    """
+    own = first_round(job, samples)
+    if job.system == OWN or task not in own:
         return False
-    return any(all(task in other and other[task] < own[task] for task in own) for other in others)
+    for other in group:
+        seconds = first_round(other, samples)
+        is_sibling = other != job and (other.system, other.family) == (job.system, job.family)
+        if is_sibling and all(name in own and seconds.get(name, inf) < own[name] for name in job.tasks):
+            return True
+        is_rival = other.system not in (OWN, job.system) and other.variant.width == job.variant.width
+        if is_rival and SLOW * seconds.get(task, inf) < own[task]:
+            return True
+    return False
+
+
+def first_round(job: Job, samples: Sequence[Sample]) -> dict[str, float]:
+    """Seconds by task."""
+    mine = (job.model, job.system, job.variant.name, 0)
+    return {s["task"]: s["seconds"] for s in samples
+            if (s["model"], s["system"], s["variant"], s["round"]) == mine and "error" not in s}  # fmt: skip
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]))
+
+
+def free_memory() -> int:
+    """Bytes that processes could still have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("MemAvailable")]
+    return int(line.split()[1]) * 1024
 
 
 def describe(job: Job, sample: Sample) -> str:
     """A line on what was measured."""
     if "error" in sample:
-        return f"{job}: failed: {sample['error'].splitlines()[-1]}"
-    figures = [f"{task} {TASKS[task].figure(value):.4g} {TASKS[task].unit}" for task, value in sample["seconds"].items()]
-    others = max(sample["others"].values())
-    return f"{job}: {', '.join(figures)} ({sample['wall_seconds']:.0f} s; other processes {others:.0%})"
+        return f"{job} {sample['task']}: failed: {sample['error'].splitlines()[-1]}"
+    task, (before, after) = TASKS[sample["task"]], sample["limits"]["read"]
+    return (f"{job} {sample['task']}: {task.figure(sample['seconds']):.4g} {task.unit} "
+            f"(memory {before:.0f}, {after:.0f} GB/s; other processes {sample['others']:.0%})")  # fmt: skip

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.peers.figures import DISTURBED, Series, Spread, best, limit, series
+from benchmarks.peers.figures import DISTURBED, ENOUGH, SAME, Chosen, Series, best, series
 from benchmarks.peers.peer import Variant
 from benchmarks.peers.plan import jobs
 from benchmarks.peers.results import Results, Sample
@@ -27,18 +27,18 @@ class Row:
     task: str
     own: Series
     peer: Series | None
-    ratio: Spread | None
-    share: float | None
+    ratio: Chosen | None
+    share: Chosen | None
 
     @property
     def verdict(self) -> str:
         """``hit``, ``miss`` or empty where there is no goal or no peer to compare with."""
         checks = []
         if self.work.goal is not None and self.ratio is not None:
-            median = self.ratio.median
+            median = self.ratio.spread.median
             checks.append(median <= self.work.goal if self.work.below else median >= self.work.goal)
         if self.share is not None and self.work.share is not None:
-            checks.append(self.share >= self.work.share)
+            checks.append(self.share.spread.median >= self.work.share)
         return "" if not checks else "hit" if all(checks) else "miss"
 
     @property
@@ -53,13 +53,18 @@ class Row:
     def cells(self) -> list[str]:
         """The texts of a row."""
         other = f"{name(self.peer)} {figure(self.peer)}" if self.peer else ""
-        ratio = f"{self.ratio.median:.2f} ({self.ratio.low:.2f}-{self.ratio.high:.2f})" if self.ratio else ""
-        share = f"{self.share:.0%}" if self.share is not None else ""
         ours = f"{self.own.variant} {figure(self.own)}"
-        return [self.work.name, self.model, self.task, ours, other, ratio, share, self.goal, self.verdict]
+        ratio, rounds, share = "", "", ""
+        if self.ratio is not None:
+            spread, rounds = self.ratio.spread, self.ratio.rounds
+            ratio = f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+        if self.share is not None:
+            spread = self.share.spread
+            share = f"{spread.median:.0%} ({spread.low:.0%}-{spread.high:.0%}) {self.share.rounds}"
+        return [self.work.name, self.model, self.task, ours, other, ratio, rounds, share, self.goal, self.verdict]
 
 
-HEAD = ("work", "model", "task", "tilewright", "fastest peer", "ratio", "of limit", "goal", "")
+HEAD = ("work", "model", "task", "tilewright", "fastest peer", "ratio", "rounds", "of limit", "goal", "")
 DETAILS = ("model", "system", "variant", "task", "median", "min", "max", "IQR", "unit", "rounds", "load s", "peak MB")
 
 
@@ -90,23 +95,21 @@ def goal_rows(samples: Sequence[Sample], works: Iterable[Work] = WORKS) -> list[
                              and (not work.systems or one.system in work.systems)])  # fmt: skip
                 if own is not None:
                     ratio = own.ratios(peer) if peer else None
-                    found.append(Row(work, model, task, own, peer, ratio, share_of_limit(work, own, samples)))
+                    found.append(Row(work, model, task, own, peer, ratio, share_of_limit(work, own)))
     return found
 
 
-def share_of_limit(work: Work, own: Series, samples: Sequence[Sample]) -> float | None:
-    """How much of the limit of the goal the median of own runs reached."""
-    most = limit(samples, own.model, work.of)
-    if work.share is None or own.model != "L" or most is None:
+def share_of_limit(work: Work, own: Series) -> Chosen | None:
+    """How much of the limit that the goal names own runs reached; None where it names none for this model."""
+    if work.share is None or own.model != "L":
         return None
-    used = demand(own, of_series(own, samples)[0])
-    seconds = TASKS[own.task].seconds(own.spread.median)
-    return used / seconds / most if used else None
+    used = demand(own)
+    return own.shares(work.of, used) if used else None
 
 
-def demand(own: Series, sample: Sample) -> float | None:
+def demand(own: Series) -> float | None:
     """Bytes that a task must read, or operations that it must do."""
-    facts, shape = sample["facts"], SHAPES[own.model]
+    facts, shape = next(iter(own.by_round.values()))["facts"], SHAPES[own.model]
     if own.task == "decode":
         context, tokens = TASKS["decode"].arguments
         cache = facts["cache_bytes"] / facts["capacity"] * (context + tokens / 2)
@@ -117,12 +120,6 @@ def demand(own: Series, sample: Sample) -> float | None:
     if own.task == "prefill":
         return float(2 * TASKS["prefill"].work * shape.layer_parameters)
     return None
-
-
-def of_series(one: Series, samples: Iterable[Sample]) -> list[Sample]:
-    """The samples that a series was made of."""
-    return [s for s in samples if (s["model"], s["system"], s["variant"]) == (one.model, one.system, one.variant)
-            and one.task in s.get("seconds", {})]  # fmt: skip
 
 
 def not_measured(samples: Sequence[Sample]) -> list[str]:
@@ -139,7 +136,7 @@ def detail_rows(samples: Sequence[Sample]) -> list[list[str]]:
     order = sorted(series(samples), key=lambda s: (models.index(s.model), tasks.index(s.task), s.system, s.variant))
     for one in order:
         spread, unit = one.spread, TASKS[one.task].unit
-        mine = of_series(one, samples)
+        mine = list(one.by_round.values())
         load = statistics.median(s["load_seconds"] for s in mine)
         peak = max(s["peak_bytes"] for s in mine) / 1e6
         numbers = [f"{value:.4g}" for value in (spread.median, spread.low, spread.high, spread.iqr)]
@@ -152,7 +149,7 @@ def limit_lines(samples: Sequence[Sample]) -> list[str]:
     """The limits of the machine over the run."""
     lines = []
     for kind, unit in UNITS.items():
-        values = [s["limits"][kind] / 1e9 for s in samples if kind in s["limits"]]
+        values = [value for s in samples if "limits" in s for value in s["limits"][kind]]
         if values:
             lines.append(f"{kind} {statistics.median(values):.0f} {unit} ({min(values):.0f}-{max(values):.0f})")
     return lines
@@ -167,7 +164,7 @@ def markdown(results: Results) -> str:
     """The whole page."""
     env, settings = results.environment, results.settings
     versions = "; ".join(f"{system}: {', '.join(pins)}" for system, pins in env.get("versions", {}).items())
-    failures = [f"- {s['model']} {s['system']} {s['variant']}: {s['error'].splitlines()[-1]}"
+    failures = [f"- {s['model']} {s['system']} {s['variant']} {s['task']}: {s['error'].splitlines()[-1]}"
                 for s in results.samples if "error" in s]  # fmt: skip
     absent = not_measured(results.samples)
     parts = [
@@ -175,9 +172,15 @@ def markdown(results: Results) -> str:
         f"{settings.get('threads')} threads of {env.get('cores')} cores, {env.get('memory_gib')} GiB, Linux "
         f"{env.get('kernel')}, {env.get('date')}, commit {env.get('commit')}"
         + (f", each command under `{settings['prefix']}`" if settings.get("prefix") else "") + ".",
-        f"Limits, measured before each process (median, range): {'; '.join(limit_lines(results.samples))}.",
-        "A ratio is the median over rounds of own figure / peer's figure of the same round (range in brackets). Figures "
-        f"during which other processes took more than {DISTURBED:.0%} of the machine are left out where there are others.",
+        f"Limits, measured before and after each sample (median, range): {'; '.join(limit_lines(results.samples))}.",
+        "Systems that are compared stay loaded and take turns; a sample is what one reached in one turn, within seconds "
+        "of those of the others. A ratio is the median over rounds of own figure / peer's figure of the same round "
+        "(range in brackets). As the speed of memory changes with time, decoding is compared in rounds in which it was "
+        f"the same before and after both samples, within {SAME - 1:.0%}; a share of a limit is taken within a sample, "
+        "where the limit was the same before and after. `rounds`, and the numbers beside a share, tell how many of all "
+        f"rounds these are; with fewer than {ENOUGH}, all count. Samples during which other processes took more than "
+        f"{DISTURBED:.0%} of the machine are left out where there are others. A peer is not measured again when the first "
+        "round showed another one, with weights as wide, to be twice as fast.",
         "## Goals", text_table(HEAD, [row.cells() for row in goal_rows(results.samples)]),
         "## All measurements", text_table(DETAILS, detail_rows(results.samples)),
         *(["## Not measured", ", ".join(absent)] if absent else []),

@@ -1,11 +1,13 @@
-"""What runs inside the environment of a peer: one request, one process, one JSON object on the last line of its output.
+"""What runs inside the environment of a peer: it answers requests, objects of JSON.
 
-    python -m benchmarks.peers.worker '{"do": "measure", "system": "openvino", "model": "S", ...}'
+    python -m benchmarks.peers.worker '{"do": "convert", "system": "openvino", "model": "S", ...}'
+
+Without an argument it reads requests from standard input, a line each, and answers with a line each: ``load`` a model,
+``measure`` a task with it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
@@ -24,15 +26,15 @@ from benchmarks.peers.tasks import TASKS
 from benchmarks.peers.workplace import Workplace
 
 BLOCK = 0.25
-ENOUGH = 0.75
-"""Seconds over which a task is repeated within a process."""
+ENOUGH = 0.5
+"""Seconds over which a task is repeated at a turn."""
 PATIENCE = 6.0
 """Seconds to wait at most for other processes to keep still."""
 
 
-def request(do: str, place: Workplace, system: str, model: str, variant: str, **more: Any) -> str:
-    """The argument of a worker."""
-    return json.dumps({"do": do, "cache": str(place.cache), "system": system, "model": model, "variant": variant, **more})
+def request(do: str, place: Workplace, system: str, model: str, variant: str, **more: Any) -> dict[str, Any]:
+    """What a worker is asked to do with a model."""
+    return {"do": do, "cache": str(place.cache), "system": system, "model": model, "variant": variant, **more}
 
 
 @dataclass(frozen=True)
@@ -92,31 +94,35 @@ def measure(engine: Engine, name: str) -> Block:
     return undisturbed(method, engine.quiet)
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """Do what was asked for."""
-    place, peer, shape = Workplace(Path(asked["cache"])), PEERS[asked["system"]], SHAPES[asked["model"]]
-    variant = peer.variant(asked["variant"])
-    if asked["do"] == "convert":
-        peer.convert(place, shape, variant)
-        return {}
-    start = time.perf_counter()
-    engine = peer.load(place, shape, variant, asked["threads"])
-    load = time.perf_counter() - start
-    blocks = {name: measure(engine, name) for name in asked["tasks"]}
-    return {
-        "seconds": {name: float(f"{statistics.median(b.values):.5g}") for name, b in blocks.items()},
-        "others": {name: round(b.others, 3) for name, b in blocks.items()},
-        "load_seconds": round(engine.load_seconds or load, 3),
-        "peak_bytes": engine.peak_bytes(),
-        "facts": engine.facts(),
-    }
+class Worker:
+    """Answers requests, one after the other; keeps the model that it loaded."""
+
+    engine: Engine
+
+    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Do what was asked for: ``convert``, ``load`` or ``measure``."""
+        if asked["do"] == "measure":
+            done = measure(self.engine, asked["task"])
+            seconds = float(f"{statistics.median(done.values):.5g}")
+            return {"seconds": seconds, "others": round(done.others, 3), "peak_bytes": self.engine.peak_bytes()}
+        place, peer, shape = Workplace(Path(asked["cache"])), PEERS[asked["system"]], SHAPES[asked["model"]]
+        variant = peer.variant(asked["variant"])
+        if asked["do"] == "convert":
+            peer.convert(place, shape, variant)
+            return {}
+        start = time.perf_counter()
+        self.engine = peer.load(place, shape, variant, asked["threads"])
+        passed = time.perf_counter() - start
+        return {"load_seconds": round(self.engine.load_seconds or passed, 3), "facts": self.engine.facts()}
 
 
 def main() -> None:
-    """Libraries print what they like: that goes to standard error, the answer to standard output."""
-    with contextlib.redirect_stdout(sys.stderr):
-        text = json.dumps(answer(json.loads(sys.argv[1])))
-    print(text, flush=True)
+    """Libraries print what they like: that goes to standard error, answers to standard output."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in sys.argv[1:] or sys.stdin:
+        print(json.dumps(worker.answer(json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":

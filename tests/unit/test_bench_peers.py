@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ from typer.testing import CliRunner
 
 from benchmarks.peers import cli, gguf_file, runner, worker
 from benchmarks.peers.checkpoints import tokens
-from benchmarks.peers.figures import Series, Spread, best, series
+from benchmarks.peers.figures import Chosen, Series, Spread, best, series
 from benchmarks.peers.own import weight_bytes
 from benchmarks.peers.peer import Engine, Peer, Variant, prompt
-from benchmarks.peers.plan import Job, jobs, rounds
+from benchmarks.peers.plan import Job, groups, jobs, turns
+from benchmarks.peers.process import Process, ProcessError
 from benchmarks.peers.results import Results, ResultsError, key
 from benchmarks.peers.runner import Runner, is_beaten
 from benchmarks.peers.shapes import SHAPES
@@ -25,14 +27,22 @@ from benchmarks.peers.tasks import TASKS
 from benchmarks.peers.workplace import StepError, Workplace
 from benchmarks.peers.works import WORKS
 
-LIMITS = {"read": 50e9, "f32": 2e11, "bf16": 4e11, "int8": 8e11}
+LIMITS = {"read": 50.0, "f32": 200.0, "bf16": 400.0, "int8": 800.0}
 
 
-def sample(system: str, variant: str, number: int = 0, model: str = "S", **seconds: float) -> dict[str, Any]:
+def sample(system: str, variant: str, task: str, seconds: float, number: int = 0, model: str = "S") -> dict[str, Any]:
     facts = {"step_bytes": 10**9, "cache_bytes": 10**8, "capacity": 1000}
-    what = {"model": model, "system": system, "variant": variant, "family": variant, "round": number, "limits": LIMITS}
-    others = dict.fromkeys(seconds, 0.0)
-    return {**what, "seconds": seconds, "others": others, "facts": facts, "load_seconds": 0.1, "peak_bytes": 10**8}
+    limits = {name: [value, value] for name, value in LIMITS.items()}
+    what = {"model": model, "system": system, "variant": variant, "task": task, "round": number, "limits": limits}
+    return {**what, "seconds": seconds, "others": 0.0, "facts": facts, "load_seconds": 0.1, "peak_bytes": 10**8}
+
+
+def rounds_of(system: str, *seconds: float, read: tuple[float, ...] = ()) -> list[dict[str, Any]]:
+    """Samples of decoding; ``read``: the limit in each round."""
+    made = [sample(system, "v", "decode", value, number) for number, value in enumerate(seconds)]
+    for one, limit in zip(made, read):
+        one["limits"]["read"] = [limit, limit]
+    return made
 
 
 def work(name: str) -> Any:
@@ -62,18 +72,22 @@ def test_every_work_has_somebody_to_measure() -> None:
             assert one.goal is None or len(systems) > 1, f"{one.name} on {model} has a goal and no peer"
 
 
-def test_rounds_interleave_systems() -> None:
-    few = Variant("few", "f32", rounds=1)
+def test_jobs_of_a_group_take_turns() -> None:
+    both, few = ("prefill", "decode"), Variant("few", "int8", rounds=1)
     all_jobs = [
-        Job("S", "a", Variant("x", "f32"), ("decode",)),
-        Job("S", "b", few, ("decode",)),
-        Job("L", "a", Variant("x", "f32"), ("decode",)),
+        Job("S", "a", Variant("x", "int4"), ("decode",)),
+        Job("S", "b", few, both),
+        Job("S", "a", Variant("y", "bf16"), both),
+        Job("S", "a", Variant("z", "int4", isa="avx2"), both),
+        Job("L", "a", Variant("x", "int4"), ("decode", "decode-4k")),
     ]
-    order = [(number, job.model, job.system) for number, job in rounds(all_jobs, 2)]
-    [long, once] = rounds([Job("L", "a", Variant("x", "f32"), ("decode", "decode-4k"))], 3), TASKS["decode-4k"].rounds
-    assert once == 2
-    assert [job.tasks for _, job in long] == [("decode", "decode-4k")] * 2 + [("decode",)]
-    assert order == [(0, "S", "a"), (0, "S", "b"), (1, "S", "a"), (0, "L", "a"), (1, "L", "a")]
+    quantized, *others = groups(all_jobs)
+    assert quantized == all_jobs[:2], "int4 and int8 together"
+    assert others == [[job] for job in all_jobs[2:]]
+    order = [(number, task, job.system) for number, task, job in turns(quantized, 2)]
+    assert order == [(0, "prefill", "b"), (0, "decode", "a"), (0, "decode", "b"), (1, "decode", "a")]
+    assert TASKS["decode-4k"].rounds == 2
+    assert [task for _, task, _ in turns(others[-1], 3)] == ["decode", "decode-4k"] * 2 + ["decode"]
 
 
 def test_variants_have_names_of_their_own_and_known_widths() -> None:
@@ -93,12 +107,13 @@ def test_results_resume_where_they_stopped(tmp_path: Path) -> None:
     path = tmp_path / "results" / "peers.json"
     first = Results(path)
     first.begin({"threads": 2}, {"cpu": "x"})
-    first.append(sample("a", "v", decode=1.0))
+    first.append(sample("a", "v", "decode", 1.0))
     again = Results(path)
     again.begin({"threads": 2}, {"cpu": "x"})
     assert again.samples == first.samples
-    assert again.missing(("S", "a", "v", 0), ["prefill", "decode"]) == ["prefill"]
-    assert again.missing(("S", "a", "v", 1), ["decode"]) == ["decode"]
+    assert again.has(("S", "a", "v", "decode", 0))
+    assert not again.has(("S", "a", "v", "prefill", 0))
+    assert not again.has(("S", "a", "v", "decode", 1))
     assert [file.name for file in path.parent.iterdir()] == ["peers.json"], "nothing half written is left"
     assert len(path.read_text().splitlines()) < 15, "a line a sample"
 
@@ -106,7 +121,7 @@ def test_results_resume_where_they_stopped(tmp_path: Path) -> None:
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     results = Results(tmp_path / "peers.json")
     results.begin({"threads": 2}, {})
-    results.append(sample("a", "v", decode=1.0))
+    results.append(sample("a", "v", "decode", 1.0))
     with pytest.raises(ResultsError, match="'threads': 2"):
         Results(results.path).begin({"threads": 1}, {})
     results.drop(lambda s: s["system"] == "a")
@@ -115,95 +130,169 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_failure_is_tried_again_and_replaced(tmp_path: Path) -> None:
     results = Results(tmp_path / "peers.json")
-    failed = {**sample("a", "v"), "error": "out of memory"}
-    del failed["seconds"]
+    failed = {**sample("a", "v", "decode", 1.0), "error": "out of memory"}
     results.append(failed)
-    assert results.missing(key(failed), ["decode"]) == ["decode"]
-    results.append(sample("a", "v", decode=1.0))
+    assert not results.has(key(failed))
+    assert series(results.samples) == []
+    results.append(sample("a", "v", "decode", 1.0))
     assert [s.get("error") for s in results.samples] == [None]
-    results.append(sample("a", "v", prefill=1.0))
-    assert {one.task for one in series(results.samples)} == {"decode", "prefill"}
 
 
-def test_spread_and_ratios() -> None:
+def test_spread() -> None:
     spread = Spread((4.0, 1.0, 2.0, 3.0, 10.0))
     assert (spread.median, spread.low, spread.high, spread.iqr) == (3, 1, 10, 2)
     assert Spread((5.0,)).iqr == 0
-    a = Series("S", "a", "v", "decode", {0: 10.0, 1: 30.0, 2: 20.0})
-    b = Series("S", "b", "v", "decode", {0: 5.0, 1: 10.0})
-    assert a.ratios(b).values == (2.0, 3.0), "of equal rounds"
-    assert a.ratios(Series("S", "c", "v", "decode", {7: 10.0})).values == (2.0,)
+
+
+def test_ratios_are_of_equal_rounds() -> None:
+    a, b = series([*rounds_of("a", 1.0, 1.0, 1.0), *rounds_of("b", 2.0, 3.0)])
+    assert a.ratios(b) == Chosen(Spread((2.0, 3.0)), of=2)
+    later = Series("S", "c", "v", "decode", {7: sample("c", "v", "decode", 1.0)})
+    assert a.ratios(later) is None
     assert best([b, a]) is a
     assert best([]) is None
 
 
-def test_disturbed_figures_count_when_there_are_no_others() -> None:
-    samples = [sample("a", "v", number, decode=seconds) for number, seconds in enumerate((1.0, 2.0, 2.0))]
-    samples[0]["others"]["decode"] = 0.5
+def test_decoding_is_compared_while_memory_is_the_same() -> None:
+    a, b = series([
+        *rounds_of("a", 1.0, 1.0, 1.0, 1.0, 1.0, read=(60, 60, 34, 34, 50)),
+        *rounds_of("b", 2.0, 9.0, 2.0, 4.0, 3.0, read=(60, 34, 34, 36, 60)),
+    ])  # fmt: skip
+    ratios = a.ratios(b)
+    assert ratios == Chosen(Spread((2.0, 2.0, 4.0)), of=5)
+    assert ratios.rounds == "3/5"
+    del b.by_round[0]
+    assert a.ratios(b) == Chosen(Spread((9.0, 2.0, 4.0, 3.0)), of=4), "two comparable rounds are too few"
+    b.by_round[4]["limits"]["read"] = [50.0, 50.0]
+    assert a.ratios(b) == Chosen(Spread((2.0, 4.0, 3.0)), of=4)
+    b.by_round[4]["limits"]["read"] = [50.0, 34.0]
+    assert a.ratios(b) == Chosen(Spread((9.0, 2.0, 4.0, 3.0)), of=4), "it changed during the sample"
+
+
+def test_disturbed_samples_count_when_there_are_no_others() -> None:
+    samples = rounds_of("a", 1.0, 2.0, 2.0)
+    samples[0]["others"] = 0.5
     [one] = series(samples)
-    assert one.by_round == {1: 32.0, 2: 32.0}
+    assert list(one.by_round) == [1, 2]
+    assert one.spread.values == (32.0, 32.0)
     [one] = series(samples[:1])
-    assert one.by_round == {0: 64.0}
+    assert one.spread.values == (64.0,)
 
 
 def test_of_latencies_the_smaller_is_the_better() -> None:
-    rows = [sample("a", "v", **{"encode-1": 0.004}), sample("b", "v", **{"encode-1": 0.003})]
+    rows = [sample("a", "v", "encode-1", 0.004), sample("b", "v", "encode-1", 0.003)]
     chosen = best(series(rows))
     assert chosen is not None
     assert (chosen.system, chosen.spread.median) == ("b", 3.0)
 
 
-def test_a_setting_that_loses_everything_is_not_measured_again() -> None:
-    def of(name: str, **seconds: float) -> dict[str, Any]:
-        return {**sample("openvino", name, **seconds), "family": "int8"}
+def test_a_peer_that_loses_is_not_measured_again() -> None:
+    def of(system: str, name: str, prefill: float, decode: float) -> list[dict[str, Any]]:
+        return [sample(system, name, "prefill", prefill), sample(system, name, "decode", decode)]
 
-    def job(name: str) -> Job:
-        return Job("S", "openvino", PEERS["openvino"].variant(name), ("prefill", "decode"))
+    def job(system: str, name: str) -> Job:
+        return Job("S", system, PEERS[system].variant(name), ("prefill", "decode"))
 
-    slower, faster = of("int8-pa", prefill=2.0, decode=2.0), of("int8-sdpa", prefill=1.0, decode=1.0)
-    assert is_beaten(job("int8-pa"), [slower, faster])
-    assert not is_beaten(job("int8-sdpa"), [slower, faster])
-    assert not is_beaten(job("int8-pa"), [of("int8-pa", prefill=2.0, decode=1.0), faster])
-    assert not is_beaten(job("int8-pa"), [faster]), "not measured yet"
+    paged, plain = job("openvino", "int8-pa"), job("openvino", "int8-sdpa")
+    llama, wide, own = job("llama.cpp", "q8_0"), job("llama.cpp", "bf16"), job(OWN, "w8a8")
+    group = [own, llama, paged, plain, wide]
+    slower, faster = of("openvino", "int8-pa", 2.0, 2.0), of("openvino", "int8-sdpa", 1.0, 1.9)
+    assert is_beaten(paged, "decode", group, slower + faster)
+    assert not is_beaten(plain, "decode", group, slower + faster)
+    assert not is_beaten(paged, "decode", group, of("openvino", "int8-pa", 2.0, 1.0) + faster), "faster in one task"
+    assert not is_beaten(paged, "decode", group, faster), "not measured yet"
+    assert not is_beaten(paged, "decode", group, slower + faster[:1]), "its sibling is not through"
+    beside = of("llama.cpp", "q8_0", 4.1, 3.0)
+    assert is_beaten(llama, "prefill", group, slower + beside)
+    assert not is_beaten(llama, "decode", group, slower + beside)
+    assert not is_beaten(wide, "prefill", group, slower + of("llama.cpp", "bf16", 9.0, 9.0)), "weights of another width"
+    assert not is_beaten(own, "prefill", group, slower + of(OWN, "w8a8", 9.0, 9.0)), "own ones always are"
 
 
 class Machine:
     """Stands for the process that measures limits."""
 
     def __init__(self, *_: object) -> None:
-        self.closed = False
+        pass
 
     def __call__(self) -> dict[str, float]:
         return LIMITS
 
     def close(self) -> None:
-        self.closed = True
+        pass
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, tuple[str, ...]]] = []
+class Loaded:
+    """Stands for a worker: notes what is asked, fails as ``failures`` says."""
 
-    def worker_of(self: Runner, job: Job, tasks: list[str]) -> dict[str, Any]:
-        asked.append((job.system, tuple(tasks)))
-        if len(asked) == 2:
-            raise RuntimeError("Traceback\nValueError: no")
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return {key: value for key, value in sample(job.system, "x", **dict.fromkeys(tasks, 1.0)).items() if key != "round"}
+    asked: list[tuple[str, str]] = []
+    closed: list[str] = []
+    failures: dict[tuple[str, str], BaseException] = {}
+
+    def __init__(self, runner: Runner, job: Job) -> None:
+        self.job = job
+
+    def measure(self, task: str) -> dict[str, Any]:
+        at = (self.job.system, task)
+        self.asked.append(at)
+        if at in self.failures:
+            raise self.failures[at]
+        return {"seconds": 1.0, "others": 0.0, "facts": {}, "load_seconds": 0.1, "peak_bytes": 1}
+
+    def close(self) -> None:
+        self.closed.append(self.job.system)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> type[Loaded]:
+    class Fresh(Loaded):
+        asked, closed, failures = [], [], {}
 
     monkeypatch.setattr(runner, "Limits", Machine)
-    monkeypatch.setattr(Runner, "_worker", worker_of)
+    monkeypatch.setattr(runner, "Worker", Fresh)
+    monkeypatch.setattr(runner, "size", lambda path: 2**30)
+    return Fresh
+
+
+def running(tmp_path: Path, say: Callable[[str], None] = print) -> tuple[Runner, list[Job]]:
     all_jobs = [Job("S", system, Variant("x", "f32"), ("prefill", "decode")) for system in "abc"]
+    return Runner(Workplace(tmp_path), dict.fromkeys("abc", PEERS[OWN]), threads=2, say=say), all_jobs
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, loaded: type[Loaded]) -> None:
     said: list[str] = []
-    running = Runner(Workplace(tmp_path), {}, threads=2, say=said.append)
+    one, all_jobs = running(tmp_path, said.append)
+    loaded.failures |= {("b", "prefill"): ProcessError("Traceback\nValueError: no"), ("a", "decode"): KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
-        running.run(all_jobs, 1, Results(tmp_path / "r.json"))
-    assert said[1] == "S b x: failed: ValueError: no"
+        one.run(all_jobs, 1, Results(tmp_path / "r.json"))
+    assert loaded.asked == [("a", "prefill"), ("b", "prefill"), ("c", "prefill"), ("a", "decode")]
+    assert said[1] == "S b x prefill: failed: ValueError: no"
+    assert loaded.closed == ["c"], "a and b ended by themselves"
+    loaded.asked.clear()
+    loaded.failures.clear()
     results = Results(tmp_path / "r.json")
-    running.run(all_jobs, 1, results)
-    both = ("prefill", "decode")
-    assert asked == [("a", both), ("b", both), ("c", both), ("b", both), ("c", both)], "a is not measured again"
-    assert [s["system"] for s in results.samples if "error" not in s] == ["a", "b", "c"]
+    one.run(all_jobs, 1, results)
+    assert loaded.asked == [("b", "prefill"), ("a", "decode"), ("b", "decode"), ("c", "decode")], "what was not there"
+    assert not any("error" in s for s in results.samples)
+
+
+def test_what_failed_does_not_stop_others(tmp_path: Path, loaded: type[Loaded]) -> None:
+    one, all_jobs = running(tmp_path)
+    loaded.failures["b", "decode"] = ProcessError("no answer in 300 s")
+    results = Results(tmp_path / "r.json")
+    one.run(all_jobs, 3, results)
+    assert loaded.asked.count(("b", "decode")) == 1
+    assert all(loaded.asked.count(at) == 3 for at in {*loaded.asked} - {("b", "decode")})
+    assert [s["error"] for s in results.samples if "error" in s] == ["no answer in 300 s"]
+
+
+def test_workers_make_room_for_others(tmp_path: Path, loaded: type[Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, all_jobs = running(tmp_path)
+    monkeypatch.setattr(runner, "free_memory", lambda: (5 - 2 * len(one.workers)) * 2**30)
+    one.run(all_jobs, 1, Results(tmp_path / "r.json"))
+    assert loaded.closed[:2] == ["a", "b"], "those that waited longest"
+    assert not one.workers
+    assert len(loaded.asked) == 6
 
 
 @pytest.mark.parametrize(
@@ -234,44 +323,49 @@ def test_what_is_not_there_is_left_out_of_a_run(tmp_path: Path, monkeypatch: pyt
 
 def test_goals_compare_with_the_fastest_peer() -> None:
     samples = [
-        sample(OWN, "w4a8", decode=1.0),
-        sample("llama.cpp", "q4_0", decode=1.6),
-        sample("onnxruntime", "int4", decode=1.5),
-        sample("llama.cpp", "q8_0", decode=0.1),
-        sample("llama.cpp", "q4_0-avx2", decode=0.1),
+        sample(OWN, "w4a8", "decode", 1.0),
+        sample("llama.cpp", "q4_0", "decode", 1.6),
+        sample("onnxruntime", "int4", "decode", 1.5),
+        sample("llama.cpp", "q8_0", "decode", 0.1),
+        sample("llama.cpp", "q4_0-avx2", "decode", 0.1),
     ]
     [row] = goal_rows(samples, [work("decode-int4")])
     assert (row.peer.system, row.verdict) == ("onnxruntime", "hit")
-    assert row.ratio.median == pytest.approx(1.5)
+    assert row.ratio.spread.median == pytest.approx(1.5)
     assert row.share is None, "the limit counts on L alone"
-    samples[2] = sample("onnxruntime", "int4", decode=1.3)
+    assert row.cells()[5:8] == ["1.50 (1.50-1.50)", "1/1", ""]
+    samples[2] = sample("onnxruntime", "int4", "decode", 1.3)
     assert [row.verdict for row in goal_rows(samples, [work("decode-int4")])] == ["miss"]
 
 
 def test_the_share_of_a_limit_counts_the_bytes_of_a_step() -> None:
     tokens = TASKS["decode"].work
-    cache = 10**5 * (128 + tokens / 2)
-    samples = [sample(OWN, "bf16", model="L", decode=tokens * (10**9 + cache) / LIMITS["read"] / 0.9)]
+    used = tokens * (10**9 + 10**5 * (128 + tokens / 2))
+    samples = [sample(OWN, "bf16", "decode", used / 50e9 / 0.9, number, "L") for number in range(4)]
+    samples[0]["limits"]["read"] = [90.0, 10.0]
+    samples[1]["limits"]["read"] = [52.0, 48.0]
     [row] = goal_rows(samples, [work("decode-bf16")])
-    assert row.share == pytest.approx(0.9)
+    assert row.share.spread.values == pytest.approx((0.9, 0.9, 0.9))
+    assert row.share.rounds == "3/4"
     assert (row.peer, row.verdict, row.goal) == (None, "hit", ">= 1.2x, >= 85% of read")
+    assert row.cells()[7] == "90% (90%-90%) 3/4"
 
 
 def test_a_latency_goal_is_met_from_below() -> None:
     figures = {OWN: 0.8, "openvino": 1.0}
-    samples = [sample(system, "f32", model="E", **{"encode-1": value}) for system, value in figures.items()]
+    samples = [sample(system, "f32", "encode-1", value, model="E") for system, value in figures.items()]
     [row] = goal_rows(samples, [work("encoder-f32")])
-    assert (row.goal, row.verdict, row.ratio.median) == ("<= 0.9x", "hit", 0.8)
+    assert (row.goal, row.verdict, row.ratio.spread.median) == ("<= 0.9x", "hit", 0.8)
 
 
 def test_the_page_has_all_parts(tmp_path: Path) -> None:
     results = Results(tmp_path / "peers.json")
     results.begin({"threads": 2, "prefix": "chrt -f 1"}, {"cpu": "A CPU", "versions": {"torch": ["torch==2"]}})
-    results.append(sample(OWN, "f32", prefill=0.5))
-    results.append({**sample("torch", "f32"), "error": "Traceback\nValueError: no"})
+    results.append(sample(OWN, "f32", "prefill", 0.5))
+    results.append({**sample("torch", "f32", "decode", 1.0), "error": "Traceback\nValueError: no"})
     page = markdown(results)
-    row = "| S | tilewright | f32 | prefill | 1024 |"
-    for part in ("A CPU", "`chrt -f 1`", "read 50 GB/s", row, "ValueError: no", "torch==2", "S llama.cpp q4_0, "):
+    row, failure = "| S | tilewright | f32 | prefill | 1024 |", "f32 decode: ValueError: no"
+    for part in ("A CPU", "`chrt -f 1`", "read 50 GB/s", row, failure, "torch==2", "S llama.cpp q4_0, "):
         assert part in page
     assert text_table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
@@ -312,7 +406,7 @@ class Waiting(Engine):
 
 @pytest.mark.parametrize(
     ("others", "values"),
-    [((0.0,), 9), ((0.9, 0.9, 0.0), 3), ((0.9, 0.5, 0.9), 3)],
+    [((0.0,), 6), ((0.9, 0.9, 0.0), 3), ((0.9, 0.5, 0.9), 3)],
     ids=["quiet", "quiet in the end", "never quiet"],
 )
 def test_a_worker_waits_for_quiet(others: tuple[float, ...], values: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,10 +419,37 @@ def test_a_worker_waits_for_quiet(others: tuple[float, ...], values: int, monkey
     assert engine.now < worker.PATIENCE + 1
 
 
-def test_a_request_is_what_a_worker_reads(tmp_path: Path) -> None:
-    text = worker.request("measure", Workplace(tmp_path), "torch", "S", "f32", tasks=["decode"], threads=2)
-    assert json.loads(text) == {"do": "measure", "cache": str(tmp_path), "system": "torch", "model": "S", "variant": "f32",
-                                "tasks": ["decode"], "threads": 2}  # fmt: skip
+ANSWERS = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["say"] == "hang":
+        import time; time.sleep(60)
+    if asked["say"] == "die":
+        raise ValueError("no")
+    print(json.dumps(asked), flush=True)
+"""
+
+
+def test_a_process_answers_until_it_ends(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    one = Process(place, [sys.executable, "-c", ANSWERS])
+    assert [one.ask({"say": word}) for word in ("a", "b")] == [{"say": "a"}, {"say": "b"}]
+    with pytest.raises(ProcessError, match=r"ValueError: no$"):
+        one.ask({"say": "die"})
+    one = Process(place, [sys.executable, "-c", ANSWERS])
+    with pytest.raises(ProcessError, match=r"no answer in 0\.1 s$"):
+        one.ask({"say": "hang"}, patience=0.1)
+    one = Process(place, [sys.executable, "-c", ANSWERS])
+    one.close()
+    assert one.process.returncode == 0
+
+
+def test_the_error_of_a_worker_is_told(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    one = Process(place, [sys.executable, "-m", "benchmarks.peers.worker"])
+    with pytest.raises(ProcessError, match="openvino has no variant f33; it has f32-pa"):
+        one.ask(worker.request("load", place, "openvino", "S", "f33", threads=2))
 
 
 # Models
