@@ -5,11 +5,11 @@ Adding a kernel family is one emitter class and one line in ``codegen/emitters.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from tilewright.codegen.schedule import Schedule
+from tilewright.codegen.schedule import Schedule, Space
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import Dim, Function
 
@@ -45,6 +45,16 @@ class Emitter(Protocol):
 
     def default_schedule(self, kernel: Function, target: CpuTarget) -> Schedule:
         """A good schedule, chosen by rule."""
+
+    def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
+        """The schedules worth trying with dims of ``sizes``: knobs that make no difference there keep their default."""
+
+    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
+        """``KernelCode.packing`` as ``emit`` gives it, without generating any code."""
+
+    def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
+                 ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
+        """For a cost model, what follows from the kernel's structure under a schedule: see ``codegen/features.py``."""
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         """The code of ``kernel`` under the name ``symbol``. Raises CodegenError."""

@@ -6,12 +6,17 @@ together, or to the target, stand beside them as methods marked with ``@constrai
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from tilewright.codegen.target import CpuTarget
 from tilewright.codegen.text import format_call, parse_call
+
+_TRIES = 1000  # random schedules until one is valid
 
 
 class ScheduleError(ValueError):
@@ -80,28 +85,85 @@ class Schedule:
 
 
 class Space:
-    """The valid schedules of one class on one target: iterable, with the size of the full product at hand."""
+    """The valid schedules of one class on one target: iterable, to be sampled and searched.
 
-    def __init__(self, kind: type[Schedule], target: CpuTarget) -> None:
+    ``domains`` narrows knobs to the values that matter for a kernel; ``default`` is the schedule chosen by rule, whose
+    values always belong to the space.
+    """
+
+    def __init__(
+        self,
+        kind: type[Schedule],
+        target: CpuTarget,
+        default: Schedule | None = None,
+        domains: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         self.kind, self.target = kind, target
+        self.default = default or kind.default(target)
+        narrow = domains or {}
+        self.domains = {
+            key: tuple(v for v in values if v in narrow.get(key, values) or v == getattr(self.default, key))
+            for key, values in kind.domains().items()
+        }
+        self.knobs = tuple(key for key, values in self.domains.items() if len(values) > 1)
 
     @property
     def product(self) -> int:
         """How many combinations there are before constraints."""
-        size = 1
-        for domain in self.kind.domains().values():
-            size *= len(domain)
-        return size
+        return math.prod(len(domain) for domain in self.domains.values())
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[Any]:
-        domains = self.kind.domains()
-        for values in itertools.product(*domains.values()):
-            schedule = self.kind(**dict(zip(domains, values)))
+        for values in itertools.product(*self.domains.values()):
+            schedule = self.kind(**dict(zip(self.domains, values)))
             if schedule.refusal(self.target) is None:
                 yield schedule
+
+    def __contains__(self, schedule: object) -> bool:
+        if type(schedule) is not self.kind:
+            return False
+        inside = all(getattr(schedule, key) in values for key, values in self.domains.items())
+        return inside and schedule.refusal(self.target) is None
+
+    def parse(self, text: str) -> Any:
+        """The schedule that ``text`` names, None when it is not of this space."""
+        try:
+            schedule = parse_schedule(text)
+        except ValueError:
+            return None
+        return schedule if schedule in self else None
+
+    def sample(self, rng: np.random.Generator) -> Any:
+        """Any schedule, all equally likely."""
+        return self._valid(lambda: self.kind(**{key: _pick(values, rng) for key, values in self.domains.items()}))
+
+    def mutate(self, schedule: Any, rng: np.random.Generator) -> Any:
+        """``schedule`` with one knob moved, or two; the default where nothing can be moved."""
+
+        def moved() -> Any:
+            keys = rng.choice(len(self.knobs), min(1 + (rng.random() < 0.3), len(self.knobs)), replace=False)
+            chosen = [self.knobs[i] for i in keys]
+            return replace(schedule, **{key: self._other(key, getattr(schedule, key), rng) for key in chosen})
+
+        return self._valid(moved) if self.knobs else self.default
+
+    def cross(self, a: Any, b: Any, rng: np.random.Generator) -> Any:
+        """Each knob from one of the two."""
+        return self._valid(lambda: replace(a, **{key: getattr(_pick((a, b), rng), key) for key in self.knobs}))
+
+    def _other(self, key: str, value: Any, rng: np.random.Generator) -> Any:
+        return _pick([v for v in self.domains[key] if v != value], rng)
+
+    def _valid(self, make: Callable[[], Any]) -> Any:
+        """The first valid schedule of many tries, else the default."""
+        tries = (make() for _ in range(_TRIES))
+        return next((schedule for schedule in tries if schedule.refusal(self.target) is None), self.default)
+
+
+def _pick(values: Sequence[Any], rng: np.random.Generator) -> Any:
+    return values[int(rng.integers(len(values)))]
 
 
 def parse_schedule(text: str) -> Schedule:

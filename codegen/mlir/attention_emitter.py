@@ -6,11 +6,12 @@ Queries, and keys that are appended, may come through ``nn.rope``, which the ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tilewright.codegen.cache import CacheLayout, cache_layout
+from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.attention import (
     DENSE,
@@ -26,9 +27,9 @@ from tilewright.codegen.mlir.kv import AttendBuffers, AttendSpec, emit_attend
 from tilewright.codegen.mlir.kv_append import AppendBuffers, AppendSpec, emit_append
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.rows import Rope
-from tilewright.codegen.schedule import AttentionSchedule, Schedule
+from tilewright.codegen.schedule import AttentionSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import Argument, CodegenError, Dim, Function, KVType, Op, Return, Value, as_dim, ops, same_dim
+from tilewright.ir import Argument, CodegenError, Dim, Function, KVType, Op, Return, Value, as_dim, eval_dim, ops, same_dim
 
 _DTYPES = ("f32", "bf16", "f16")
 _KINDS = (ops.Attention, ops.Attend, ops.Append)
@@ -137,6 +138,24 @@ class AttentionEmitter:
         heads, cache = int(anchor.q.shape[2]), anchor.cache.cache
         return AttentionSchedule.decoding(target, cache.dtype.value, cache.heads, heads // cache.heads)
 
+    def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
+        anchor, default = find(kernel), self.default_schedule(kernel, target)
+        idle = {"parts", "prefetch"}
+        if isinstance(anchor, ops.Append):
+            idle = set(AttentionSchedule.domains())
+        elif isinstance(anchor, ops.Attend) and anchor.q.shape[1] == 1:
+            idle = {"rows"}
+        return Space(AttentionSchedule, target, default, {key: (getattr(default, key),) for key in idle})
+
+    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
+        return {}
+
+    def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
+                 ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
+        anchor = find(kernel)
+        assert isinstance(anchor, _KINDS)
+        return lambda schedule: _features(anchor, schedule, target, sizes)
+
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         if (reason := self.match(kernel, target)) or not isinstance(schedule, AttentionSchedule):
             raise CodegenError(f"{self.name} cannot lower @{kernel.name} with {schedule}: {reason}")
@@ -212,6 +231,34 @@ Facts = dict[str, Any]
 def static(dim: Dim) -> int | None:
     """A size when it is known while compiling: decode has one query, and gets tiles for that."""
     return dim if isinstance(dim, int) else None
+
+
+def _features(op: Op, schedule: Schedule, target: CpuTarget, sizes: Mapping[str, int]) -> dict[str, float]:
+    """What a cost model sees of attention."""
+    assert isinstance(schedule, AttentionSchedule)
+    if isinstance(op, ops.Append):
+        b, s, heads, dim = (eval_dim(d, sizes) for d in op.k.shape)
+        return {"tasks": float(b * heads), "queries": log2(s), "dim": float(dim), "kind": 0.0}
+    assert isinstance(op, (ops.Attention, ops.Attend))
+    b, s, heads, dim = (eval_dim(d, sizes) for d in op.q.shape)
+    if isinstance(op, ops.Attend):
+        cache = op.cache.cache
+        spec = _attend_spec(op, target)
+        kv_heads, length, dtype, parts = cache.heads, cache.length, cache.dtype, spec.parts(schedule)
+        tasks = eval_dim(as_dim(spec.tasks(schedule, b, s)), sizes)
+    else:
+        kv_heads, length, dtype, parts = int(op.k.shape[2]), eval_dim(op.k.shape[1], sizes), op.k.dtype, 1
+        tasks = b * kv_heads * -(-s // max(schedule.rows * kv_heads // heads, 1))
+    group, rows = heads // kv_heads, heads // kv_heads if s == 1 else schedule.rows
+    return {
+        "kind": 1.0 + isinstance(op, ops.Attend), "tasks": float(tasks), "queries": log2(s), "length": log2(length),
+        "heads": float(heads), "kv_heads": float(kv_heads), "group": float(group), "dim": float(dim),
+        "bits": float(dtype.bits), "parts": float(parts), "causal": float(getattr(op, "causal", True)),
+        "window": log2(op.window), "extras": float(sum(v is not None for v in (op.bias, op.sinks))),
+        "key_block_bytes": log2(schedule.keys * dim * dtype.bits / 8), "scores_bytes": log2(rows * schedule.keys * 4),
+        "sums_bytes": log2(rows * dim * 4), "rows_waste": -(-s * group // rows) * rows / (s * group),
+        "blocks": log2(length / schedule.keys), "part_keys": log2(length / parts),
+    }  # fmt: skip
 
 
 def _attention(op: ops.Attention, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:

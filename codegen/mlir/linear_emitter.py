@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,13 +10,14 @@ from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import apply, compute_dtype, dim_value, lowers
 from tilewright.codegen.mlir.linear import LinearBuffers, Place, emit_linear
+from tilewright.codegen.mlir.linear_cost import linear_features, linear_space
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.packing import Packing
-from tilewright.codegen.schedule import LinearSchedule, Schedule
+from tilewright.codegen.schedule import LinearSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import Argument, CodegenError, Dim, DType, Function, Op, Value, as_dim, ops, product, same_dim
+from tilewright.ir import Argument, CodegenError, Dim, DType, Function, Op, Value, as_dim, eval_dim, ops, product, same_dim
 
 _FLOATS = ("f32", "bf16", "f16")
 
@@ -150,6 +152,20 @@ class LinearEmitter:
         found = find(kernel)
         return LinearSchedule.default(target) if isinstance(found, str) else found.spec().schedule(target)
 
+    def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
+        found = matched(kernel)
+        return linear_space(found.spec(), target, eval_dim(found.rows, sizes))
+
+    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
+        found = matched(kernel)
+        assert isinstance(schedule, LinearSchedule)
+        return _texts(kernel, packings(found, found.spec(), schedule, target))
+
+    def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
+                 ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
+        found = matched(kernel)
+        return linear_features(found.spec(), target, eval_dim(found.rows, sizes), len(found.tail))
+
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         found = find(kernel)
         if isinstance(found, str) or not isinstance(schedule, LinearSchedule):
@@ -162,9 +178,20 @@ class LinearEmitter:
             buffers = roles(found, by_value, k.buffers[-1])
             epilogue = Epilogue(found, by_value) if found.tail else None
             emit_linear(k, spec, schedule, dim_value(found.rows, k.dims), buffers, epilogue)
-        layouts = {kernel.args.index(v): packing.text for v, packing in packed.items()}  # type: ignore[arg-type]
         tasks = spec.tasks(schedule, target, found.rows)
-        return KernelCode(symbol, compile_kernel(k), dims, as_dim(tasks), packing=layouts)
+        return KernelCode(symbol, compile_kernel(k), dims, as_dim(tasks), packing=_texts(kernel, packed))
+
+
+def matched(kernel: Function) -> Pattern:
+    """The pattern of a kernel that ``match`` accepts."""
+    found = find(kernel)
+    if isinstance(found, str):
+        raise CodegenError(f"@{kernel.name} is no linear kernel: {found}")
+    return found
+
+
+def _texts(kernel: Function, packed: Mapping[Value, Packing]) -> dict[int, str]:
+    return {kernel.args.index(v): packing.text for v, packing in packed.items()}  # type: ignore[arg-type]
 
 
 def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target: CpuTarget) -> dict[Value, Packing]:

@@ -10,17 +10,19 @@ f32 and rounded when they are stored. An index out of range reads the nearest el
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.loops_compute import refusal
-from tilewright.codegen.mlir.loops_cost import grain, result_sets, rows_on_stack
+from tilewright.codegen.mlir.loops_cost import grain, op_weight, result_sets, rows_on_stack
 from tilewright.codegen.mlir.loops_plan import make_plan, shared_axes
-from tilewright.codegen.schedule import Schedule, knob
+from tilewright.codegen.schedule import Schedule, Space, knob
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import CodegenError, Function, KVType, Op, TensorType, Value, ops
+from tilewright.ir import CodegenError, Function, KVType, Op, TensorType, Value, eval_dim, ops, product
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LoopsSchedule(Schedule):
     width: int = knob(1, (1, 2))
     unroll: int = knob(2, (1, 2, 4))
     streams: int = knob(4, (1, 2, 4, 8))
-    task: int = knob(4096, (1024, 4096, 16384))
+    task: int = knob(4096, (512, 1024, 2048, 4096, 8192, 16384, 65536))
 
 
 class LoopsEmitter:
@@ -63,6 +65,40 @@ class LoopsEmitter:
         """A good schedule by rule: two vectors at a time where short elements only move, or AVX2 packs them in pairs."""
         short = all(v.dtype.size <= 2 for v in kernel.returns) or _quantizes(kernel)
         return LoopsSchedule(width=2 if short and (rd.only_moves(kernel) or target.vector_bits < 512) else 1)
+
+    def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
+        """Totals are of reductions."""
+        default = self.default_schedule(kernel, target)
+        sums = any(isinstance(op, (*rd.FOLDS, *rd.ROWS, ops.Quantize)) for op in kernel.body)
+        return Space(LoopsSchedule, target, default, {} if sums else {"streams": (default.streams,)})
+
+    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
+        return {}
+
+    def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
+                 ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
+        count = max(eval_dim(product(v.shape), sizes) for v in kernel.returns)
+        widest = max(v.dtype.bits for v in (*kernel.args, *kernel.returns))
+        fixed = {
+            "elements": log2(count), "row": log2(max(eval_dim((1, *v.shape)[-1], sizes) for v in kernel.returns)),
+            "results": float(len(kernel.returns)), "bits": float(min(v.dtype.bits for v in kernel.returns)),
+            "cost": float(sum(op_weight(op) for op in kernel.body[:-1])), "widest": float(widest),
+            "moves": float(rd.only_moves(kernel)), "quantizes": float(_quantizes(kernel)),
+            "folds": float(sum(isinstance(op, rd.FOLDS) for op in kernel.body)),
+            "norms": float(sum(isinstance(op, rd.ROWS) for op in kernel.body)),
+        }  # fmt: skip
+        plans: dict[tuple[int, int], float] = {}
+
+        def describe(schedule: Schedule) -> dict[str, float]:
+            assert isinstance(schedule, LoopsSchedule)
+            lanes = target.lanes * schedule.width
+            if (schedule.task, lanes) not in plans:
+                plan = make_plan(kernel, schedule.task, lanes)
+                plans[schedule.task, lanes] = float(eval_dim(plan.tasks, sizes))
+            tasks = plans[schedule.task, lanes]
+            return {**fixed, "tasks": tasks, "task_elements": log2(count / tasks), "step": float(lanes * schedule.unroll)}
+
+        return describe
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         """The code of ``kernel`` under the name ``symbol``. Raises CodegenError when ``match`` gives a reason."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -10,21 +10,37 @@ from typing import Any, ClassVar
 
 import sympy
 
+from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
-from tilewright.codegen.schedule import Schedule, knob
+from tilewright.codegen.schedule import Schedule, Space, constraint, knob, registers
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import CodegenError, Dim, Function, Op, Return, as_dim, product, sym
+from tilewright.ir import CodegenError, Dim, Function, Op, Return, as_dim, eval_dim, product, sym
 
 _LONGEST_SORT = 8192
 
 
 @dataclass(frozen=True)
 class TvmSchedule(Schedule):
-    """``inner``: how many trailing axes of the result stay inside one task; the others are split over threads."""
+    """``inner``: how many trailing axes of the result stay inside one task; the others are split over threads.
+
+    Of a reduction, ``tile`` elements of the last axis by ``rows`` of the one before are summed at once, where these divide
+    the axes; 0 is the whole axis. Loops of up to ``unroll`` steps are written out.
+    """
 
     name: ClassVar[str] = "tvm"
     inner: int = knob(1, (1, 2, 3))
-    unroll: int = knob(16, (0, 16, 64))
+    tile: int = knob(0, (0, 8, 16, 32, 64, 128))
+    rows: int = knob(1, (1, 2, 4, 7, 8))
+    unroll: int = knob(0, (0, 16, 64, 256))
+
+    @constraint
+    def fits_registers(self, target: CpuTarget) -> str | None:
+        vectors = self.rows * -(-self.tile // target.lanes)
+        return f"a tile of {vectors} vectors" if vectors > registers(target) else None
+
+    @constraint
+    def rows_have_a_tile(self, target: CpuTarget) -> str | None:
+        return "rows of whole axes" if self.rows > 1 and not self.tile else None
 
 
 class TvmEmitter:
@@ -51,6 +67,34 @@ class TvmEmitter:
     def default_schedule(self, kernel: Function, target: CpuTarget) -> Schedule:
         return TvmSchedule()
 
+    def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
+        """Tiles are those that divide the axes of a reduction's result."""
+        shape = kernel.body[0].results[0].shape
+        narrow: dict[str, Sequence[int]] = {"inner": range(1, max(len(shape), 2))}
+        for key, axis in (("tile", 1), ("rows", 2)):
+            size = shape[-axis] if len(shape) > axis and _reduces(kernel.body[0]) else 1
+            narrow[key] = [n for n in TvmSchedule.domains()[key] if n and divides(n, size)]
+        return Space(TvmSchedule, target, TvmSchedule(), narrow)
+
+    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
+        return {}
+
+    def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
+                 ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
+        op = kernel.body[0]
+        shape = [eval_dim(d, sizes) for d in op.results[0].shape]
+        total, flops = max(product(shape), 1), eval_dim(op.flops(), sizes)
+        last = {f"axis{i}": log2(d) for i, d in enumerate(reversed(shape[-4:]), 1)}
+
+        def describe(schedule: Schedule) -> dict[str, float]:
+            assert isinstance(schedule, TvmSchedule)
+            tasks = float(product(shape[: split_axes(op.results[0].shape, schedule.inner)]))
+            vectors = schedule.rows * -(-(schedule.tile or shape[-1] if shape else 1) // target.lanes)
+            own = {"tasks": tasks, "vectors": float(vectors), "task_elements": log2(total / max(tasks, 1))}
+            return {f"op.{op.name}": 1.0, **last, "work": log2(flops / total), **own}
+
+        return describe
+
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
         if not isinstance(schedule, TvmSchedule):
             raise CodegenError(f"{self.name} takes a tvm schedule, not {schedule}")
@@ -62,6 +106,11 @@ class TvmEmitter:
         function = with_pointers(function, dims)
         tasks: Dim = as_dim(product(op.results[0].shape[:outer]))
         return KernelCode(symbol, compile_tir(function, symbol, target), dims, tasks, scratch=scratch)
+
+
+def _reduces(op: Op) -> bool:
+    """Whether elements of the result are sums over some axis."""
+    return op.flops() != 0
 
 
 def split_axes(shape: Sequence[Dim], inner: int) -> int:
@@ -136,8 +185,32 @@ def arrange(sch: Any, block: Any, tasks: Any, schedule: TvmSchedule) -> None:
     spatial, reduce = below[: len(below) - reducing], below[len(below) - reducing :]
     if not spatial or not reduce:
         return
-    sch.reorder(*spatial[:-1], *reduce, spatial[-1])
+    *outer, last = spatial
+    rows = []
+    if schedule.tile and divides(schedule.tile, extent_of(sch, last)):
+        whole, last = sch.split(last, [None, schedule.tile])
+        if outer and schedule.rows > 1 and divides(schedule.rows, extent_of(sch, outer[-1])):
+            outer[-1], row = sch.split(outer[-1], [None, schedule.rows])
+            rows = [row]
+        outer.append(whole)
+    sch.reorder(*outer, *reduce, *rows, last)
+    for row in rows:
+        sch.unroll(row)
+    if schedule.unroll:
+        sch.annotate(reduce[0], "pragma_auto_unroll_max_step", schedule.unroll)
+        sch.annotate(reduce[0], "pragma_unroll_explicit", 1)
     sch.decompose_reduction(block, reduce[0])
+
+
+def divides(part: int, size: Any) -> bool:
+    """Whether ``size`` is known when compiling and ``part`` divides it."""
+    return isinstance(size, int) and size % part == 0
+
+
+def extent_of(sch: Any, loop: Any) -> Any:
+    """Steps of a loop: an int when they are known."""
+    extent = sch.get(loop).extent
+    return int(extent) if type(extent).__name__ == "IntImm" else extent
 
 
 def with_pointers(function: Any, dims: Sequence[str]) -> Any:
