@@ -34,18 +34,19 @@ def interpret(
     inputs: Mapping[str, Array] | Sequence[Array],
     states: dict[str, Cache] | None = None,
     observer: Observer | None = None,
+    dims: Mapping[str, int] | None = None,
 ) -> list[Array]:
     """Run ``function`` on ``inputs`` (by name or in order) and give its results.
 
     ``states`` is updated in place with the caches the function leaves. ``observer`` sees every operation with its
-    results. Raises InterpreterError for inputs that do not fit and for an operation that fails, naming it.
+    results. ``dims`` are the sizes of symbols that no input tells. Raises InterpreterError for inputs that do not fit and for an operation that fails, naming it.
     """
     if function not in module.functions:
         raise InterpreterError(f"there is no function @{function}; there are {', '.join(module.functions)}")
     target = module.functions[function]
     values = _ordered(target, inputs)
     run = _Run(module, states if states is not None else {}, observer)
-    return run.function(target, values)
+    return run.function(target, values, dims)
 
 
 def _ordered(function: Function, inputs: Mapping[str, Array] | Sequence[Array]) -> list[Any]:
