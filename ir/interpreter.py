@@ -39,7 +39,8 @@ def interpret(
     """Run ``function`` on ``inputs`` (by name or in order) and give its results.
 
     ``states`` is updated in place with the caches the function leaves. ``observer`` sees every operation with its
-    results. ``dims`` are the sizes of symbols that no input tells. Raises InterpreterError for inputs that do not fit and for an operation that fails, naming it.
+    results. ``dims`` are the sizes of symbols that no input tells. Raises InterpreterError for inputs that do not fit and
+    for an operation that fails, naming it.
     """
     if function not in module.functions:
         raise InterpreterError(f"there is no function @{function}; there are {', '.join(module.functions)}")
