@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from benchmarks.peers.results import Sample, key
 from benchmarks.peers.tasks import TASKS
 
-DISTURBED = 0.2
-"""Share of the machine's time taken by other processes from which on a figure is left out."""
+DISTURBED = 0.25
+"""Share of the machine's time taken by other processes from which on a figure is left out; llama-bench reads its model
+from the disk each time, of which the kernel's part counts as others': up to 0.2."""
 SAME = 1.15
 """Limits that differ by less than this factor are those of one state of the machine."""
 ENOUGH = 3
@@ -69,38 +71,46 @@ class Series:
     def ratios(self, other: Series) -> Chosen | None:
         """Own figure over that of ``other``, in rounds that both have; where memory decides, in comparable ones."""
         both = sorted(self.by_round.keys() & other.by_round.keys())
-        reads = TASKS[self.task].reads
-        return choose((self._figure(i) / other._figure(i),
-                       not reads or agree(limits_of(self.by_round[i], "read") + limits_of(other.by_round[i], "read")))
-                      for i in both)  # fmt: skip
+        return choose((self._figure(i) / other._figure(i), self._memory(i) + other._memory(i)) for i in both)
+
+    def _memory(self, number: int) -> list[float]:
+        """The limits of memory around a sample; where memory does not decide, always the same."""
+        return limits_of(self.by_round[number], "read") if TASKS[self.task].reads else [1.0]
 
     def shares(self, of: str, demand: float) -> Chosen | None:
         """``demand`` bytes or operations, over what the limit ``of`` allowed in the time that each round took."""
-        found = []
-        for sample in self.by_round.values():
-            limits = limits_of(sample, of)
-            found.append((demand / sample["seconds"] / (statistics.mean(limits) * 1e9), agree(limits)))
-        return choose(found)
+        samples = [(sample["seconds"], limits_of(sample, of)) for sample in self.by_round.values()]
+        return choose((demand / seconds / (statistics.mean(limits) * 1e9), limits) for seconds, limits in samples)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Values of comparable rounds, ``of`` so many; of all rounds where fewer than ``ENOUGH`` are comparable."""
+    """Values of comparable rounds, each with the limit during it, ``of`` so many."""
 
-    spread: Spread
+    values: tuple[tuple[float, float], ...]
     of: int
 
     @property
-    def rounds(self) -> str:
-        return f"{len(self.spread.values)}/{self.of}"
+    def spread(self) -> Spread:
+        return Spread(tuple(value for value, _ in self.values))
+
+    def states(self) -> list[tuple[float, Spread]]:
+        """The values by state of the machine: limit and values, from the lowest limit on."""
+        found: list[list[tuple[float, float]]] = []
+        for value, limit in sorted(self.values, key=itemgetter(1)):
+            if not found or not agree([found[-1][0][1], limit]):
+                found.append([])
+            found[-1].append((value, limit))
+        return [(statistics.median(limit for _, limit in state), Spread(tuple(value for value, _ in state)))
+                for state in found]  # fmt: skip
 
 
-def choose(values: Iterable[tuple[float, bool]]) -> Chosen | None:
-    """The values of rounds, each with whether it is comparable; None without any."""
+def choose(values: Iterable[tuple[float, Sequence[float]]]) -> Chosen | None:
+    """Of values with the limits around them, those where these agree, if ``ENOUGH``; else all. None without any."""
     every = list(values)
-    good = [value for value, comparable in every if comparable]
-    used = good if len(good) >= ENOUGH else [value for value, _ in every]
-    return Chosen(Spread(tuple(used)), len(every)) if every else None
+    good = [(value, limits) for value, limits in every if agree(limits)]
+    used = good if len(good) >= ENOUGH else every
+    return Chosen(tuple((value, statistics.mean(limits)) for value, limits in used), len(every)) if every else None
 
 
 def limits_of(sample: Sample, name: str) -> list[float]:

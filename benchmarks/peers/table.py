@@ -54,17 +54,21 @@ class Row:
         """The texts of a row."""
         other = f"{name(self.peer)} {figure(self.peer)}" if self.peer else ""
         ours = f"{self.own.variant} {figure(self.own)}"
-        ratio, rounds, share = "", "", ""
-        if self.ratio is not None:
-            spread, rounds = self.ratio.spread, self.ratio.rounds
-            ratio = f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
-        if self.share is not None:
-            spread = self.share.spread
-            share = f"{spread.median:.0%} ({spread.low:.0%}-{spread.high:.0%}) {self.share.rounds}"
-        return [self.work.name, self.model, self.task, ours, other, ratio, rounds, share, self.goal, self.verdict]
+        ratio = ranged(self.ratio, ".2f") if self.ratio else ""
+        share = ranged(self.share, ".0%", UNITS[self.work.of]) if self.share else ""
+        return [self.work.name, self.model, self.task, ours, other, ratio, share, self.goal, self.verdict]
 
 
-HEAD = ("work", "model", "task", "tilewright", "fastest peer", "ratio", "rounds", "of limit", "goal", "")
+def ranged(chosen: Chosen, form: str, unit: str = "GB/s") -> str:
+    """Median, range and rounds; where the limit, in ``unit``, had several values, the median at each."""
+    spread, states = chosen.spread, chosen.states()
+    text = f"{spread.median:{form}} ({spread.low:{form}}-{spread.high:{form}}), {len(spread.values)}/{chosen.of}"
+    if len(states) < 2:
+        return text
+    return "; ".join([text, *(f"{some.median:{form}} at {limit:.0f} {unit}" for limit, some in states)])
+
+
+HEAD = ("work", "model", "task", "tilewright", "fastest peer", "ratio", "of limit", "goal", "")
 DETAILS = ("model", "system", "variant", "task", "median", "min", "max", "IQR", "unit", "rounds", "load s", "peak MB")
 
 
@@ -177,8 +181,9 @@ def markdown(results: Results) -> str:
         "of those of the others. A ratio is the median over rounds of own figure / peer's figure of the same round "
         "(range in brackets). As the speed of memory changes with time, decoding is compared in rounds in which it was "
         f"the same before and after both samples, within {SAME - 1:.0%}; a share of a limit is taken within a sample, "
-        "where the limit was the same before and after. `rounds`, and the numbers beside a share, tell how many of all "
-        f"rounds these are; with fewer than {ENOUGH}, all count. Samples during which other processes took more than "
+        "where the limit was the same before and after. `5/7`: so many of all rounds are such, and used; with fewer than "
+        f"{ENOUGH}, all are. `1.2 at 35 GB/s`: the median of the rounds in which memory had that speed. Samples during "
+        "which other processes took more than "
         f"{DISTURBED:.0%} of the machine are left out where there are others. A peer is not measured again when the first "
         "round showed another one, with weights as wide, to be twice as fast.",
         "## Goals", text_table(HEAD, [row.cells() for row in goal_rows(results.samples)]),

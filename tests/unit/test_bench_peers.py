@@ -22,7 +22,7 @@ from benchmarks.peers.results import Results, ResultsError, key
 from benchmarks.peers.runner import Runner, is_beaten
 from benchmarks.peers.shapes import SHAPES
 from benchmarks.peers.systems import OWN, PEERS
-from benchmarks.peers.table import goal_rows, markdown, text_table
+from benchmarks.peers.table import goal_rows, markdown, ranged, text_table
 from benchmarks.peers.tasks import TASKS
 from benchmarks.peers.workplace import StepError, Workplace
 from benchmarks.peers.works import WORKS
@@ -146,7 +146,7 @@ def test_spread() -> None:
 
 def test_ratios_are_of_equal_rounds() -> None:
     a, b = series([*rounds_of("a", 1.0, 1.0, 1.0), *rounds_of("b", 2.0, 3.0)])
-    assert a.ratios(b) == Chosen(Spread((2.0, 3.0)), of=2)
+    assert a.ratios(b) == Chosen(((2.0, 50.0), (3.0, 50.0)), of=2)
     later = Series("S", "c", "v", "decode", {7: sample("c", "v", "decode", 1.0)})
     assert a.ratios(later) is None
     assert best([b, a]) is a
@@ -159,14 +159,22 @@ def test_decoding_is_compared_while_memory_is_the_same() -> None:
         *rounds_of("b", 2.0, 9.0, 2.0, 4.0, 3.0, read=(60, 34, 34, 36, 60)),
     ])  # fmt: skip
     ratios = a.ratios(b)
-    assert ratios == Chosen(Spread((2.0, 2.0, 4.0)), of=5)
-    assert ratios.rounds == "3/5"
+    assert ratios == Chosen(((2.0, 60.0), (2.0, 34.0), (4.0, 35.0)), of=5)
+    assert ratios.states() == [(34.5, Spread((2.0, 4.0))), (60.0, Spread((2.0,)))]
+    assert ranged(ratios, ".1f") == "2.0 (2.0-4.0), 3/5; 3.0 at 34 GB/s; 2.0 at 60 GB/s"
     del b.by_round[0]
-    assert a.ratios(b) == Chosen(Spread((9.0, 2.0, 4.0, 3.0)), of=4), "two comparable rounds are too few"
+    assert a.ratios(b).spread.values == (9.0, 2.0, 4.0, 3.0), "two comparable rounds are too few"
     b.by_round[4]["limits"]["read"] = [50.0, 50.0]
-    assert a.ratios(b) == Chosen(Spread((2.0, 4.0, 3.0)), of=4)
+    assert a.ratios(b).spread.values == (2.0, 4.0, 3.0)
     b.by_round[4]["limits"]["read"] = [50.0, 34.0]
-    assert a.ratios(b) == Chosen(Spread((9.0, 2.0, 4.0, 3.0)), of=4), "it changed during the sample"
+    assert a.ratios(b).spread.values == (9.0, 2.0, 4.0, 3.0), "it changed during the sample"
+
+
+def test_arithmetic_is_compared_in_all_rounds() -> None:
+    fast, slow = (rounds_of(system, 1.0, 1.0, 1.0, read=read) for system, read in (("a", (60,) * 3), ("b", (34,) * 3)))
+    a, b = series({**one, "task": "prefill"} for one in fast + slow)
+    ratios = a.ratios(b)
+    assert ranged(ratios, ".1f") == "1.0 (1.0-1.0), 3/3"
 
 
 def test_disturbed_samples_count_when_there_are_no_others() -> None:
@@ -333,7 +341,7 @@ def test_goals_compare_with_the_fastest_peer() -> None:
     assert (row.peer.system, row.verdict) == ("onnxruntime", "hit")
     assert row.ratio.spread.median == pytest.approx(1.5)
     assert row.share is None, "the limit counts on L alone"
-    assert row.cells()[5:8] == ["1.50 (1.50-1.50)", "1/1", ""]
+    assert row.cells()[5:7] == ["1.50 (1.50-1.50), 1/1", ""]
     samples[2] = sample("onnxruntime", "int4", "decode", 1.3)
     assert [row.verdict for row in goal_rows(samples, [work("decode-int4")])] == ["miss"]
 
@@ -346,9 +354,8 @@ def test_the_share_of_a_limit_counts_the_bytes_of_a_step() -> None:
     samples[1]["limits"]["read"] = [52.0, 48.0]
     [row] = goal_rows(samples, [work("decode-bf16")])
     assert row.share.spread.values == pytest.approx((0.9, 0.9, 0.9))
-    assert row.share.rounds == "3/4"
     assert (row.peer, row.verdict, row.goal) == (None, "hit", ">= 1.2x, >= 85% of read")
-    assert row.cells()[7] == "90% (90%-90%) 3/4"
+    assert row.cells()[6] == "90% (90%-90%), 3/4"
 
 
 def test_a_latency_goal_is_met_from_below() -> None:
