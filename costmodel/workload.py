@@ -63,8 +63,13 @@ class Measurement:
 class Runner(Protocol):
     """Measures schedules."""
 
-    def measure(self, workload: Workload, baseline: str, schedules: Sequence[str]) -> list[Measurement]:
-        """One measurement for each of ``schedules``, in order; ``baseline`` is timed beside them."""
+    def measure(
+        self, workload: Workload, baseline: str, schedules: Sequence[str], effort: float = 1.0
+    ) -> list[Measurement]:
+        """One measurement for each of ``schedules``, in order; ``baseline`` is timed beside them.
+
+        ``effort`` multiplies the time that is spent on each.
+        """
 
 
 class Choice(Protocol):
