@@ -1,0 +1,205 @@
+"""Inputs for a kernel of which only the text is known: what each argument is for follows from the operations it reaches.
+
+Numbers are random with a fixed seed and scaled so that results are of about one: errors then say something. An index is
+within its table, a position leaves room in its cache, codes take their whole range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright.codegen.cache import CacheLayout, cache_layout
+from tilewright.codegen.target import CpuTarget
+from tilewright.ir import DType, Function, KVType, Module, Op, TensorType, Value, dim_symbols, eval_dim, ops, parse_module
+
+Array = np.ndarray[Any, Any]
+Operand = Any
+"""An array, or the pair (K, V) of a cache, each ``[B, length, heads, size]``."""
+
+_PERIOD = 1048583  # a prime, so that no two rows of a large array are equal
+_BELOW = 8  # of integers that nothing bounds
+_MOVES = (ops.Reshape, ops.Broadcast, ops.Transpose, ops.Slice, ops.Concat, ops.Cast)
+_POSITIVE = (ops.Log, ops.Log1p, ops.Sqrt, ops.Rsqrt, ops.Reciprocal)
+_DIVIDES = (ops.Div, ops.FloorDiv, ops.Mod)
+_WEIGHTS = ("weight", "bias", "gate", "up", "table", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias")
+_FAN_IN = ("weight", "gate", "up", "gate_up", "down")
+_CODES = {DType.i8: (-127, 128), DType.u8: (0, 256), DType.i4: (-8, 8), DType.u4: (0, 16)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel at one size."""
+
+    module: Module
+    kernel: Function
+    dims: Mapping[str, int]
+    target: CpuTarget
+
+    @classmethod
+    def parse(cls, text: str, sizes: Mapping[str, int], target: CpuTarget) -> Subject:
+        """From the text of a module with one kernel. Raises ParseError, and ValueError when there is not just one."""
+        module = parse_module(text)
+        (kernel,) = module.functions.values()
+        return cls(module, kernel, dict(sizes), target)
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return tuple(eval_dim(d, self.dims) for d in value.shape)
+
+    def layout(self, value: Value) -> CacheLayout:
+        return cache_layout(value.cache, self.target)
+
+    def batch(self, cache: Value) -> int:
+        """Sequences that a cache is for: as many as positions are given with it."""
+        op = next(op for op in cache.users if isinstance(op, (ops.Append, ops.Attend)))
+        return self.shape(op.start)[0]
+
+    def bytes_moved(self) -> int:
+        """Bytes of all arguments and results."""
+        total = 0
+        for value in (*self.kernel.args, *self.kernel.returns):
+            if isinstance(value.type, TensorType):
+                total += eval_dim(value.type.bytes, self.dims)
+            elif value in self.kernel.args:
+                layout = self.layout(value)
+                total += self.batch(value) * (layout.k_bytes + layout.v_bytes)
+        return total
+
+    def is_constant(self, index: int) -> bool:
+        """Whether an argument is taken for a weight, which each layer of a model has its own of.
+
+        In a kernel with symbolic sizes those are the arguments without any: what depends on tokens has their number among
+        its sizes. Where all sizes are fixed it is what an operation calls a weight, a bias or a table.
+        """
+        arg = self.kernel.args[index]
+        if isinstance(arg.type, KVType):
+            return False
+        if self.kernel.symbols():
+            return not dim_symbols(arg.shape)
+        return any(role.field in _WEIGHTS for role in roles(arg))
+
+
+@dataclass(frozen=True)
+class Role:
+    """An operand that a value reaches, perhaps after moves: the field of an operation."""
+
+    op: Op
+    field: str
+    place: int
+
+
+def roles(value: Value) -> Iterator[Role]:
+    """What a value is used for. Codes and scales are also what their product is used for."""
+    for op in value.users:
+        for field in (f for f in op.fields if f.is_operand):
+            given = getattr(op, field.name)
+            for at, operand in enumerate(given if isinstance(given, tuple) else (given,)):
+                if operand is value:
+                    yield Role(op, field.name, at)
+                    if isinstance(op, (*_MOVES, ops.Dequantize)):
+                        yield from roles(op.result)
+
+
+def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
+    """An operand for each argument."""
+    rng = np.random.default_rng(seed)
+    return [_make(subject, arg, rng) for arg in subject.kernel.args]
+
+
+def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
+    if isinstance(arg.type, KVType):
+        sizes = (subject.batch(arg), arg.type.length, arg.type.heads)
+        return tuple(normal(rng, (*sizes, size), arg.dtype) for size in (arg.type.dim, arg.type.vdim))
+    shape, found = subject.shape(arg), list(roles(arg))
+    if arg.dtype is DType.bool:
+        share = 0.875 if any(r.field in ("mask", "padding") for r in found) else 0.5
+        return tiled(rng.random, shape, lambda numbers: numbers < share)
+    if arg.dtype.is_float:
+        return _floats(subject, arg, shape, found, rng)
+    low, high = _range(subject, arg, shape, found)
+    return tiled(lambda count: rng.integers(low, high, count), shape, lambda numbers: numbers.astype(arg.dtype.np))
+
+
+def _floats(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role], rng: np.random.Generator) -> Array:
+    if scale := next((r for r in found if isinstance(r.op, ops.Dequantize) and r.field == "scale"), None):
+        low, high = _CODES[scale.op.codes.dtype]  # type: ignore[attr-defined]
+        fan = math.sqrt(subject.shape(scale.op.codes)[-1])  # type: ignore[attr-defined]
+        return uniform(rng, shape, arg.dtype, 2 / ((high - low) * fan))
+    if any(isinstance(r.op, _POSITIVE) or (isinstance(r.op, _DIVIDES) and r.field == "b")
+           or (isinstance(r.op, ops.Pow) and r.field == "a") for r in found):  # fmt: skip
+        return uniform(rng, shape, arg.dtype, 1.0)
+    fan = math.prod(shape[1:]) if len(shape) > 1 and any(r.field in _FAN_IN for r in found) else 1
+    if len(shape) == 3 and fan > 1:  # experts: one weight each
+        fan = shape[-1]
+    return normal(rng, shape, arg.dtype, 1 / math.sqrt(max(fan, 1)))
+
+
+def _range(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role]) -> tuple[int, int]:
+    """The range of an integer argument, without its end."""
+    for role in found:
+        if isinstance(role.op, ops.Dequantize) and role.field == "codes":
+            return _CODES[arg.dtype]
+        if isinstance(role.op, ops.Dequantize) and role.field == "zero":
+            return _CODES[role.op.codes.dtype]
+        if isinstance(role.op, (ops.Append, ops.Attend)) and role.field == "start":
+            return positions(subject, role.op)
+        if isinstance(role.op, _DIVIDES) and role.field == "b":
+            return 1, _BELOW
+    ends = [end for role in found if (end := bound(subject, role)) is not None]
+    return 0, max(min(ends, default=_BELOW), 1)
+
+
+def positions(subject: Subject, op: ops.Append | ops.Attend) -> tuple[int, int]:
+    """Around the middle of the cache, but with room for all tokens."""
+    tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
+    length = op.cache.cache.length
+    middle = max(min(length // 2, length - tokens), 0)
+    return max(middle - _BELOW, 0), middle + 1
+
+
+def bound(subject: Subject, role: Role) -> int | None:
+    """What an integer in this role must stay below."""
+    op, field = role.op, role.field
+    if isinstance(op, ops.Embedding) and field == "indices":
+        return subject.shape(op.table)[0]
+    if isinstance(op, (ops.Gather, ops.TakeAlong, ops.ScatterAlong)) and field == "indices":
+        return subject.shape(op.x)[op.axis]
+    if isinstance(op, (ops.GatherND, ops.ScatterND)) and field == "indices":
+        return subject.shape(op.x)[role.place]
+    if isinstance(op, ops.Experts) and field == "indices":
+        return subject.shape(op.gate_up)[0]
+    if isinstance(op, (ops.Add, ops.Sub)):  # an offset: half of the table for each of the two
+        ends = [end for later in roles(op.result) if (end := bound(subject, later)) is not None]
+        return min(ends) // 2 if ends else None
+    return None
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def tiled(draw: Any, shape: Sequence[int], convert: Any) -> Array:
+    """``convert(draw(n))`` in ``shape``; a large array repeats its first million or so, which is much faster."""
+    size = math.prod(shape)
+    block = np.asarray(convert(draw(min(size, _PERIOD))))
+    if size <= _PERIOD:
+        return block.reshape(shape)
+    out = np.empty(size, block.dtype)
+    for start in range(0, size, _PERIOD):
+        part = out[start : start + _PERIOD]
+        part[...] = block[: len(part)]
+    return out.reshape(shape)
+
+
+def normal(rng: np.random.Generator, shape: Sequence[int], dtype: DType, scale: float = 1.0) -> Array:
+    return tiled(
+        lambda count: rng.standard_normal(count, np.float32), shape, lambda x: (x * np.float32(scale)).astype(dtype.np)
+    )
+
+
+def uniform(rng: np.random.Generator, shape: Sequence[int], dtype: DType, middle: float) -> Array:
+    """Positive numbers around ``middle``."""
+    return tiled(lambda count: rng.uniform(0.5, 1.5, count), shape, lambda x: (x * middle).astype(dtype.np))
