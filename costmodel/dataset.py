@@ -7,7 +7,6 @@ entries are all equal is told once too. Equal datasets are equal files, in whate
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from tilewright.ir import TilewrightError
 
 KIND, VERSION = "tilewright-dataset", 1
 _TEXTS = ("family", "kernel", "target", "host")
+_HUGE = 1e300
 _NUMBERS = ("seconds", "spread", "baseline")
 
 
@@ -75,15 +75,17 @@ class Dataset:
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
         """Read and check every value. Raises SealedFileError or DatasetError, which say what is wrong where."""
-        head, *lines = [json.loads(line) for line in sealed.read(path, KIND, VERSION).splitlines()]
+        content = sealed.read(path, KIND, VERSION)
         try:
+            head, *lines = [json.loads(line) for line in content.splitlines()]
             trials = [_decode(line) for line in lines]
             result = cls.of(trials, str(head["compiler"]))
+            counts = (head["workloads"], head["rows"])
+            _need(counts == (len(trials), result.rows), "dataset", f"{counts} workloads and rows were saved")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DatasetError(f"{path}: not a dataset of this version: {error!r}; make it again") from None
         except DatasetError as error:
             raise DatasetError(f"{path}: {error}; make it again") from None
-        _need(head["workloads"] == len(trials) and head["rows"] == result.rows, str(path), "workloads or rows are missing")
         return result
 
 
@@ -170,7 +172,7 @@ def _whole(value: object) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_HUGE < value < _HUGE
 
 
 def _need(holds: bool, where: str, what: str) -> None:

@@ -121,8 +121,9 @@ class CostModel:
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
         """Read a file that ``save`` wrote. Raises SealedFileError or ModelError, which say what is wrong with it."""
-        content = json.loads(sealed.read(path, KIND, VERSION))
+        text = sealed.read(path, KIND, VERSION)
         try:
+            content = json.loads(text)
             parts = {str(name): _decode(part) for name, part in content["parts"].items()}
             workloads = {
                 str(target): {str(family): int(count) for family, count in by_family.items()}
