@@ -35,8 +35,8 @@ class Prediction:
     """One value for each schedule that was asked about.
 
     ``mean`` is log(seconds) relative to a reference of the workload, lower is better: it orders the schedules of one
-    workload and says nothing across workloads. ``std`` is its standard deviation among the members of the ensemble. The
-    rest describes the code; NaN where the training set did not say.
+    workload and says nothing across workloads. ``std`` is its standard deviation among the members of the ensemble, more
+    where features leave the training set's ranges. The rest describes the code; NaN where the training set did not say.
     """
 
     mean: Floats
@@ -49,9 +49,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Part:
-    """The trees for one family, or for all: ``members`` vote on the time, ``facts`` predict log(1 + value)."""
+    """The trees for one family, or for all: ``members`` vote on the time, ``facts`` predict log(1 + value).
+
+    ``low`` and ``high``: what each column was between in the training set.
+    """
 
     columns: Columns
+    low: Floats
+    high: Floats
     required: frozenset[str]
     members: tuple[Trees, ...]
     scales: tuple[float, ...]
@@ -61,6 +66,11 @@ class Part:
         """log(time) by each member, shape [members, rows]."""
         matrix = self.columns.matrix(rows)
         return np.array([scale * member.predict(matrix) for member, scale in zip(self.members, self.scales)])
+
+    def outside(self, rows: Sequence[Mapping[str, float]]) -> Floats:
+        """The share of the features that are beyond all of the training set, where trees cannot tell how times go on."""
+        matrix = self.columns.matrix(rows)
+        return np.asarray(((matrix < self.low) | (matrix > self.high)).mean(axis=1), dtype=np.float64)
 
     def fact(self, name: str, rows: Sequence[Mapping[str, float]]) -> Floats:
         if name not in self.facts:
@@ -90,7 +100,7 @@ class CostModel:
         part, prepared = self._prepare(family, rows)
         times = part.times(prepared)
         facts = {name: part.fact(name, prepared) for name in FACTS}
-        return Prediction(times.mean(axis=0), times.std(axis=0), **facts)
+        return Prediction(times.mean(axis=0), np.hypot(times.std(axis=0), part.outside(prepared)), **facts)
 
     def members(self, family: str, rows: Sequence[Mapping[str, float]]) -> Floats:
         """log(time) by each member of the ensemble, shape [members, rows]."""
@@ -145,6 +155,8 @@ def with_family(row: Mapping[str, float], family: str) -> dict[str, float]:
 def _encode(part: Part) -> dict[str, Any]:
     return {
         "names": list(part.columns.names),
+        "low": part.low.tolist(),
+        "high": part.high.tolist(),
         "required": sorted(part.required),
         "scales": list(part.scales),
         "members": [member.table for member in part.members],
@@ -155,6 +167,9 @@ def _encode(part: Part) -> dict[str, Any]:
 def _decode(part: Mapping[str, Any]) -> Part:
     names = [str(name) for name in part["names"]]
     scales = tuple(float(scale) for scale in part["scales"])
+    low, high = (np.array(part[end], dtype=np.float64) for end in ("low", "high"))
+    if low.shape != (len(names),) or high.shape != low.shape or not np.all(low <= high):
+        raise ValueError("ranges that do not fit the names of the features")
     members = tuple(Trees.checked(member, len(names)) for member in part["members"])
     if names != sorted(set(names)) or not set(part["required"]) <= set(names):
         raise ValueError("names of features are not sorted, or some are missing")
@@ -163,4 +178,4 @@ def _decode(part: Mapping[str, Any]) -> Part:
     if unknown := set(part["facts"]) - set(FACTS):
         raise ValueError(f"unknown facts {sorted(unknown)}")
     facts = {name: Trees.checked(table, len(names)) for name, table in part["facts"].items()}
-    return Part(Columns(tuple(names)), frozenset(part["required"]), members, scales, facts)
+    return Part(Columns(tuple(names)), low, high, frozenset(part["required"]), members, scales, facts)

@@ -7,7 +7,8 @@ measurements lead to equal schedules, in any process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,20 @@ _TRUST = 0.7  # a batch without improvement leaves so much of the gain that is h
 _POPULATION, _GENERATIONS, _ELITE = 96, 4, 24
 _CAUTION = 1.0  # standard deviations that an uncertain schedule is taken as faster
 _RANDOM = 0.1  # share of a batch that is drawn at random
+
+
+class Searching(Protocol):
+    """A search over the schedules of one task."""
+
+    def ask(self, count: int) -> list[Choice]: ...
+
+    def tell(self, measurements: Sequence[Measurement]) -> None: ...
+
+    def expected_gain(self) -> float: ...
+
+
+Strategy = Callable[[Task, int], Searching]
+"""Makes the search of a task from a seed."""
 
 
 class RandomSearch:

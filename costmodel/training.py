@@ -93,6 +93,8 @@ def _part(rows: Sequence[_Rows], recipe: Recipe, seed: int) -> Part:
     columns = Columns.of(every)
     required = frozenset.intersection(*(frozenset(features) for features in every))
     matrices = [columns.matrix(r.features) for r in rows]
+    seen = np.concatenate(matrices).astype(np.float64)
+    low, high = np.nanmin(seen, axis=0), np.nanmax(seen, axis=0)
     members, scales = [], []
     for index in range(recipe.members):
         drawn = _draw(len(rows), index, seed)
@@ -101,7 +103,7 @@ def _part(rows: Sequence[_Rows], recipe: Recipe, seed: int) -> Part:
         scales.append(_scale(trees, rows, matrices) if recipe.objective == "pairwise" else 1.0)
     facts = {name: _fact(name, rows, columns, seed) for name in FACTS}
     told = {name: trees for name, trees in facts.items() if trees is not None}
-    return Part(columns, required, tuple(members), tuple(scales), told)
+    return Part(columns, low, high, required, tuple(members), tuple(scales), told)
 
 
 def _draw(count: int, index: int, seed: int) -> list[int]:
