@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,9 @@ class HeldSpace:
     @property
     def default(self) -> Choice:
         return self.start
+
+    def __iter__(self) -> Iterator[Choice]:
+        return filter(self._fits, self.space)
 
     def parse(self, text: str) -> Choice | None:
         choice = self.space.parse(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
@@ -85,6 +85,9 @@ class Space(Protocol):
     @property
     def default(self) -> Choice:
         """The one chosen by rule."""
+
+    def __iter__(self) -> Iterator[Choice]:
+        """All of them."""
 
     def parse(self, text: str) -> Choice | None:
         """The schedule that ``text`` names, None when it is not of this space."""
