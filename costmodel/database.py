@@ -20,7 +20,7 @@ from tilewright.costmodel import database_sqlite
 from tilewright.costmodel import database_tables as tables
 from tilewright.costmodel.database_files import read_rows, write_rows
 from tilewright.costmodel.database_rows import DatabaseError, Row
-from tilewright.costmodel.database_sqlite import SALVAGE
+from tilewright.costmodel.database_tables import SALVAGE
 from tilewright.costmodel.workload import Measurement, Workload
 
 __all__ = ["Database", "DatabaseError", "Merged", "Row", "default_url"]
@@ -215,7 +215,7 @@ class Database:
         ``keep`` leaves the best of each workload and compiler, and what failed, so that it is not tried again.
         ``compiler`` leaves what this version measured; ``older`` removes what was measured longer ago than that.
         """
-        start = None if older is None else datetime.now(UTC) - older
+        now = datetime.now(UTC)
         with self._writing() as connection:
             gone = []
             for key in tables.keys(connection):
@@ -224,7 +224,7 @@ class Database:
                 left = set() if keep is None else {row.order for row in _best_each(rows, keep)}
                 for row in rows:
                     superfluous = keep is not None and row.measurement.status == "ok" and row.order not in left
-                    stale = start is not None and row.at < start
+                    stale = older is not None and now - row.at > older
                     if superfluous or stale or compiler not in (None, row.compiler):
                         gone.append(row)
             tables.remove(connection, gone)

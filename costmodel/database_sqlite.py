@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tilewright.costmodel.database_rows import DatabaseError
+from tilewright.costmodel.database_tables import SALVAGE
 
 _APPLICATION = 0x5457_4442  # "TWDB", at byte 68 of the file
 _WAIT = 60.0  # seconds that a writer waits for the others
@@ -85,6 +86,3 @@ def check(connection: sa.Connection, path: Path) -> None:
     found = list(connection.exec_driver_sql("PRAGMA integrity_check(3)").scalars())
     if found != ["ok"]:
         raise DatabaseError(f"{path}: damaged ({'; '.join(map(str, found))}); {SALVAGE}")
-
-
-SALVAGE = "`tilewright tune db export --salvage` writes what can be read; a new database can import that"

@@ -21,6 +21,7 @@ from tilewright.costmodel.database_rows import (
 )
 from tilewright.costmodel.workload import Workload
 
+SALVAGE = "`tilewright tune db export --salvage` writes what can be read; a new database can import that"
 SCHEMA = 1  # a change of the tables below counts it up, and brings code that migrates from the one before
 
 METADATA = sa.MetaData()
@@ -118,8 +119,11 @@ def workload_of(connection: sa.Connection, key: str, where: str) -> Workload:
     """The workload with a key. Raises DatabaseError when there is none, or when it is damaged."""
     found = connection.execute(sa.select(WORKLOADS).filter_by(key=key)).mappings().first()
     if found is None:
-        raise DatabaseError(f"{where}: workload {key} is missing, but there are measurements of it")
-    return read_workload({**found, "sizes": plain(found["sizes"])}, where)
+        raise _noted(DatabaseError(f"{where}: workload {key} is missing, but there are measurements of it"))
+    try:
+        return read_workload({**found, "sizes": plain(found["sizes"])}, where)
+    except DatabaseError as error:
+        raise _noted(error) from None
 
 
 def rows_of(connection: sa.Connection, workload: Workload, where: str, compiler: str | None = None) -> Iterator[Row]:
@@ -130,7 +134,16 @@ def rows_of(connection: sa.Connection, workload: Workload, where: str, compiler:
     found = [dict(record) for record in connection.execute(query).mappings()]
     # sorted here: a server's order of texts depends on its locale
     for record in sorted(found, key=lambda r: (str(r["compiler"]), str(r["schedule"]))):
-        yield read_columns(record, workload, where)
+        try:
+            row = read_columns(record, workload, where)
+        except DatabaseError as error:
+            raise _noted(error) from None
+        yield row
+
+
+def _noted(error: DatabaseError) -> DatabaseError:
+    error.add_note("in a SQLite file: " + SALVAGE)
+    return error
 
 
 def read_columns(columns: Mapping[str, Any], workload: Workload, where: str) -> Row:

@@ -38,8 +38,9 @@ def parse_duration(text: str | float) -> float:
 def _duration(value: Any) -> float:
     """Seconds; pydantic reads ISO 8601, of which ``1h30m`` is the short form."""
     iso: Any = value
-    if isinstance(value, str) and not value.replace(".", "", 1).isdigit():
-        days, day, rest = value.strip().upper().removeprefix("P").replace("T", "").rpartition("D")
+    if isinstance(value, str):
+        text = "".join(value.upper().split()).removeprefix("P").replace("T", "")
+        days, day, rest = (text if text[-1:].isalpha() else f"{text}S").rpartition("D")
         iso = f"P{days}{day}{rest and 'T' + rest}"
     try:
         seconds = TypeAdapter(timedelta).validate_python(iso).total_seconds()
@@ -126,7 +127,7 @@ def read_job(path: str | Path) -> Job:
     return _absolute(job, Path(path).absolute().parent)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Refuses a key that is given twice, of which YAML readers take the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -107,10 +107,8 @@ def table(rows: list[Row]) -> Any:
         sizes = " ".join(f"{name}={value}" for name, value in workload.sizes)
         time = f"{1e6 * (measured.seconds or 0):.4g} us ± {100 * (measured.spread or 0):.1f} %"
         speed = f"{1 / (measured.ratio or 1):.3f}"
-        shown.add_row(
-            workload.key[:8], workload.family, sizes, workload.target, str(workload.threads), measured.schedule, time, speed,
-            str(measured.repeats), row.compiler[:8],
-        )  # fmt: skip
+        cells = (workload.key[:8], workload.family, sizes, workload.target, str(workload.threads), measured.schedule)
+        shown.add_row(*cells, time, speed, str(measured.repeats), row.compiler[:8])
     return shown
 
 
