@@ -94,7 +94,7 @@ def _part(rows: Sequence[_Rows], recipe: Recipe, seed: int) -> Part:
     required = frozenset.intersection(*(frozenset(features) for features in every))
     matrices = [columns.matrix(r.features) for r in rows]
     seen = np.concatenate(matrices).astype(np.float64)
-    low, high = np.nanmin(seen, axis=0), np.nanmax(seen, axis=0)
+    low, high = (np.nan_to_num(end.reduce(seen, axis=0)) for end in (np.fmin, np.fmax))  # these pass over NaN
     members, scales = [], []
     for index in range(recipe.members):
         drawn = _draw(len(rows), index, seed)

@@ -61,7 +61,7 @@ class ToySpace:
         return ToyChoice(self.family.name, tuple((name, knobs[name]) for name in self.family.domains))
 
     def valid(self, choice: ToyChoice) -> bool:
-        return self.family.registers(dict(choice.values)) <= 36  # more than there are: some spill
+        return self.family.registers(dict(choice.values)) <= 48  # more than the 32 there are: some spill
 
     def __iter__(self) -> Iterator[ToyChoice]:
         names = list(self.family.domains)
