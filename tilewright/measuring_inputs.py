@@ -105,9 +105,15 @@ def roles(value: Value) -> Iterator[Role]:
 
 
 def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
-    """An operand for each argument."""
+    """An operand for each argument. Caches are empty behind the tokens that their kernel is given positions for."""
     rng = np.random.default_rng(seed)
-    return [_make(subject, arg, rng) for arg in subject.kernel.args]
+    made = {arg: _make(subject, arg, rng) for arg in subject.kernel.args}
+    for cache, op in ((op.cache, op) for op in subject.kernel.body if isinstance(op, (ops.Append, ops.Attend))):
+        tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
+        for part in made.get(cache, ()) if op.start in made else ():
+            for sequence, start in zip(part, made[op.start]):
+                sequence[start + tokens :] = 0
+    return list(made.values())
 
 
 def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
