@@ -85,19 +85,25 @@ class Series:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Values of comparable rounds, each with the limit during it, ``of`` so many."""
+    """Values of comparable rounds, each with the limit during it, ``of`` so many; of all if those are too few."""
 
     values: tuple[tuple[float, float], ...]
     of: int
+    comparable: bool = True
+
+    @property
+    def rounds(self) -> str:
+        """How many: ``5/7``, or ``all 7``."""
+        return f"{len(self.values)}/{self.of}" if self.comparable else f"all {self.of}"
 
     @property
     def spread(self) -> Spread:
         return Spread(tuple(value for value, _ in self.values))
 
     def states(self) -> list[tuple[float, Spread]]:
-        """The values by state of the machine: limit and values, from the lowest limit on."""
+        """The values by state of the machine: limit and values, from the lowest limit on; none if they are mixed."""
         found: list[list[tuple[float, float]]] = []
-        for value, limit in sorted(self.values, key=itemgetter(1)):
+        for value, limit in sorted(self.values if self.comparable else (), key=itemgetter(1)):
             if not found or not agree([found[-1][0][1], limit]):
                 found.append([])
             found[-1].append((value, limit))
@@ -106,11 +112,12 @@ class Chosen:
 
 
 def choose(values: Iterable[tuple[float, Sequence[float]]]) -> Chosen | None:
-    """Of values with the limits around them, those where these agree, if ``ENOUGH``; else all. None without any."""
+    """Of values with the limits around them, those where these agree, if ``ENOUGH`` (or all) do; else all. None without any."""
     every = list(values)
     good = [(value, limits) for value, limits in every if agree(limits)]
-    used = good if len(good) >= ENOUGH else every
-    return Chosen(tuple((value, statistics.mean(limits)) for value, limits in used), len(every)) if every else None
+    comparable = len(good) >= min(ENOUGH, len(every))
+    values = tuple((value, statistics.mean(limits)) for value, limits in (good if comparable else every))
+    return Chosen(values, len(every), comparable) if every else None
 
 
 def limits_of(sample: Sample, name: str) -> list[float]:

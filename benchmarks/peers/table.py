@@ -62,7 +62,7 @@ class Row:
 def ranged(chosen: Chosen, form: str, unit: str = "GB/s") -> str:
     """Median, range and rounds; where the limit, in ``unit``, had several values, the median at each."""
     spread, states = chosen.spread, chosen.states()
-    text = f"{spread.median:{form}} ({spread.low:{form}}-{spread.high:{form}}), {len(spread.values)}/{chosen.of}"
+    text = f"{spread.median:{form}} ({spread.low:{form}}-{spread.high:{form}}), {chosen.rounds}"
     if len(states) < 2:
         return text
     return "; ".join([text, *(f"{some.median:{form}} at {limit:.0f} {unit}" for limit, some in states)])
@@ -181,11 +181,11 @@ def markdown(results: Results) -> str:
         "of those of the others. A ratio is the median over rounds of own figure / peer's figure of the same round "
         "(range in brackets). As the speed of memory changes with time, decoding is compared in rounds in which it was "
         f"the same before and after both samples, within {SAME - 1:.0%}; a share of a limit is taken within a sample, "
-        "where the limit was the same before and after. `5/7`: so many of all rounds are such, and used; with fewer than "
-        f"{ENOUGH}, all are. `1.2 at 35 GB/s`: the median of the rounds in which memory had that speed. Samples during "
-        "which other processes took more than "
-        f"{DISTURBED:.0%} of the machine are left out where there are others. A peer is not measured again when the first "
-        "round showed another one, with weights as wide, to be twice as fast.",
+        "where the limit was the same before and after. `5/7`: so many of all rounds are such, and used; `all 7`: fewer "
+        f"than {ENOUGH} are, all are used, and the figure is uncertain. `1.2 at 35 GB/s`: the median of rounds in which "
+        f"memory had that speed. Samples during which other processes took more than {DISTURBED:.0%} of the machine are "
+        "left out where there are others. A peer is not measured again when the first round showed another one, with "
+        "weights as wide, to be twice as fast.",
         "## Goals", text_table(HEAD, [row.cells() for row in goal_rows(results.samples)]),
         "## All measurements", text_table(DETAILS, detail_rows(results.samples)),
         *(["## Not measured", ", ".join(absent)] if absent else []),

@@ -163,7 +163,9 @@ def test_decoding_is_compared_while_memory_is_the_same() -> None:
     assert ratios.states() == [(34.5, Spread((2.0, 4.0))), (60.0, Spread((2.0,)))]
     assert ranged(ratios, ".1f") == "2.0 (2.0-4.0), 3/5; 3.0 at 34 GB/s; 2.0 at 60 GB/s"
     del b.by_round[0]
-    assert a.ratios(b).spread.values == (9.0, 2.0, 4.0, 3.0), "two comparable rounds are too few"
+    mixed = a.ratios(b)
+    assert mixed.spread.values == (9.0, 2.0, 4.0, 3.0), "two comparable rounds are too few"
+    assert ranged(mixed, ".1f") == "3.5 (2.0-9.0), all 4"
     b.by_round[4]["limits"]["read"] = [50.0, 50.0]
     assert a.ratios(b).spread.values == (2.0, 4.0, 3.0)
     b.by_round[4]["limits"]["read"] = [50.0, 34.0]
