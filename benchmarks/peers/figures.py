@@ -112,7 +112,7 @@ class Chosen:
 
 
 def choose(values: Iterable[tuple[float, Sequence[float]]]) -> Chosen | None:
-    """Of values with the limits around them, those where these agree, if ``ENOUGH`` (or all) do, else all; None for none."""
+    """Of values and the limits around them, those where these agree, if ``ENOUGH`` (or all) do, else all; None of none."""
     every = list(values)
     good = [(value, limits) for value, limits in every if agree(limits)]
     comparable = len(good) >= min(ENOUGH, len(every))
