@@ -7,6 +7,7 @@ turn, since the ratio of neighbours in time moves less with the machine than eit
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import math
 import os
@@ -29,6 +30,7 @@ Clock = Callable[[], float]
 _PR_SET_PDEATHSIG = 1
 _MOST_CALLS = 1 << 20
 _NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation of a normal distribution
+_SAME = 0.001  # relative difference of times that says nothing
 _WAIT = 0.001  # seconds between two looks at a process that has said all it had to say
 
 
@@ -74,6 +76,7 @@ def isolated(work: Callable[[], Any], seconds: float, abandon: int | None = None
 def _child(work: Callable[[], Any], writer: int, parent: int) -> NoReturn:
     """Run ``work`` and write what it gives; never returns to the code that forked."""
     try:
+        faulthandler.disable()  # the crash is looked for
         os.setpgid(0, 0)
         die_with(parent)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -268,9 +271,9 @@ def _timing(own: Probe, base: Probe) -> Timing:
 def inliers(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Which values lie within three standard deviations, estimated by the median absolute deviation."""
     array = np.asarray(values)
-    away = np.abs(array - np.median(array))
-    limit = 3 * _NORMAL_MAD * float(np.median(away))
-    return away <= limit if limit > 0 else np.ones(array.shape, bool)
+    middle = float(np.median(array))
+    away = np.abs(array - middle)
+    return np.asarray(away <= max(3 * _NORMAL_MAD * float(np.median(away)), _SAME * abs(middle)))
 
 
 def spread(values: np.ndarray[Any, Any]) -> float:
