@@ -114,7 +114,7 @@ def score(times: Floats, predicted: Floats, rule: float = math.nan) -> Scores:
         spearman=spearman(full, predicted),
         random1=random_top(times, 1),
         random5=random_top(times, 5),
-        rule=min(1.0, math.exp(np.nanmin(times) - rule)),
+        rule=math.exp(np.minimum(0.0, np.nanmin(times) - rule)),  # unlike min, NaN stays NaN
     )
 
 

@@ -11,7 +11,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,10 @@ NOISE = 0.03
 Knobs = dict[str, int]
 
 
+def draw(values: Sequence[Any], rng: np.random.Generator) -> Any:
+    return values[int(rng.integers(len(values)))]
+
+
 @dataclass(frozen=True)
 class ToyChoice:
     """A value for each knob."""
@@ -29,7 +34,7 @@ class ToyChoice:
     family: str
     values: tuple[tuple[str, int], ...]
 
-    @property
+    @cached_property
     def text(self) -> str:
         return f"{self.family}{{{' '.join(f'{name}={value}' for name, value in self.values)}}}"
 
@@ -77,7 +82,7 @@ class ToySpace:
 
     def sample(self, rng: np.random.Generator) -> ToyChoice:
         while True:
-            choice = self.choice({k: int(rng.choice(domain)) for k, domain in self.family.domains.items()})
+            choice = self.choice({k: draw(domain, rng) for k, domain in self.family.domains.items()})
             if self.valid(choice):
                 return choice
 
@@ -85,8 +90,9 @@ class ToySpace:
         knobs = dict(self.parse(choice.text).values)
         while True:
             moved = dict(knobs)
-            for name in rng.choice(list(knobs), size=int(rng.integers(1, 3)), replace=False):
-                moved[str(name)] = int(rng.choice(self.family.domains[str(name)]))
+            for _ in range(int(rng.integers(1, 3))):
+                name = draw(tuple(knobs), rng)
+                moved[name] = draw(self.family.domains[name], rng)
             if self.valid(result := self.choice(moved)):
                 return result
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.synthetic_tuning import many_trials, trials, workload
+from tests.synthetic_tuning import many_trials, workload
 from tilewright.costmodel import sealed
-from tilewright.costmodel.boosters import Growth, train as grow
+from tilewright.costmodel.boosters import Growth
+from tilewright.costmodel.boosters import train as grow
 from tilewright.costmodel.features import Columns, Sample, Trials, log_times, with_failures
 from tilewright.costmodel.model import FACTS, CostModel, ModelError
 from tilewright.costmodel.scores import evaluate
@@ -152,7 +153,7 @@ def test_no_rows_give_no_predictions(model: CostModel) -> None:
     assert model.predict("linear", []).mean.shape == (0,)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -181,7 +182,7 @@ def test_damaged_files_are_refused(saved: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     for content in (b"", b"hello", good[:-20], good[: len(good) // 2], good + b"more", bytes(reversed(good))):
         bad.write_bytes(content)
-        with pytest.raises(SealedFileError, match="bad: .*(get it again|no tilewright-costmodel file)"):
+        with pytest.raises(SealedFileError, match=r"bad: .*(get it again|no tilewright-costmodel file)"):
             CostModel.load(bad)
     for place in range(0, len(good), len(good) // 30):
         bad.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
