@@ -151,10 +151,11 @@ class Database:
         self.write(Row(workload, compiler, measurement, now) for measurement in measurements)
 
     def write(self, rows: Iterable[Row]) -> Merged:
-        """Store rows with their times, in one transaction; it is quickest when those of a workload come together."""
+        """Store rows with their times, in one transaction."""
+        ordered = sorted(rows, key=lambda row: row.order)  # in an order that all writers share, none waits for another
         done = Merged()
         with self._writing() as connection:
-            for _, group in groupby(rows, key=lambda row: row.workload.key):
+            for _, group in groupby(ordered, key=lambda row: row.workload.key):
                 done += self._write_workload(connection, list(group))
         return done
 
@@ -162,7 +163,7 @@ class Database:
         key = rows[0].workload.key
         tables.put_workload(connection, rows[0].workload)
         before = tables.digests(connection, key)
-        tables.put_measurements(connection, sorted(rows, key=lambda row: row.order))  # sorted: writers cannot deadlock
+        tables.put_measurements(connection, rows)
         after = tables.digests(connection, key)
         replaced = sum(after[name] != value for name, value in before.items())
         new = len(after) - len(before)
