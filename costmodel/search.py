@@ -7,7 +7,7 @@ measurements lead to equal schedules, in any process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +22,8 @@ _PATIENCE_EACH = 8  # so many for each schedule that was drawn already
 _NOISE = 0.01  # a better time by less than this is none
 _TRUST = 0.7  # a batch without improvement leaves so much of the gain that is hoped for
 _POPULATION, _GENERATIONS, _ELITE = 96, 4, 24
-_CAUTION = 1.0  # standard deviations that an uncertain schedule is taken as faster
-_RANDOM = 0.1  # share of a batch that is drawn at random
+_DOUBT, _DOUBT_ALONE = 1.0, 2.0  # standard deviations that an uncertain schedule is taken as faster; without a model
+_RANDOM, _RANDOM_ALONE = 0.1, 0.25  # share of a batch that is drawn at random; without a model
 
 
 class Searching(Protocol):
@@ -83,9 +83,9 @@ class RandomSearch:
 
     def tell(self, measurements: Sequence[Measurement]) -> None:
         """Take one batch of measurements, asked for or not."""
-        before = self._seconds(self.best)
+        earlier = set(self.told)
         self._take(measurements)
-        after = self._seconds(self.best)
+        before, after = self._seconds(earlier), self._seconds(self.told)
         gained = before - after if math.isfinite(before) else 0.0
         improved = not math.isfinite(before) or gained > _NOISE * before
         self._stale = 0 if improved else self._stale + 1
@@ -99,7 +99,7 @@ class RandomSearch:
         """
         if not self.told and not self._exhausted:
             return math.inf
-        seconds = self._seconds(self.best)
+        seconds = self._seconds(self.told)
         if self._exhausted or not math.isfinite(seconds):
             return 0.0
         hoped = seconds * self._hoped() * _TRUST**self._stale
@@ -119,12 +119,11 @@ class RandomSearch:
         if np.any(~np.isnan(times)):
             self.best = measured[int(np.nanargmin(times))]
 
-    def _seconds(self, measurement: Measurement | None) -> float:
-        """Of a measurement at the speed that the machine had in the middle of the search."""
-        if measurement is None:
-            return math.inf
-        measured = list(self.told.values())
-        return math.exp(float(np.nanmin(log_times(measured))))
+    def _seconds(self, schedules: Container[str]) -> float:
+        """Of the fastest of ``schedules``, at the speed that the machine had in the middle of the search; else infinite."""
+        times = log_times(self.told.values())
+        there = [t for t, text in zip(times, self.told) if text in schedules and not math.isnan(t)]
+        return math.exp(min(there, default=math.inf))
 
     def _is_new(self, choice: Choice, beside: Mapping[str, object]) -> bool:
         return choice.text not in beside and choice.text not in self._asked and choice.text not in self.told
@@ -156,6 +155,7 @@ class Search(RandomSearch):
     ) -> None:
         w = task.workload
         self._model = model if model is not None and model.knows(w.target, w.family) else None
+        self._doubt, self._random = (_DOUBT, _RANDOM) if self._model else (_DOUBT_ALONE, _RANDOM_ALONE)
         self._features: dict[str, Mapping[str, float]] = {}
         self._learner: Learner | None = None
         self._pool: list[Choice] = []
@@ -172,7 +172,7 @@ class Search(RandomSearch):
         pool = self._evolve(learner, rng)
         ranked = [pool[text] for text in self._ranked(learner, pool)]
         self._pool = ranked[: 4 * count]
-        return ranked[: count - int(_RANDOM * count + rng.random())]
+        return ranked[: count - int(self._random * count + rng.random())]
 
     def _learned(self) -> Learner:
         if self._learner is None:
@@ -205,7 +205,7 @@ class Search(RandomSearch):
         """The texts of ``choices``, the most promising first."""
         texts = sorted(choices)
         mean, std = self._predict(learner, [choices[text] for text in texts])
-        return [texts[index] for index in np.argsort(mean - _CAUTION * std, kind="stable")]
+        return [texts[index] for index in np.argsort(mean - self._doubt * std, kind="stable")]
 
     def _fastest(self) -> list[Choice]:
         """The best that were measured."""
@@ -221,8 +221,8 @@ class Search(RandomSearch):
         if not left or not learner.ready:
             return super()._hoped()
         mean, std = self._predict(learner, left)
-        best = math.log(self._seconds(self.best))
-        return float(np.max(-np.expm1(np.minimum(mean - _CAUTION * std - best, 0.0))))
+        best = math.log(self._seconds(self.told))
+        return float(np.max(-np.expm1(np.minimum(mean - self._doubt * std - best, 0.0))))
 
     def _predict(self, learner: Learner, choices: Sequence[Choice]) -> tuple[Floats, Floats]:
         return learner.predict([self._describe(choice) for choice in choices])
