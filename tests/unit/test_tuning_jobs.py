@@ -23,8 +23,16 @@ def written(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("20m", 1200), ("1h30m", 5400), ("1h 30m", 5400), ("1h30m5", 5405), ("90s", 90), ("90", 90), (1.5, 1.5)]
-    + [("2d", 172800), ("1d12h", 129600)],
+    [
+        ("20m", 1200),
+        ("1h 30m", 5400),
+        ("1h30m5", 5405),
+        ("90s", 90),
+        ("90", 90),
+        (1.5, 1.5),
+        ("2d", 172800),
+        ("1d12h", 129600),
+    ],
 )
 def test_durations(text: str | float, seconds: float) -> None:
     assert parse_duration(text) == seconds
