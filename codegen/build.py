@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tilewright.runtime.artifact import (
     plan_weights,
 )
 
+RULE = "rule"
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
 
@@ -58,6 +59,8 @@ class KernelRow:
     calls: int
     stored: bool
     """Whether the code was found in the kernel store instead of being compiled."""
+    chosen: str = RULE
+    """Where the schedule is from."""
 
 
 @dataclass
@@ -73,12 +76,14 @@ class BuildReport:
 class Build:
     """One build of ``module`` for ``target``.
 
-    ``schedules`` overrides the default schedule of kernels by name; ``store`` keeps compiled kernels between builds.
+    ``schedules`` overrides the default schedule of kernels by name, ``origins`` says where these are from; ``store`` keeps
+    compiled kernels between builds.
     """
 
     module: Module
     target: CpuTarget
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
     progress: Progress = lambda stage, done, total: None
     store: KernelStore | None = None
     report: BuildReport = field(default_factory=BuildReport)
@@ -122,7 +127,8 @@ class Build:
             self.store.prune()
         for name, count in calls.items():
             (folder / f"{name}.o").write_bytes(codes[name].object)
-            self.report.kernels.append(row(jobs[name], codes[name], seconds.get(name), count))
+            made = row(jobs[name], codes[name], seconds.get(name), count)
+            self.report.kernels.append(replace(made, chosen=self.origins.get(name, RULE)))
         return codes
 
     def job(self, kernel: Function) -> Job:

@@ -72,19 +72,17 @@ class Row:
     seconds: float
     trials: int
     failures: Mapping[str, int]
-    curve: tuple[float, ...]
-    """The best ratio after each trial."""
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """``gain`` as in `Progress`; ``curve`` gives it after each trial. ``interrupted``: stopped before its budget ended."""
+    """``gain`` as in `Progress`; ``history`` has each trial with its task's name. ``interrupted``: ended too early."""
 
     rows: tuple[Row, ...]
     trials: int
     seconds: float
     gain: float
-    curve: tuple[float, ...]
+    history: tuple[tuple[str, Measurement], ...]
     interrupted: bool = False
 
 
@@ -97,7 +95,6 @@ class _State:
     told: dict[str, Measurement] = field(default_factory=dict)
     baseline: float = 0.0
     best: Measurement | None = None
-    curve: list[float] = field(default_factory=list)
     done: bool = False
 
     @property
@@ -126,7 +123,7 @@ class Tuner:
         self.strategy: Strategy = strategy or (lambda task, seed: Search(task, seed, model))
         self.states: list[_State] = []
         self.trials, self.seconds = 0, 0.0
-        self.curve: list[float] = []
+        self.history: list[tuple[str, Measurement]] = []
 
     def run(self, budget: Budget) -> TuningResult:
         """Spend the budget; an interruption (Ctrl-C) ends it early and loses what the current batch measured."""
@@ -144,7 +141,7 @@ class Tuner:
             interrupted = True
         rows = tuple(self._settle(interrupted))
         gain = mean_ratio([(row.seconds * row.task.weight, row.ratio) for row in rows])
-        return TuningResult(rows, self.trials, self.seconds, gain, tuple(self.curve), interrupted)
+        return TuningResult(rows, self.trials, self.seconds, gain, tuple(self.history), interrupted)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -236,8 +233,7 @@ class Tuner:
             state.baseline = state.baseline or m.baseline or 0.0
             if state.best is None or m.ratio < (state.best.ratio or 1.0):
                 state.best = m
-        state.curve.append(state.ratio)
-        self.curve.append(self._gain())
+        self.history.append((state.task.name, m))
 
     def _most_promising(self) -> _State | None:
         open_ = [state for state in self.states if not state.done]
@@ -289,7 +285,7 @@ class Tuner:
     def _row(task: Task, state: _State, m: Measurement | None) -> Row:
         failures: Counter[str] = Counter(told.status for told in state.told.values() if told.status != "ok")
         schedule, ratio = (m.schedule, m.ratio or 1.0) if m else (task.space.default.text, 1.0)
-        return Row(task, schedule, ratio, state.baseline, len(state.told), failures, tuple(state.curve))
+        return Row(task, schedule, ratio, state.baseline, len(state.told), failures)
 
     def _gain(self) -> float:
         return mean_ratio([(state.baseline * state.task.weight, state.ratio) for state in self.states])

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from tilewright.ir import TilewrightError
     from tilewright.report import CompileReport
     from tilewright.runtime import Program, Session, Tokenizer, load
+    from tilewright.tuning import tune
 
 _HOMES = {
     "compile": "tilewright.compiler",
     "Compiled": "tilewright.compiler",
     "CompileReport": "tilewright.report",
     "bisect": "tilewright.bisect",
+    "tune": "tilewright.tuning",
     "load": "tilewright.runtime",
     "Program": "tilewright.runtime",
     "Session": "tilewright.runtime",
@@ -31,7 +33,18 @@ _HOMES = {
     "TilewrightError": "tilewright.ir",
 }
 
-__all__ = ["CompileReport", "Compiled", "Program", "Session", "TilewrightError", "Tokenizer", "bisect", "compile", "load"]
+__all__ = [
+    "CompileReport",
+    "Compiled",
+    "Program",
+    "Session",
+    "TilewrightError",
+    "Tokenizer",
+    "bisect",
+    "compile",
+    "load",
+    "tune",
+]
 __version__ = "0.1.0"
 
 

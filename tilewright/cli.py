@@ -1,4 +1,4 @@
-"""The command line: ``tilewright compile | run | opt | inspect | bench | bisect``.
+"""The command line: ``tilewright compile | run | tune | opt | inspect | bench | bisect``.
 
 Exit codes: 0 success, 1 the request was refused or failed (the reason is on stderr), 2 wrong usage, 3 ``bisect`` found a
 culprit, 130 interrupted.
@@ -16,6 +16,8 @@ try:
     import typer
 except ImportError as error:
     sys.exit(f"error: the command line needs {error.name}, which is not installed; pip install 'tilewright[cli]'")
+
+from tilewright.tune_cli import app as tune_app
 
 if TYPE_CHECKING:
     from tilewright.ir import Module
@@ -273,6 +275,8 @@ def bisect(
     typer.echo("no pass and no kernel leaves the tolerance" if culprit is None else str(culprit))
     raise typer.Exit(0 if culprit is None else CULPRIT)
 
+
+app.add_typer(tune_app, name="tune")
 
 if __name__ == "__main__":
     main()

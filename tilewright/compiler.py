@@ -25,11 +25,12 @@ from tilewright.ir import CheckpointError, Module, PassError, TilewrightError, o
 from tilewright.layer_errors import layer_errors
 from tilewright.passes.base import PassContext
 from tilewright.passes.fuse import unfuse
-from tilewright.passes.pipeline import Pipeline
+from tilewright.passes.pipeline import Pipeline, PipelineReport
 from tilewright.passes.plan_memory import PlanMemory
 from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter, refuse_foreign
+from tilewright.schedules import choose_schedules
 
 Progress = Callable[[str, int, int], None]
 _CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -49,6 +50,9 @@ def compile(
     errors: bool = False,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    db: str | os.PathLike[str] | None = None,
+    cost_model: str | os.PathLike[str] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Compiled:
     """Compile a model.
 
@@ -59,6 +63,9 @@ def compile(
     ``task="causal-lm"`` says that a module of your own maps token ids ``[B, S]`` to logits ``[B, S, V]`` causally, so that
     it gets a KV cache; Hugging Face models say so themselves.
     ``errors`` adds the error of each layer on a random sample to the report (slow: it runs the interpreter).
+    Schedules of kernels are those that ``tilewright.tune`` left in the database ``db`` (a file or a URL), else what the
+    ``cost_model`` predicts (a file, the one that comes with tilewright, or None), else their families' rules; the report
+    says which. ``sizes`` gives symbolic dims (``{"S": 512}``) the values to choose for.
     The artifact is written to ``out``, or kept in a temporary folder until :meth:`Compiled.save`.
 
     Raises a subclass of ``TilewrightError`` that names the module, the op and the line it is about.
@@ -71,7 +78,8 @@ def compile(
     with started("trace"):
         module, source = trace(model, args, kwargs, dynamic, dtype)
         module.meta |= {"task": task} if task else {}
-    return lower(module, pipeline, cpu, source=source, out=out, stages=started, errors=errors)
+    return lower(module, pipeline, cpu, source=source, out=out, stages=started, errors=errors, db=db,
+                 cost_model=cost_model, sizes=sizes)  # fmt: skip
 
 
 def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Any, dtype: str | None
@@ -107,23 +115,28 @@ def lower(
     out: str | os.PathLike[str] | None = None,
     stages: Stages | None = None,
     errors: bool = False,
+    db: str | os.PathLike[str] | None = None,
+    cost_model: str | os.PathLike[str] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Compiled:
     """Run the passes on ``module`` (in place), generate code and write the artifact."""
     stages = stages or Stages(None)
-    ctx = PassContext()
     before = copy_of(module) if errors else None
     with stages("passes"):
-        rows = pipeline.run(module, ctx=ctx).rows
-        fallbacks = unfuse_refused(module, target)
-    report = CompileReport(module.name, target.text, str(pipeline), passes=[asdict(r) for r in rows], fallbacks=fallbacks)
-    report.notes = [f"{where}: {line}" for where, line in ctx.notes]
+        done, fallbacks = prepare(module, pipeline, target)
+    with stages("schedules"):
+        schedules = choose_schedules(module, target, db=db, cost_model=cost_model, sizes=sizes)
+    report = CompileReport(module.name, target.text, str(pipeline), fallbacks=fallbacks)
+    report.passes = [asdict(r) for r in done.rows]
+    report.notes = [f"{where}: {line}" for where, line in done.ctx.notes] + schedules.notes
     if before is not None:
         with stages("errors"):
             report.layers = layer_errors(before, module, target, random_inputs(before, tokens=8))
     holder = None if out is not None else Holder()
     path = Path(out) if out is not None else holder.path  # type: ignore[union-attr]
     with stages("build"), ArtifactWriter(path) as writer:
-        build = Build(module, target, progress=stages.progress, store=KernelStore(default_folder()))
+        store = KernelStore(default_folder())
+        build = Build(module, target, schedules.chosen, schedules.origins, progress=stages.progress, store=store)
         manifest = build.write(writer, {**module.meta, "pipeline": str(pipeline)})
         carry(source, writer)
         report.kernels = [asdict(k) for k in build.report.kernels]
@@ -134,6 +147,12 @@ def lower(
         writer.add(FILE, report.to_json())
         writer.commit(manifest)
     return Compiled(path, report, holder)
+
+
+def prepare(module: Module, pipeline: Pipeline, target: CpuTarget) -> tuple[PipelineReport, list[str]]:
+    """Run the passes on ``module`` (in place), take apart what no kernel can do; gives what they did, and the fallbacks."""
+    done = pipeline.run(module)
+    return done, unfuse_refused(module, target)
 
 
 def unfuse_refused(module: Module, target: CpuTarget) -> list[str]:

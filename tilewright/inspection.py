@@ -29,7 +29,7 @@ def kernel_table(report: CompileReport) -> str:
     lines = [f"{'kernel':8} {'calls':>5} {'backend':15} {'code':>8} {'ms':>6}  operations; schedule"]
     for k in report.kernels:
         head = f"{k['name']:8} {k['calls']:>5} {k['backend']:15} {k['code_bytes']:>8} {k['seconds'] * 1e3:>6.0f}"
-        lines.append(f"{head}  {k['operations']}; {k['schedule']}")
+        lines.append(f"{head}  {k['operations']}; {k['schedule']} ({k['chosen']})")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ class CompileReport:
     """One compilation. Times are in seconds, sizes in bytes.
 
     ``passes``: text, seconds, growth of peak memory, operations before and after, or why it was skipped.
-    ``kernels``: name, operations, workload, backend, schedule, bytes of code, seconds to compile, calls.
+    ``kernels``: name, operations, workload, backend, schedule and where it is from (``chosen``: tuned, cost model or rule),
+    bytes of code, seconds to compile, calls.
     ``fallbacks``: what was done in a slower or plainer way than asked, with the reason.
     ``layers``: error of each layer against the reference, when asked for.
     """
@@ -67,5 +69,7 @@ class CompileReport:
             f"  kv cache   {self.cache_bytes / 2**20:.1f} MiB a sequence",
             f"  kernels    {len(self.kernels)} distinct, {sum(k['calls'] for k in self.kernels)} calls",
         ]
+        origins = Counter(k["chosen"].partition(",")[0] for k in self.kernels)
+        lines.append(f"  schedules  {', '.join(f'{count} by {name}' for name, count in origins.most_common()) or 'none'}")
         lines += [f"  fallback   {line}" for line in self.fallbacks] or ["  fallbacks  none"]
         return "\n".join(lines)

@@ -83,9 +83,9 @@ def _take_tuned(found: Schedules, kernels: Sequence[KernelTask], tasks: Sequence
 
 def _tuned(best: Measurement | None, known: Mapping[str, Measurement]) -> str:
     if best is None:
-        return f"tuned, best of {len(known)} by rule"
+        return f"tuning, the rule's is the best of {len(known)}"
     sure = "" if best.metrics.get(CONFIRMED) else ", not confirmed"
-    return f"tuned, {best.ratio:.2f} of the time by rule, best of {len(known)}{sure}"
+    return f"tuning, {best.ratio:.2f} of the time by rule, best of {len(known)}{sure}"
 
 
 def _take_predicted(found: Schedules, kernels: Sequence[KernelTask], tasks: Sequence[Task], held: Mapping[int, str],

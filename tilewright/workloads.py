@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tilewright.codegen.emitters import choose
+from tilewright.codegen.emitters import choose, emitter
 from tilewright.codegen.features import describer
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.program import behind
 from tilewright.codegen.schedule import Schedule, Space
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.target import CpuTarget, parse_target
 from tilewright.costmodel.workload import Task, Workload
-from tilewright.ir import Function, Module, TilewrightError, Weight, ops, print_module
+from tilewright.ir import Function, Module, TilewrightError, Weight, ops, parse_module, print_module
 
 BATCH, TOKENS = 1, 512
 """Sizes of the batch and of any other axis that has no fixed one, unless told otherwise."""
@@ -42,13 +42,23 @@ class KernelTask:
         text = workload_text(self.kernel)
         return Workload(self.emitter.name, text, tuple(sorted(self.sizes.items())), target.text, threads, host_name())
 
-    def task(self, target: CpuTarget, threads: int) -> Task:
-        """The task of the tuner: see ``costmodel/workload.py``."""
+    def task(self, target: CpuTarget, threads: int, workload: Workload | None = None) -> Task:
+        """The task of the tuner: see ``costmodel/workload.py``. ``workload`` when it is known already."""
         describe = describer(self.emitter, self.kernel, target, self.sizes, threads)
-        workload, space = self.workload(target, threads), self.space(target)
+        workload, space = workload or self.workload(target, threads), self.space(target)
         names = "+".join(op.name.split(".")[-1] for op in self.kernel.body[:-1])
         layout = layout_of(self.kernel, self.emitter, target)
         return Task(workload, space, describe, self.frequency, f"{self.kernel.name} {names}", self.group, layout)  # type: ignore[arg-type]
+
+
+def task_of(workload: Workload) -> Task:
+    """The task of a workload that was kept as text. Raises TilewrightError when it is not from this version."""
+    try:
+        kernel = parse_module(workload.kernel).functions["k"]
+        made = KernelTask(kernel, emitter(workload.family), dict(workload.sizes), 1.0, "")
+        return made.task(parse_target(workload.target), workload.threads, workload)
+    except (KeyError, ValueError) as error:
+        raise TilewrightError(f"a workload of {workload.family} that this version cannot read: {error}") from None
 
 
 def layout_of(kernel: Function, emitter: Emitter, target: CpuTarget) -> Callable[[Schedule], str]:

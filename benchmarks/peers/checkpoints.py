@@ -30,10 +30,11 @@ def make(shape: Shape, folder: Path) -> None:
     config = architecture.config_class(**shape.config, bos_token_id=None, eos_token_id=257, pad_token_id=257)
     config.architectures = [shape.architecture]
     architecture(config).save_pretrained(folder)
-    _save_tokenizer(shape.vocabulary, folder)
+    save_tokenizer(shape.vocabulary, folder)
 
 
-def _save_tokenizer(vocabulary: int, folder: Path) -> None:
+def save_tokenizer(vocabulary: int, folder: Path) -> None:
+    """Write a tokenizer of ``vocabulary`` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

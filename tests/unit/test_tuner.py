@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
@@ -52,7 +53,9 @@ class Machine:
     optimism: float = 1.0
     """What a short measurement of anything but the baseline makes of the time."""
 
-    def measure(self, workload: Workload, baseline: str, schedules: Sequence[str], effort: float = 1.0) -> list[Measurement]:
+    def measure(
+        self, workload: Workload, baseline: str, schedules: Sequence[str], effort: float = 1.0
+    ) -> list[Measurement]:
         space = Space(Knobs, TARGET)
         likes = int(workload.kernel.split()[1])
         base = cost(space.parse(baseline), likes)
@@ -93,17 +96,18 @@ def tune(tasks: Sequence[Task], machine: Machine, notes: Notes | None = None, tr
 
 
 def test_it_finds_the_best_schedule_and_says_what_it_gained() -> None:
-    [row] = tune([task("k")], Machine(), trials=96).rows
+    result = tune([task("k")], Machine(), trials=96)
+    [row] = result.rows
     assert row.schedule == "knobs{a=5 b=2 panel=1}"
-    assert row.ratio == pytest.approx(1 / 21)
-    assert row.curve[0] == 1.0
-    assert list(row.curve) == sorted(row.curve, reverse=True)
+    assert result.gain == row.ratio == pytest.approx(1 / 21)
+    assert [name for name, _ in result.history] == ["k"] * 96
+    assert result.history[0][1].ratio == 1.0, "the default comes first"
 
 
 def test_the_budget_of_trials_is_kept() -> None:
     machine = Machine()
     result = tune([task("a"), task("b")], machine, trials=37)
-    assert result.trials == 37 == len(result.curve)
+    assert result.trials == 37 == len(result.history)
     short = sum(count for _, count in machine.calls) - result.trials
     assert 0 <= short <= 4, "only finalists are measured beyond it"
 
@@ -186,9 +190,9 @@ def test_interrupted_results_are_taken_with_a_margin() -> None:
 def test_progress_is_told() -> None:
     told: list[Progress] = []
     tune([task("k")], Machine(), trials=24, report=told.append)
-    assert [p.stage for p in told][0] == "defaults"
+    assert told[0].stage == "defaults"
     assert told[-1].stage == "confirming"
-    assert all(a.used <= b.used and a.gain >= b.gain for a, b in zip(told, told[1:]))
+    assert all(a.used <= b.used and a.gain >= b.gain for a, b in pairwise(told))
 
 
 def test_deciding_from_a_database() -> None:

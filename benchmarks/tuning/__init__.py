@@ -1,0 +1,1 @@
+"""Schedules: the dataset of measured kernels, the cost model trained on it, and what both are worth."""

@@ -1,0 +1,3 @@
+from benchmarks.tuning.cli import app
+
+app()
