@@ -34,7 +34,8 @@ def link(
 
     The library depends on libc alone. Raises CodegenError with what the compiler printed.
     """
-    flags = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,noexecstack", "-pthread"]
+    flags = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,noexecstack",
+             "-Wl,-z,defs", "-pthread"]
     flags += [*target_flags(target), *(f"-I{p}" for p in includes)]
     command = [compiler(), *flags, *map(str, [*sources, *objects]), "-o", str(out), "-lm"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ class Candidate:
 class Sealed:
     """Memory of an array, with bytes behind it that must stay as they are; as long as it is unwritten floats are NaN."""
 
-    def __init__(self, like: Array) -> None:
-        raw = pages(like.nbytes + _SEAL_BYTES, huge=True)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        size = math.prod(shape) * dtype.itemsize
+        raw = pages(size + _SEAL_BYTES, huge=True)
         raw[...] = _UNWRITTEN
-        self.array = raw[: like.nbytes].view(like.dtype).reshape(like.shape)
-        self.seal = raw[like.nbytes : like.nbytes + _SEAL_BYTES]
+        self.array = raw[:size].view(dtype).reshape(shape)
+        self.seal = raw[size : size + _SEAL_BYTES]
         self.seal[...] = _SEAL
 
     def complaint(self, want: Expected) -> str | None:
@@ -51,7 +53,7 @@ class Results:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         wanted = enumerate(bench.expected)
-        self.tensors = {i: Sealed(want.array) for i, (want, *_) in wanted if i not in bench.changed}
+        self.tensors = {i: Sealed(want.shape, want.array.dtype) for i, (want, *_) in wanted if i not in bench.changed}
         self.caches = {arg: self._cache(arg) for arg in bench.changed.values()}
 
     def _cache(self, arg: int) -> Copies:
