@@ -30,6 +30,10 @@ class _Batch:
     deadline: float = 0.0
 
 
+_Asked = tuple[dict[str, Any], str, float]
+"""What all batches of a call have in common: the fields of the workload, the baseline, the effort."""
+
+
 class _Worker:
     """What runs on a node."""
 
@@ -40,9 +44,10 @@ class _Worker:
     def identity(self) -> dict[str, str]:
         return dict(self.identify())
 
-    def measure(self, workload: Mapping[str, Any], baseline: str, schedules: Sequence[str]) -> list[dict[str, Any]]:
+    def measure(self, asked: _Asked, schedules: Sequence[str]) -> list[dict[str, Any]]:
         self.runner = self.runner or self.make()
-        return [asdict(found) for found in self.runner.measure(Workload(**workload), baseline, schedules)]
+        workload, baseline, effort = asked
+        return [asdict(found) for found in self.runner.measure(Workload(**workload), baseline, schedules, effort)]
 
 
 class RayRunner:
@@ -92,7 +97,9 @@ class RayRunner:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def measure(self, workload: Workload, baseline: str, schedules: Sequence[str]) -> list[Measurement]:
+    def measure(
+        self, workload: Workload, baseline: str, schedules: Sequence[str], effort: float = 1.0
+    ) -> list[Measurement]:
         """One measurement for each of ``schedules``, in order.
 
         A batch whose node dies is tried once more; after that its schedules count as crashed, as those of a batch
@@ -105,7 +112,7 @@ class RayRunner:
         found: dict[int, Measurement] = {}
         try:
             while waiting or running:
-                self._hand_out(waiting, running, workload, baseline)
+                self._hand_out(waiting, running, (asdict(workload), baseline, effort))
                 self._take_back(waiting, running, found)
         except BaseException:  # Ctrl-C too: what runs would disturb what is measured next
             for node in {node for node, _ in running.values()}:
@@ -113,7 +120,7 @@ class RayRunner:
             raise
         return [found[k] for k in range(len(schedules))]
 
-    def _hand_out(self, waiting: deque[_Batch], running: dict[Any, Any], workload: Workload, baseline: str) -> None:
+    def _hand_out(self, waiting: deque[_Batch], running: dict[Any, Any], asked: _Asked) -> None:
         """Give each worker that has none a batch."""
         if not self._workers:
             self._recruit()
@@ -122,7 +129,7 @@ class RayRunner:
             batch = waiting.popleft()
             batch.deadline = time.monotonic() + self.timeout * len(batch.schedules)
             batch.tries += 1
-            answer = self._workers[node].measure.remote(asdict(workload), baseline, list(batch.schedules))
+            answer = self._workers[node].measure.remote(asked, list(batch.schedules))
             running[answer] = (node, batch)
 
     def _take_back(self, waiting: deque[_Batch], running: dict[Any, Any], found: dict[int, Measurement]) -> None:

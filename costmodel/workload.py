@@ -56,8 +56,9 @@ class Measurement:
 
     @property
     def ratio(self) -> float | None:
-        """Time relative to the baseline, None when there is no time."""
-        return self.seconds / self.baseline if self.seconds is not None and self.baseline else None
+        """Time relative to the baseline, None when there is no time that counts."""
+        timed = self.status == "ok" and self.seconds is not None and self.baseline
+        return self.seconds / self.baseline if timed else None  # type: ignore[operator]
 
 
 class Runner(Protocol):

@@ -20,7 +20,9 @@ def identify() -> dict[str, str]:
 class FakeRunner:
     """Seconds are the length of the text. ``die`` ends its process the first time, ``dead`` every time."""
 
-    def measure(self, workload: Workload, baseline: str, schedules: Sequence[str]) -> list[Measurement]:
+    def measure(
+        self, workload: Workload, baseline: str, schedules: Sequence[str], effort: float = 1.0
+    ) -> list[Measurement]:
         return [self.one(workload, baseline, schedule) for schedule in schedules]
 
     def one(self, workload: Workload, baseline: str, schedule: str) -> Measurement:

@@ -265,7 +265,9 @@ class ToyRunner:
     def __init__(self) -> None:
         self.calls = 0
 
-    def measure(self, workload: Workload, baseline: str, schedules: Sequence[str]) -> list[Measurement]:
+    def measure(
+        self, workload: Workload, baseline: str, schedules: Sequence[str], effort: float = 1.0
+    ) -> list[Measurement]:
         self.calls += 1
         space = ToySpace(FAMILIES[workload.family])
         return [measure(workload, space.parse(text), 1 + 0.01 * min(30, self.calls)) for text in schedules]

@@ -57,10 +57,11 @@ class LocalRunner:
         self, effort: Effort | None = None, timeout: float = 10.0, compiler: Compiler | None = None, seed: int = 0
     ) -> None:
         self.effort, self.timeout, self.seed = effort or Effort(), timeout, seed
+        self.spent = self.effort
         self.compiler = compiler or Compilers()
         self.server = Helper("tilewright.measuring_server")
         self.opened: _Open | None = None
-        self.known: dict[tuple[str, str], Measurement] = {}
+        self.known: dict[tuple[str, str, Effort], Measurement] = {}
         self._end = weakref.finalize(self, _close, self.compiler, self.server)
 
     def __enter__(self) -> LocalRunner:
@@ -74,13 +75,16 @@ class LocalRunner:
         self.opened = None
         _close(self.compiler, self.server)
 
-    def measure(self, workload: Workload, baseline: str, schedules: Sequence[str]) -> list[Measurement]:
-        """One measurement for each of ``schedules``, in order; ``baseline`` is timed beside them.
+    def measure(
+        self, workload: Workload, baseline: str, schedules: Sequence[str], effort: float = 1.0
+    ) -> list[Measurement]:
+        """One measurement for each of ``schedules``, in order; ``baseline`` is timed beside them, ``effort`` times as long.
 
         Raises MeasuringError when the workload itself cannot be run: this machine lacks instructions of its target, or the
         interpreter refuses the kernel.
         """
         distinct = list(dict.fromkeys(schedules))
+        self.spent = self.effort.times(effort)
         found: dict[str, Measurement] = {}
         for start in range(0, len(distinct), _GROUP):
             group = distinct[start : start + _GROUP]
@@ -117,7 +121,7 @@ class LocalRunner:
         """The measuring process's answer. When that process ends, the candidate is what ended it."""
         self._open(opened.workload)
         request = {"candidate": described(candidate), "baseline": baseline and described(baseline),
-                   "timeout": self.timeout, "effort": asdict(self.effort)}  # fmt: skip
+                   "timeout": self.timeout, "effort": asdict(self.spent)}  # fmt: skip
         try:
             return self.server.ask(request, seconds=self.timeout + _GRACE)[0]
         except HelperError as error:
@@ -178,7 +182,7 @@ class _Group:
         return baseline if self.opened.sound else None
 
     def one(self, schedule: str, candidate: Candidate, baseline: Candidate | None) -> Measurement:
-        key = (self.opened.workload.key, digest(candidate.code))
+        key = (self.opened.workload.key, digest(candidate.code), self.runner.spent)
         known = self.runner.known.get(key)
         if known is not None and known.schedule != schedule and known.baseline is not None:
             return replace(known, schedule=schedule)

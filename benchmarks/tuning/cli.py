@@ -44,13 +44,16 @@ def collect(
     db: DbOption = _HOME / "dataset.db",
     out: Annotated[Path, typer.Option(help="The dataset's file.")] = DATASET,
 ) -> None:
-    """Measure schedules of many kernels (about an hour) and write the dataset; goes on where it stopped."""
+    """Measure schedules of many kernels (about an hour) and write the dataset; Ctrl-C ends it early."""
     cpu = parse_target(target)
     name = f"workloads-{cpu.arch}-{models}-{seed}.jsonl"
     found = collecting.gather(db.parent / name, cpu, default_threads(), models, seed)
     typer.echo(f"{len(found)} kernels")
     with Database(db) as database, LocalRunner() as runner:
-        collecting.measure(found, database, runner, candidates, seed, typer.echo)
+        try:
+            collecting.measure(found, database, runner, candidates, seed, typer.echo)
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the dataset has what there is; the same command goes on", err=True)
         made = collecting.dataset(database, compiler_version())
     made.save(out)
     typer.echo(f"{made.rows} schedules of {len(made.trials)} kernels, {out.stat().st_size / 1e6:.1f} MB, {made.sha256}")

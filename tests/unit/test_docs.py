@@ -182,7 +182,10 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             match = re.match(r"(?:.*[ $/])?tilewright (\w+)(.*)", line)
             if match is None or not (kind == "sh" or line.startswith(("$", ">"))):
                 continue
-            known = {opt for p in commands[match[1]].params for opt in (*p.opts, *p.secondary_opts)}
+            command, words = commands[match[1]], match[2].split()
+            while hasattr(command, "commands"):  # a group: the next word is one of its commands, or `model` is meant
+                command = command.commands[words.pop(0) if words[0] in command.commands else "model"]
+            known = {opt for p in command.params for opt in (*p.opts, *p.secondary_opts)}
             given = {word for word in re.findall(r"(?<=\s)--?[a-z][a-z-]*", match[2].split("|")[0])}
             assert given <= known, f"{line}: {given - known}"
 
