@@ -1,7 +1,8 @@
 """Beside TVM's MetaSchedule: as many trials for the same matrix products, then the best of both in turns.
 
-MetaSchedule runs in a process of its own (`metaschedule_tvm`) and so do our kernels when they are timed (`metaschedule_own`):
-while one works the others wait. Every call reads the next of many copies of the weight, the same number for all.
+MetaSchedule runs in a process of its own (`metaschedule_tvm`) and so do our kernels when they are timed
+(`metaschedule_own`): while one works the others wait. Every call reads the next of many copies of the weight, the same
+number for all.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class Case:
         return 4.0 * self.features * self.k if self.bound == "read" else 2.0 * self.rows * self.features * self.k
 
 
-CASES = {c.name: c for c in (Case("gemm", 512, 2048, 2048), Case("gemv", 1, 5632, 2048), Case("gemm-small", 128, 1536, 576))}
+CASES = {case.name: case for case in (
+    Case("gemm", 512, 2048, 2048), Case("gemv", 1, 5632, 2048), Case("gemm-small", 128, 1536, 576),
+)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ def compare(case: Case, plan: Plan, say: Say) -> dict[str, Any]:
         ask(theirs, "load", copies=loaded["copies"], seconds=SAMPLE)
         runs = {name: lambda name=name: sample(theirs if name == THEIRS else own, name) for name in found}
         rounds = in_turns(runs, limit(case, plan))
-    return {**asdict(case), "copies": loaded["copies"], "commit": commit(), "date": time.strftime("%Y-%m-%d"),
-            "host": host_name(), "threads": plan.threads, "asked": plan.trials, "systems": found, "rounds": rounds}  # fmt: skip
+    about = {"host": host_name(), "threads": plan.threads, "date": time.strftime("%Y-%m-%d"), "commit": commit()}
+    return {**asdict(case), **about, "asked": plan.trials, "copies": loaded["copies"], "systems": found, "rounds": rounds}
 
 
 @contextmanager
@@ -195,11 +198,11 @@ def page(cases: Sequence[Mapping[str, Any]]) -> str:
     first = cases[0]
     return f"""# Beside TVM's MetaSchedule
 
-{first["host"]}, {first["threads"]} threads, {first["date"]}, {first["commit"]}. y[rows, features] = x[rows, k] w[features, k]^T in f32;
-{first["asked"]} trials for either, either one learning after each {BATCH}. `ratio`: MetaSchedule's time over this one's, the
-median of {len(first["rounds"])} rounds with its quartiles: above 1 is faster than MetaSchedule. `of peak`: of what the machine
-did in the same rounds, bytes read for one row and multiply-adds else. `tuning`: wall time of all trials, with starting what
-measures them.
+{first["host"]}, {first["threads"]} threads, {first["date"]}, {first["commit"]}.
+y[rows, features] = x[rows, k] w[features, k]^T in f32; {first["asked"]} trials for either, which learns after each {BATCH}.
+`ratio`: MetaSchedule's time over this one's, above 1 is faster than MetaSchedule; the median of {len(first["rounds"])}
+rounds with its quartiles. `of peak`: of what the machine did in the same rounds, bytes read for one row, multiply-adds
+else. `tuning`: wall time of all trials, with the start of what measures them.
 
 {chr(10).join(map(table, cases))}"""
 
@@ -208,8 +211,9 @@ def table(case: Mapping[str, Any]) -> str:
     """A case as a Markdown table."""
     own = Case(case["name"], case["rows"], case["features"], case["k"])
     unit = "GB/s" if own.bound == "read" else "GFLOP/s"
+    peak = statistics.median(r["peak"] for r in case["rounds"]) / 1e9
     lines = [f"## {case['rows']} x {case['features']} x {case['k']}\n",
-             f"Peak: {statistics.median(r['peak'] for r in case['rounds']) / 1e9:.0f} {unit}. {case['copies']} copies of the weight.\n",
+             f"Peak: {peak:.0f} {unit}. {case['copies']} copies of the weight.\n",
              f"| | {unit} | of peak | ratio | trials | tuning | schedule |", "| --- |" + " --- |" * 6]  # fmt: skip
     lines += [row(own, name, facts, case["rounds"]) for name, facts in case["systems"].items()]
     return "\n".join([*lines, ""])

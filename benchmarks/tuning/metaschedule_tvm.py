@@ -1,7 +1,7 @@
 """TVM's MetaSchedule in a process of its own: it tunes a matrix product, then times the best that it found.
 
-It searches its default space for LLVM, with its own builder, runner and cost model. The weight is marked as free in its layout,
-so that it is packed before anything is timed. ``tvm.s_tir.tensor_intrin`` is left out: an f32 product has no use for it, and
+It searches its default space for LLVM, with its own builder, runner and cost model. The layout of the weight is marked as
+free: packing it is no part of what is timed. ``tvm.s_tir.tensor_intrin`` is left out: an f32 product has no use for it, and
 each process that compiles would spend twenty seconds reading it.
 
 Requests: ``tune`` (rows, features, k, trials, batch, seed, threads), then ``load`` (copies) and ``sample`` (seconds).
