@@ -15,6 +15,7 @@ import typer
 
 from benchmarks.peers.workplace import ROOT, default_cache
 from benchmarks.tuning import collect as collecting
+from benchmarks.tuning import comparisons
 from tilewright.codegen.store import compiler_version
 from tilewright.codegen.target import parse_target
 from tilewright.costmodel.database import Database
@@ -29,6 +30,8 @@ from tilewright.runtime.host import default_threads
 from tilewright.workloads import host_name
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(comparisons.metaschedule)
+app.command()(comparisons.searching)
 DATASET = SHIPPED.with_name("shipped.dataset")
 RESULTS = ROOT / "benchmarks" / "results"
 DbOption = Annotated[Path, typer.Option("--db", help="Where measurements are kept.")]
