@@ -35,7 +35,7 @@ from tilewright.workloads import host_name, kernel_tasks
 
 BATCH = 16
 """Trials after which either search learns from them."""
-ROUNDS, SAMPLE = 15, 0.1
+ROUNDS, SAMPLE = 25, 0.1
 _HOURS = 3600.0
 _FEW = 16
 THEIRS, RULE, PICK, TUNED, GUIDED = "MetaSchedule", "by rule", "cost model", "tuned", "tuned, cost model"
