@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate
+from mmap import PAGESIZE
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from tilewright.ir import DType, KVType, eval_dim
 from tilewright.ir.caches import origin
 from tilewright.measuring_inputs import Array, Operand, Subject, make_inputs
 from tilewright.measuring_reference import Expected, expected
-from tilewright.runtime.memory import address, as_aligned, parts_of_pages
+from tilewright.runtime.memory import address, as_aligned, pages
 
 _WARM = 256 << 10
 _LEAST_COLD, _MOST_COLD = 128 << 20, 512 << 20
@@ -33,6 +35,7 @@ _USUAL_CACHE = 32 << 20
 _MOST_COPIES = 256
 _KEPT = 1200 << 20
 """Bytes of packed weights that are kept, those used last."""
+_SPARE = 1024 << 20
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 Copies = list[tuple[Array, ...]]
@@ -50,6 +53,27 @@ def last_level_cache() -> int:
     return max(found) or _USUAL_CACHE
 
 
+class Blocks:
+    """Memory in large pages that is used again: where memory is short, the system takes long to find such pages."""
+
+    def __init__(self) -> None:
+        self.spare: list[Array] = []
+
+    def take(self, sizes: Sequence[int]) -> tuple[Array, list[Array]]:
+        """A block, and parts of these sizes of it, each at a page of its own; what is in them is of no account."""
+        begins = list(accumulate((-(-size // PAGESIZE) * PAGESIZE for size in sizes), initial=0))
+        fit = [b for b in self.spare if begins[-1] <= b.size <= 2 * begins[-1]]
+        block = min(fit, key=lambda b: b.size) if fit else pages(begins[-1], huge=True)
+        self.spare = [b for b in self.spare if b is not block]
+        return block, [block[begin : begin + size] for begin, size in zip(begins, sizes)]
+
+    def give(self, block: Array) -> None:
+        """Have ``block`` used again."""
+        self.spare.append(block)
+        while sum(b.size for b in self.spare) > _SPARE:
+            self.spare.pop(0)
+
+
 @dataclass
 class Bench:
     """A workload ready to be measured: its inputs, and what its results should be."""
@@ -58,14 +82,22 @@ class Bench:
     threads: int
     inputs: list[Operand]
     expected: list[tuple[Expected, ...]]
+    blocks: Blocks = field(default_factory=Blocks)
     plain: dict[int, Copies] = field(default_factory=dict)
-    packed: dict[tuple[int, str], Copies] = field(default_factory=dict)
+    packed: dict[tuple[int, str], tuple[Array, Copies]] = field(default_factory=dict)
+    held: list[Array] = field(default_factory=list)
 
     @classmethod
-    def make(cls, subject: Subject, threads: int, seed: int = 0) -> Bench:
+    def make(cls, subject: Subject, threads: int, seed: int = 0, blocks: Blocks | None = None) -> Bench:
         """Makes the inputs and computes the reference. Raises InterpreterError when that fails."""
         inputs = make_inputs(subject, seed)
-        return cls(subject, threads, inputs, expected(subject, inputs))
+        return cls(subject, threads, inputs, expected(subject, inputs), blocks or Blocks())
+
+    def close(self) -> None:
+        """Give the memory back; the bench is of no more use."""
+        for block in [*self.held, *(block for block, _ in self.packed.values())]:
+            self.blocks.give(block)
+        self.held, self.plain, self.packed = [], {}, {}
 
     @cached_property
     def copies(self) -> int:
@@ -101,27 +133,36 @@ class Bench:
         self._forget({*keep, *code.packing.values()})
 
     def _forget(self, keep: Collection[str]) -> None:
-        total = sum(len(c) * c[0][0].nbytes for c in self.packed.values())
+        total = sum(block.size for block, _ in self.packed.values())
         for key in list(self.packed):
             if total > _KEPT and key[1] not in keep:
-                dropped = self.packed.pop(key)
-                total -= len(dropped) * dropped[0][0].nbytes
+                block, _ = self.packed.pop(key)
+                total -= block.size
+                self.blocks.give(block)
 
-    def _packed(self, index: int, packing: str) -> Copies:
+    def _packed(self, index: int, packing: str) -> tuple[Array, Copies]:
         layout = Packing.parse(packing)
-        parts = parts_of_pages([layout.nbytes] * self.copies)
+        block, parts = self.blocks.take([layout.nbytes] * self.copies)
         layout.pack(self.inputs[index], parts[0].view(DType(layout.stored).np).reshape(layout.shape))
         for other in parts[1:]:
             other[...] = parts[0]
-        return [(part,) for part in parts]
+        return block, [(part,) for part in parts]
 
     def _plain(self, index: int) -> Copies:
         arg = self.subject.kernel.args[index]
         if isinstance(arg.type, KVType):
-            return copied(self.cache_before(index), self.copies)
+            return self._copied(self.cache_before(index))
         array = as_aligned(pack(self.inputs[index], ""))
         once = self.copies == 1 or not self.subject.is_constant(index)
-        return [(array,)] * self.copies if once else copied([array], self.copies)
+        return [(array,)] * self.copies if once else self._copied([array])
+
+    def _copied(self, arrays: Sequence[Array]) -> Copies:
+        """All copies of ``arrays``, which belong together."""
+        block, parts = self.blocks.take([a.nbytes for a in arrays] * self.copies)
+        self.held.append(block)
+        for i, part in enumerate(parts):
+            part[...] = arrays[i % len(arrays)].reshape(-1).view(np.uint8)
+        return [tuple(parts[i : i + len(arrays)]) for i in range(0, len(parts), len(arrays))]
 
     def cache_before(self, index: int) -> tuple[Array, Array]:
         """A cache as it is before a call."""
@@ -132,14 +173,7 @@ class Bench:
         found: list[int] = []
         for i in range(len(self.subject.kernel.args)):
             packing = code.packing.get(i, "")
-            memory = self.packed[i, packing] if packing else changed.get(i) or self.plain[i]
+            memory = self.packed[i, packing][1] if packing else changed.get(i) or self.plain[i]
             found += map(address, memory[copy])
         return found
 
-
-def copied(arrays: Sequence[Array], count: int) -> Copies:
-    """So many copies of ``arrays``, together in large pages."""
-    parts = parts_of_pages([a.nbytes for a in arrays] * count)
-    for i, part in enumerate(parts):
-        part[...] = arrays[i % len(arrays)].reshape(-1).view(np.uint8)
-    return [tuple(parts[i : i + len(arrays)]) for i in range(0, len(parts), len(arrays))]

@@ -15,7 +15,7 @@ from tilewright.codegen.target import parse_target
 from tilewright.codegen.trial import shim
 from tilewright.costmodel.measurement import AbandonedError, Effort, isolated
 from tilewright.ir import TilewrightError
-from tilewright.measuring_bench import Bench
+from tilewright.measuring_bench import Bench, Blocks
 from tilewright.measuring_helper import serve
 from tilewright.measuring_inputs import Subject
 from tilewright.measuring_trial import Candidate, trial
@@ -36,16 +36,20 @@ def _candidate(said: Mapping[str, Any]) -> Candidate:
 class Server:
     """Answers ``open`` (a workload) and ``trial`` (a candidate of it)."""
 
-    bench: Bench | None = None
+    def __init__(self) -> None:
+        self.bench: Bench | None = None
+        self.blocks = Blocks()
 
     def answer(self, request: Mapping[str, Any], _: bytes = b"") -> tuple[Mapping[str, Any], bytes]:
         return (self.open(request) if "kernel" in request else self.trial(request)), b""
 
     def open(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        self.bench = None  # its memory is needed
+        if self.bench is not None:
+            self.bench.close()
+        self.bench = None
         try:
             subject = Subject.parse(request["kernel"], dict(request["sizes"]), parse_target(request["target"]))
-            self.bench = Bench.make(subject, request["threads"], request["seed"])
+            self.bench = Bench.make(subject, request["threads"], request["seed"], self.blocks)
         except (TilewrightError, ValueError, KeyError, MemoryError) as error:
             return {"refused": f"{type(error).__name__}: {error}"}
         return {"bytes_moved": subject.bytes_moved()}
