@@ -199,7 +199,7 @@ class _Linear:
                 panel, row = tasks.index % self.packing.panels, tasks.index // self.packing.panels * height
             else:
                 panel, row = tasks.index // blocks, tasks.index % blocks * height
-            rows = height.min(self.m - row)
+            rows = height.min(self.m - row).max(0)  # whole tiles may reach past M a block early
             if self.corrections:
                 with kernel.when(row.ne(tasks.values[0])):
                     self._correct(row, rows)

@@ -97,6 +97,17 @@ def test_tasks_split_anywhere() -> None:
     assert np.array_equal(subject.run(rows), subject.run(rows, pieces=7))
 
 
+def test_blocks_of_rows_that_are_no_whole_tiles() -> None:
+    """Whole tiles in each block cover M before the last block: that one has nothing to do, and writes nothing."""
+    m = 26 * 48
+    subject = case("native", LinearSpec(n=17, k=8), tile_m=5, tile_v=2, block_m=48)
+    x = random_array(subject.rng, (m, 8), "f32")
+    y = aligned((m + 64, 17), "f32", fill=7)
+    subject.kernel(0, subject.spec.tasks(subject.schedule, subject.target, m), (m,), (x, *subject.packed, y))
+    assert_close(y[:m], subject.expected(x), "f32")
+    assert np.all(y[m:] == 7)
+
+
 def test_a_nan_stays_in_its_row() -> None:
     """An odd K must not read its neighbour's numbers, not even to multiply them by zero."""
     subject = case("x86-64-v4+bf16", LinearSpec(20, 33, "bf16", "bf16", "f32"))
