@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,37 @@ from tilewright.costmodel.scores import Point
 from tilewright.costmodel.sealed import write_beside
 from tilewright.costmodel.workload import Measurement
 
+Figure = dict[str, Any]
+"""A figure of plotly."""
+_STYLE = "body{font:15px sans-serif;margin:2em} table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:left}"
 
-def tuning_curve(
-    trials: Sequence[tuple[str, Measurement]], path: str | Path, weights: Mapping[str, float] | None = None
-) -> None:
+
+def write_page(path: str | Path, title: str, parts: Sequence[Figure | str]) -> None:
+    """A page of figures and of HTML, in order. Raises OSError when ``path`` cannot be written."""
+    import plotly.io
+
+    body = [f"<h1>{escape(title)}</h1>"]
+    for i, part in enumerate(parts):
+        if not isinstance(part, str):
+            needed = not any(isinstance(before, dict) for before in parts[:i])  # the first brings the library
+            part = plotly.io.to_html(part, include_plotlyjs=needed, full_html=False, div_id=f"plot{i}", validate=True)
+        body.append(part)
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    write_beside(path, f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>\n".encode())
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts."""
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return f"<table><tr>{top}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def tuning_curve(trials: Sequence[tuple[str, Measurement]], weights: Mapping[str, float] | None = None) -> Figure:
     """The best ratio to the baseline so far, by trial, of each kernel and overall.
 
     ``trials``: name of the task and measurement, in the order measured. Overall is the weighted time of all tasks relative
-    to that of their baselines, ``weights`` being 1 where not given. Raises OSError when ``path`` cannot be written.
+    to that of their baselines, ``weights`` being 1 where not given.
     """
     curves = best_so_far(trials)
     series = [
@@ -47,14 +71,11 @@ def tuning_curve(
         "xaxis": {"title": {"text": "trial"}},
         "yaxis": {"title": {"text": "best time relative to the baseline"}, "type": "log"},
     }
-    _write([whole, *series], layout, path)
+    return _figure([whole, *series], layout)
 
 
-def predicted_against_measured(points: Sequence[Point], path: str | Path) -> None:
-    """What a model predicted against what was measured, both relative to the workload's mean, a colour a family.
-
-    Raises OSError when ``path`` cannot be written.
-    """
+def predicted_against_measured(points: Sequence[Point]) -> Figure:
+    """What a model predicted against what was measured, both relative to the workload's mean, a colour a family."""
     families = sorted({point.family for point in points})
     series: list[dict[str, Any]] = [
         {
@@ -72,11 +93,11 @@ def predicted_against_measured(points: Sequence[Point], path: str | Path) -> Non
         line = {"color": "grey", "dash": "dot"}
         series.append({"type": "scatter", "mode": "lines", "line": line, "name": "exact", "x": ends, "y": ends})
     layout = {
-        "title": {"text": "Predicted against measured, on workloads never trained on"},
+        "title": {"text": "Predicted against measured"},
         "xaxis": {"title": {"text": "measured time relative to the workload's mean"}, "type": "log"},
         "yaxis": {"title": {"text": "predicted"}, "type": "log"},
     }
-    _write(series, layout, path)
+    return _figure(series, layout)
 
 
 def best_so_far(trials: Sequence[tuple[str, Measurement]]) -> dict[str, list[tuple[int, float]]]:
@@ -101,9 +122,5 @@ def _overall(trials: Sequence[tuple[str, Measurement]], weights: Mapping[str, fl
         yield sum(base[task] * best[task] for task in base) / total if total else None
 
 
-def _write(series: Sequence[Mapping[str, Any]], layout: Mapping[str, Any], path: str | Path) -> None:
-    import plotly.io
-
-    figure = {"data": list(series), "layout": {"template": "plotly_white", "hovermode": "closest", **layout}}
-    page = plotly.io.to_html(figure, include_plotlyjs=True, full_html=True, div_id="plot", validate=True)
-    write_beside(path, page.encode())
+def _figure(series: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> Figure:
+    return {"data": list(series), "layout": {"template": "plotly_white", "hovermode": "closest", **layout}}

@@ -92,7 +92,7 @@ def cross_validate(
         rest = [t for other, part in enumerate(parts) if other != index for t in part]
         model = train(rest, recipe, seed)
         rows += list(_rows(model, held))
-        points += [point for trials in held for point in _points(model, trials)]
+        points += [point for trials in held for point in points_of(model, trials)]
     return HeldOut(_by_family(rows), points)
 
 
@@ -175,7 +175,8 @@ def _rule(trials: Trials, times: Floats) -> float:
     return math.log(float(np.median(np.array(baselines))))
 
 
-def _points(model: CostModel, trials: Trials) -> Iterator[Point]:
+def points_of(model: CostModel, trials: Trials) -> Iterator[Point]:
+    """Each candidate of a workload, for a plot."""
     times = log_times(trials.measurements)
     there = ~np.isnan(times)
     if not np.any(there):

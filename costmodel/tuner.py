@@ -84,6 +84,8 @@ class TuningResult:
     gain: float
     history: tuple[tuple[str, Measurement], ...]
     interrupted: bool = False
+    model: CostModel | None = None
+    """What guided the search."""
 
 
 @dataclass
@@ -141,7 +143,7 @@ class Tuner:
             interrupted = True
         rows = tuple(self._settle(interrupted))
         gain = mean_ratio([(row.seconds * row.task.weight, row.ratio) for row in rows])
-        return TuningResult(rows, self.trials, self.seconds, gain, tuple(self.history), interrupted)
+        return TuningResult(rows, self.trials, self.seconds, gain, tuple(self.history), interrupted, self.model)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 

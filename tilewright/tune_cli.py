@@ -49,20 +49,20 @@ def model_command(
     threads: Annotated[int | None, typer.Option("--threads")] = None,
     runner: Annotated[Literal["local", "ray"], typer.Option(help="Where to measure.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; a running one is found if left out.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a page with the tuning curves.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Write a page (HTML) with results and curves.")] = None,
 ) -> None:  # fmt: skip
     """Tune the kernels of a model. Ctrl-C ends it with what was found; the same command with --resume goes on."""
     from tilewright.costmodel.jobs import Job, parse_duration, read_job
 
     if model.suffix in (".yaml", ".yml"):
-        run_job(model, read_job(model), resume, plot)
+        run_job(model, read_job(model), resume, page)
         return
     seconds = parse_duration(budget) if budget else None if trials else parse_duration("10m")
     job = Job(
         model=str(model), passes=passes, target=target, dtype=dtype, max_length=max_length, sizes=sizes_of(size or []),
         budget=seconds, trials=trials, seed=seed, db=db, threads=threads, runner=runner, address=address,
     )  # fmt: skip
-    report(execute(job, resume), plot)
+    report(execute(job, resume), page)
 
 
 def sizes_of(words: list[str]) -> dict[str, int]:
@@ -73,7 +73,7 @@ def sizes_of(words: list[str]) -> dict[str, int]:
         raise typer.BadParameter(f"--size takes NAME=NUMBER, got {' '.join(words)}") from None
 
 
-def run_job(path: Path, job: Job, resume: bool, plot: Path | None) -> None:
+def run_job(path: Path, job: Job, resume: bool, page: Path | None) -> None:
     """Run a job file; its results and curves go beside it."""
     from tilewright.codegen.store import compiler_version
     from tilewright.costmodel.jobs import write_results
@@ -83,7 +83,7 @@ def run_job(path: Path, job: Job, resume: bool, plot: Path | None) -> None:
     rows = [kernel_result(row) for row in result.rows]
     written = write_results(path, job, compiler=compiler_version(), host=host_name(), kernels=rows, trials=result.trials,
                             seconds=result.seconds)  # fmt: skip
-    report(result, plot or path.with_suffix(".html"))
+    report(result, page or path.with_suffix(".html"))
     typer.echo(f"wrote {written}")
 
 
@@ -134,34 +134,49 @@ def progress_line() -> Iterator[Callable[[Progress], None]]:
         yield _Line(bar, bar.add_task("tracing the model", total=1.0))
 
 
-def report(result: TuningResult, plot: Path | None) -> None:
+def report(result: TuningResult, page: Path | None) -> None:
     """Print what was found, and draw it."""
     from rich.console import Console
+    from rich.table import Table
 
-    from tilewright.costmodel.plots import tuning_curve
-
-    Console().print(table(result))
-    if plot is not None:
-        tuning_curve(result.history, plot, {row.task.name: row.task.weight for row in result.rows})
-        typer.echo(f"wrote {plot}")
+    shown = Table(*HEAD, title=title(result))
+    for cells in rows(result):
+        shown.add_row(*cells)
+    Console().print(shown)
+    if page is not None:
+        write_report(result, page)
+        typer.echo(f"wrote {page}")
     if result.interrupted:
         typer.echo("interrupted; the same command with --resume goes on from here", err=True)
 
 
-def table(result: TuningResult) -> Any:
-    """A row for each kernel, those first in which most time is spent."""
-    from rich.table import Table
+HEAD = ("kernel", "share", "default", "tuned", "tried", "failed", "schedule")
 
+
+def title(result: TuningResult) -> str:
     tried = f"{result.trials} schedules tried in {result.seconds:.0f} s"
-    title = f"{tried}: kernels take {result.gain:.3f} of the default's time"
-    shown = Table("kernel", "share", "default", "tuned", "tried", "failed", "schedule", title=title)
+    return f"{tried}: kernels take {result.gain:.3f} of the default's time"
+
+
+def rows(result: TuningResult) -> Iterator[tuple[str, ...]]:
+    """The cells of each kernel, those first in which most time is spent."""
     total = sum(row.seconds * row.task.weight for row in result.rows) or 1.0
     for row in sorted(result.rows, key=lambda row: -row.seconds * row.task.weight):
         changed = row.schedule if row.schedule != row.task.space.default.text else "the default"
         share = row.seconds * row.task.weight / total
-        shown.add_row(row.task.name, f"{share:.1%}", f"{row.seconds * 1e6:.1f} us", f"{row.ratio:.3f}", str(row.trials),
-                      failures(row.failures), changed)  # fmt: skip
-    return shown
+        numbers = (f"{share:.1%}", f"{row.seconds * 1e6:.1f} us", f"{row.ratio:.3f}", str(row.trials))
+        yield (row.task.name, *numbers, failures(row.failures), changed)
+
+
+def write_report(result: TuningResult, page: Path) -> None:
+    """A page with the table, the curves, and what the cost model would have said where it knows the kernels."""
+    from tilewright.costmodel.plots import html_table, predicted_against_measured, tuning_curve, write_page
+    from tilewright.tuning import predictions
+
+    curve = tuning_curve(result.history, {row.task.name: row.task.weight for row in result.rows})
+    parts = [html_table(HEAD, rows(result)), curve]
+    points = predictions(result)
+    write_page(page, title(result), [*parts, predicted_against_measured(points)] if points else parts)
 
 
 def failures(counts: Mapping[str, int]) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tilewright.codegen.store import compiler_version
 from tilewright.codegen.target import CpuTarget, parse_target
 from tilewright.compiler import prepare, trace, with_length
+from tilewright.costmodel.features import Sample, Trials
 from tilewright.costmodel.picks import pick
+from tilewright.costmodel.scores import Point, points_of
 from tilewright.costmodel.search import RandomSearch, Search
 from tilewright.costmodel.tuner import Budget, Progress, Tuner, TuningResult
 from tilewright.costmodel.workload import Runner, Task
@@ -113,6 +115,20 @@ def strategy(tasks: Sequence[Task], model: CostModel | None) -> Callable[[Task, 
     picked = pick(tasks, model) if model is not None else []
     hints = {task.workload.key: [p.choice.text] for task, p in zip(tasks, picked) if p is not None}
     return lambda task, seed: Search(task, seed, model, hints=hints.get(task.workload.key, ()))
+
+
+def predictions(result: TuningResult) -> list[Point]:
+    """What the model that guided a job predicts of the schedules that were tried, where it knows their kernels."""
+    found: list[Point] = []
+    for row in result.rows:
+        workload = row.task.workload
+        if result.model is None or not result.model.knows(workload.target, workload.family):
+            continue
+        measured = {m.schedule: m for name, m in result.history if name == row.task.name}
+        parsed = [(row.task.space.parse(text), m) for text, m in measured.items()]
+        samples = tuple(Sample(row.task.features(choice), m) for choice, m in parsed if choice is not None)
+        found += points_of(result.model, Trials(workload, samples))
+    return found
 
 
 def runner_of(name: str, address: str | None) -> Any:

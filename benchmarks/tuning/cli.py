@@ -21,7 +21,7 @@ from tilewright.codegen.target import parse_target
 from tilewright.costmodel.database import Database
 from tilewright.costmodel.dataset import Dataset
 from tilewright.costmodel.model import CostModel
-from tilewright.costmodel.plots import predicted_against_measured
+from tilewright.costmodel.plots import predicted_against_measured, write_page
 from tilewright.costmodel.scores import Scores, cross_validate
 from tilewright.costmodel.shipped import SHIPPED
 from tilewright.costmodel.training import train as train_model
@@ -57,7 +57,18 @@ def collect(
             collecting.measure(found, database, runner, candidates, seed, typer.echo)
         except KeyboardInterrupt:
             typer.echo("interrupted: the dataset has what there is; the same command goes on", err=True)
-        made = collecting.dataset(database, compiler_version())
+    dataset(compiler_version(), db, out)
+
+
+@app.command()
+def dataset(
+    compiler: Annotated[str, typer.Argument(help="The version that the kernels were measured with.")],
+    db: DbOption = _HOME / "dataset.db",
+    out: Annotated[Path, typer.Option(help="The dataset's file.")] = DATASET,
+) -> None:
+    """Write the dataset of what was measured, with features as they are now."""
+    with Database(db, create=False) as database:
+        made = collecting.dataset(database, compiler)
     made.save(out)
     typer.echo(f"{made.rows} schedules of {len(made.trials)} kernels, {out.stat().st_size / 1e6:.1f} MB, {made.sha256}")
 
@@ -74,7 +85,7 @@ def train(dataset: Path = DATASET, out: Path = SHIPPED, seed: int = 0) -> None:
     }  # fmt: skip
     train_model(data.trials, seed=seed, meta=meta).save(out)
     RESULTS.joinpath("costmodel.md").write_text(page(CostModel.load(out), held.scores))
-    predicted_against_measured(held.points, _HOME / "costmodel.html")
+    write_page(_HOME / "costmodel.html", "Kernels never trained on", [predicted_against_measured(held.points)])
     typer.echo(score_table(held.scores))
     typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB) and {_HOME / 'costmodel.html'}")
 

@@ -84,7 +84,7 @@ class TvmEmitter:
         op = kernel.body[0]
         shape = [eval_dim(d, sizes) for d in op.results[0].shape]
         total, flops = max(product(shape), 1), eval_dim(op.flops(), sizes)
-        last = {f"axis{i}": log2(d) for i, d in enumerate(reversed(shape[-4:]), 1)}
+        last = {f"axis{i}": log2(d) for i, d in enumerate(reversed((1, 1, 1, 1, *shape)[-4:]), 1)}
 
         def describe(schedule: Schedule) -> dict[str, float]:
             assert isinstance(schedule, TvmSchedule)

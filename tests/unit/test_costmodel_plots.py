@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.costmodel.plots import _overall, best_so_far, predicted_against_measured, tuning_curve
+from tilewright.costmodel.plots import (
+    _overall,
+    best_so_far,
+    html_table,
+    predicted_against_measured,
+    tuning_curve,
+    write_page,
+)
 from tilewright.costmodel.scores import Point
 from tilewright.costmodel.workload import Measurement
 
@@ -27,21 +34,21 @@ def test_overall_weighs_by_time() -> None:
     assert list(_overall(TRIALS, {"a": 3.0})) == pytest.approx([1, 1, 1, 4.5 / 6, 4.5 / 6, 4.5 / 6])
 
 
-def test_pages_need_nothing_else(tmp_path: Path) -> None:
-    tuning_curve(TRIALS, tmp_path / "curve.html")
+def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     points = [Point("linear", 0.1, 0.2), Point("linear", -0.4, -0.3), Point("loops", 0.0, 0.5)]
-    predicted_against_measured(points, tmp_path / "points.html")
-    for name, words in (("curve.html", ("overall", "a2", "trial")), ("points.html", ("linear", "loops", "measured"))):
-        page = (tmp_path / name).read_text()
-        assert all(f'"{word}"' in page or word in page for word in words)
-        assert "<script src=" not in page
-    before = (tmp_path / "curve.html").read_bytes()
-    tuning_curve(TRIALS, tmp_path / "curve.html")
-    assert (tmp_path / "curve.html").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.html", "points.html"]
+    parts = [html_table(["kernel"], [["a<b"]]), tuning_curve(TRIALS), predicted_against_measured(points)]
+    write_page(tmp_path / "page.html", "Tuning & more", parts)
+    page = (tmp_path / "page.html").read_text()
+    for word in ("Tuning &amp; more", "<td>a&lt;b</td>", '"overall"', '"a2"', '"loops"', '"plot1"', '"plot2"'):
+        assert word in page
+    assert "<script src=" not in page
+    assert page.count("plotly.js v") == 1, "the library is there once"
+    before = (tmp_path / "page.html").read_bytes()
+    write_page(tmp_path / "page.html", "Tuning & more", parts)
+    assert (tmp_path / "page.html").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html"]
 
 
 def test_nothing_measured_yet_is_a_page_too(tmp_path: Path) -> None:
-    tuning_curve([], tmp_path / "curve.html")
-    predicted_against_measured([], tmp_path / "points.html")
-    assert (tmp_path / "points.html").stat().st_size > 1000
+    write_page(tmp_path / "page.html", "Empty", [tuning_curve([]), predicted_against_measured([])])
+    assert (tmp_path / "page.html").stat().st_size > 1000
