@@ -99,7 +99,7 @@ def test_tasks_split_anywhere() -> None:
 
 def test_blocks_of_rows_that_are_no_whole_tiles() -> None:
     """Whole tiles in each block cover M before the last block: that one has nothing to do."""
-    subject = case("native", LinearSpec(256, 1536, "bf16", "bf16", "bf16"), tile_m=5, tile_v=2, block_m=48)
+    subject = case("native", LinearSpec(256, 1536, "bf16", "bf16", "bf16", bias="bf16"), tile_m=5, tile_v=2, block_m=48)
     x = random_array(subject.rng, (2048, 1536), "bf16")
     assert_close(subject.run(x), subject.expected(x), "bf16")
 
