@@ -157,7 +157,7 @@ class Effort:
     A sample is as many calls as take ``sample`` seconds. At least ``least`` samples are taken, and more until the median
     is known to ``precision`` (spread over the square root of their number) or ``budget`` seconds are over. When the
     baseline moved by more than ``drift`` meanwhile, all is done once more. What takes ``hopeless`` times as long as the
-    baseline is not measured finely.
+    baseline is not measured finely. A call of a quarter of the budget is a sample even when it is the first.
     """
 
     budget: float = 0.2
@@ -204,10 +204,14 @@ class Probe:
         end = self.clock()
         return (start + end) / 2, max(end - start, 1e-9) / self.calls
 
-    def warm(self) -> float:
-        """Run until a sample is as long as it should be; gives the seconds of a call."""
+    def warm(self, long: float) -> float:
+        """Run until a sample is as long as it should be; gives the seconds of a call: a sample too if it is ``long``."""
         while True:
-            _, each = self.read()
+            at, each = self.read()
+            if each >= long:
+                self.at.append(at)
+                self.seconds.append(each)
+                return each
             wanted = min(math.ceil(self.sample / each), _MOST_CALLS)
             if wanted <= 2 * self.calls:
                 return each
@@ -240,9 +244,11 @@ def compare(
 
 def _attempt(candidate: Calls, baseline: Calls, effort: Effort, clock: Clock) -> Timing:
     own, base = Probe(candidate, clock, effort.sample), Probe(baseline, clock, effort.sample)
-    least = 2 if own.warm() > effort.hopeless * base.warm() else effort.least
-    start = clock()
-    base.take()
+    start, long = clock(), effort.budget / 4
+    least = 2 if own.warm(long) > effort.hopeless * base.warm(long) else effort.least
+    if not base.seconds:
+        start = clock()
+        base.take()
     while not _enough(own, base, effort, least, clock() - start):
         own.take()
         own.take()
@@ -252,11 +258,11 @@ def _attempt(candidate: Calls, baseline: Calls, effort: Effort, clock: Clock) ->
 
 def _enough(own: Probe, base: Probe, effort: Effort, least: int, spent: float) -> bool:
     count = len(own.seconds)
-    if count < 2 or (count < least and spent < effort.budget):
+    if spent >= effort.budget:
+        return count > 0
+    if count < least:
         return False
-    if spent >= effort.budget or least < effort.least:
-        return True
-    return spread(ratios(own, base)) / math.sqrt(count) < effort.precision
+    return least < effort.least or spread(ratios(own, base)) / math.sqrt(count) < effort.precision
 
 
 def ratios(own: Probe, base: Probe) -> np.ndarray[Any, Any]:
@@ -269,8 +275,9 @@ def _timing(own: Probe, base: Probe) -> Timing:
     kept = inliers(found)
     seconds = float(np.median(np.asarray(own.seconds)[kept]))
     steps = np.abs(np.diff(base.seconds)) / np.minimum(base.seconds[:-1], base.seconds[1:])
+    drift = float(np.median(steps)) if len(steps) else 0.0
     baseline = seconds / float(np.median(found[kept]))
-    return Timing(seconds, spread(found[kept]), int(kept.sum()) * own.calls, baseline, float(np.median(steps)))
+    return Timing(seconds, spread(found[kept]), int(kept.sum()) * own.calls, baseline, drift)
 
 
 def inliers(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -26,6 +26,8 @@ from tilewright.measuring_trial import Candidate
 _OPENING = 300.0
 """Seconds that making the inputs and the reference of a workload may take."""
 _GRACE = 30.0
+_SLOWEST = 2e10
+"""Operations a second; what is so slow that all its calls together do not reach this has no chance."""
 _GROUP = 64  # candidates that are compiled before they are measured
 
 
@@ -39,6 +41,7 @@ class _Open:
 
     workload: Workload
     bytes_moved: float
+    flops: float
     baseline: str = ""
     made: Made | None = None
     sound: bool = False
@@ -47,8 +50,9 @@ class _Open:
 class LocalRunner:
     """Measures schedules on this machine, one at a time, each in a process of its own.
 
-    A candidate may take ``timeout`` seconds in all. Code that is equal to that of another schedule of the workload is not
-    timed again, but a schedule that is asked for again is. ``compiler`` makes the code; ``seed`` is that of the inputs.
+    A candidate may take ``timeout`` seconds in all, and more where a call is long. Code that is equal to that of another
+    schedule of the workload is not timed again, but a schedule that is asked for again is. ``compiler`` makes the code;
+    ``seed`` is that of the inputs.
 
     A baseline that fails (it should not: that is a bug of the compiler) leaves the others without ``baseline``.
     """
@@ -114,16 +118,17 @@ class LocalRunner:
             raise MeasuringError(f"{workload.family} kernel: making its inputs and reference: {error}") from None
         if "refused" in answer:
             raise MeasuringError(f"{workload.family} kernel with {dict(workload.sizes)}: {answer['refused']}")
-        self.opened = _Open(workload, answer["bytes_moved"])
+        self.opened = _Open(workload, answer["bytes_moved"], answer["flops"])
         return self.opened
 
     def ask(self, opened: _Open, candidate: Candidate, baseline: Candidate | None) -> dict[str, Any]:
         """The measuring process's answer. When that process ends, the candidate is what ended it."""
         self._open(opened.workload)
+        timeout = self.timeout + opened.flops / _SLOWEST
         request = {"candidate": described(candidate), "baseline": baseline and described(baseline),
-                   "timeout": self.timeout, "effort": asdict(self.spent)}  # fmt: skip
+                   "timeout": timeout, "effort": asdict(self.spent)}  # fmt: skip
         try:
-            return self.server.ask(request, seconds=self.timeout + _GRACE)[0]
+            return self.server.ask(request, seconds=timeout + _GRACE)[0]
         except HelperError as error:
             self.opened = None
             return {"status": "timeout" if error.late else "crashed", "error": f"the measuring process: {error}"}

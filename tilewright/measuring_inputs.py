@@ -69,6 +69,10 @@ class Subject:
                 total += self.batch(value) * (layout.k_bytes + layout.v_bytes)
         return total
 
+    def flops(self) -> int:
+        """Floating-point operations of a call."""
+        return sum(eval_dim(op.flops(), self.dims) for op in self.kernel.body)
+
     def is_constant(self, index: int) -> bool:
         """Whether an argument is taken for a weight, which each layer of a model has its own of.
 

@@ -52,7 +52,7 @@ class Server:
             self.bench = Bench.make(subject, request["threads"], request["seed"], self.blocks)
         except (TilewrightError, ValueError, KeyError, MemoryError) as error:
             return {"refused": f"{type(error).__name__}: {error}"}
-        return {"bytes_moved": subject.bytes_moved()}
+        return {"bytes_moved": subject.bytes_moved(), "flops": subject.flops()}
 
     def trial(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """``{"status": ...}`` with what ``trial`` gives, or with an error."""
