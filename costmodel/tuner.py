@@ -84,7 +84,7 @@ class TuningResult:
     gain: float
     history: tuple[tuple[str, Measurement], ...]
     interrupted: bool = False
-    model: CostModel | None = None
+    model: CostModel | None = field(default=None, repr=False)
     """What guided the search."""
 
 
@@ -152,7 +152,8 @@ class Tuner:
         for i, task in enumerate(self.tasks):
             self.states.append(_State(task, self._search(task, i)))
         for state in self.states:
-            self._measure(state, [state.task.space.default], "defaults")
+            if not self._spent():
+                self._measure(state, [state.task.space.default], "defaults")
             state.done = state.best is None  # without a time of the default there is nothing to compare with
         for members in grouped(self.tasks):
             if len(members) > 1:
@@ -164,12 +165,14 @@ class Tuner:
         options = [by_layout(state.task, self._rng(i, "layouts")) for i, state in zip(members, states)]
         costs = {}
         for layout in common(options):
-            if layout != states[0].task.layout(states[0].task.space.default) and self._spent():
+            if self._spent() or self._room() < len(states):
                 break
             for state, own in zip(states, options):
                 self._measure(state, [self._likeliest(state.task, own[layout])], "layouts")
             costs[layout] = sum(self._best_seconds(state, layout) * state.task.weight for state in states)
-        chosen = min(costs, key=lambda layout: costs[layout])
+        chosen = min(costs, key=lambda layout: costs[layout], default=None)
+        if chosen is None:
+            return
         for i, state, own in zip(members, states, options):
             start = min(own[chosen], key=lambda c: (self._known_ratio(state, c), c.text))
             state.task = held(state.task, chosen, start)

@@ -30,7 +30,7 @@ from tilewright.passes.plan_memory import PlanMemory
 from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter, refuse_foreign
-from tilewright.schedules import choose_schedules
+from tilewright.schedules import SHIPPED, choose_schedules
 
 Progress = Callable[[str, int, int], None]
 _CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -51,7 +51,7 @@ def compile(
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     db: str | os.PathLike[str] | None = None,
-    cost_model: str | os.PathLike[str] | None = None,
+    cost_model: str | os.PathLike[str] | None = SHIPPED,
     sizes: Mapping[str, int] | None = None,
 ) -> Compiled:
     """Compile a model.
@@ -116,7 +116,7 @@ def lower(
     stages: Stages | None = None,
     errors: bool = False,
     db: str | os.PathLike[str] | None = None,
-    cost_model: str | os.PathLike[str] | None = None,
+    cost_model: str | os.PathLike[str] | None = SHIPPED,
     sizes: Mapping[str, int] | None = None,
 ) -> Compiled:
     """Run the passes on ``module`` (in place), generate code and write the artifact."""

@@ -47,7 +47,7 @@ def tune(
     seed: int = 0,
     resume: bool = False,
     threads: int | None = None,
-    cost_model: str | os.PathLike[str] | None = None,
+    cost_model: str | os.PathLike[str] | None = SHIPPED,
     runner: Runner | str = "local",
     address: str | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
