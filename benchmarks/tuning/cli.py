@@ -1,6 +1,6 @@
 """Schedules: measure a dataset, train the cost model on it, and see what model, defaults and tuning are worth.
 
-``collect`` and ``train`` make what ships with the package: costmodel/shipped.dataset and costmodel/shipped.model.
+``collect`` and ``train`` make what ships with the package: benchmarks/tuning/znver4.dataset and costmodel/shipped.model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tilewright.workloads import host_name
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(comparisons.metaschedule)
 app.command()(comparisons.searching)
-DATASET = SHIPPED.with_name("shipped.dataset")
+DATASET = Path(__file__).with_name("znver4.dataset")
 RESULTS = ROOT / "benchmarks" / "results"
 DbOption = Annotated[Path, typer.Option("--db", help="Where measurements are kept.")]
 _HOME = default_cache() / "tuning"
