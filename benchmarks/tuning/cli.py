@@ -16,13 +16,14 @@ import typer
 from benchmarks.peers.workplace import ROOT, default_cache
 from benchmarks.tuning import collect as collecting
 from benchmarks.tuning import comparisons
+from benchmarks.tuning.worth import worth
 from tilewright.codegen.store import compiler_version
 from tilewright.codegen.target import parse_target
 from tilewright.costmodel.database import Database
 from tilewright.costmodel.dataset import Dataset
 from tilewright.costmodel.model import CostModel
 from tilewright.costmodel.plots import predicted_against_measured, write_page
-from tilewright.costmodel.scores import Scores, cross_validate
+from tilewright.costmodel.scores import Scores, cross_validate, kernel_of
 from tilewright.costmodel.shipped import SHIPPED
 from tilewright.costmodel.training import train as train_model
 from tilewright.measuring import LocalRunner
@@ -32,6 +33,7 @@ from tilewright.workloads import host_name
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(comparisons.metaschedule)
 app.command()(comparisons.searching)
+app.command()(worth)
 DATASET = Path(__file__).with_name("znver4.dataset")
 RESULTS = ROOT / "benchmarks" / "results"
 DbOption = Annotated[Path, typer.Option("--db", help="Where measurements are kept.")]
@@ -78,19 +80,20 @@ def train(dataset: Path = DATASET, out: Path = SHIPPED, seed: int = 0) -> None:
     """Train the cost model, with its scores on kernels that it did not learn from."""
     data = Dataset.load(dataset)
     held = cross_validate(data.trials, seed=seed)
+    strict = cross_validate(data.trials, seed=seed, group=kernel_of)
     meta = {
         "dataset": data.sha256, "rows": data.rows, "kernels": len(data.trials), "compiler": data.compiler,
         "host": host_name(), "date": datetime.now(UTC).date().isoformat(),
         "scores": {family: asdict(scores) for family, scores in held.scores.items()},
     }  # fmt: skip
     train_model(data.trials, seed=seed, meta=meta).save(out)
-    RESULTS.joinpath("costmodel.md").write_text(page(CostModel.load(out), held.scores))
+    RESULTS.joinpath("costmodel.md").write_text(page(CostModel.load(out), held.scores, strict.scores))
     write_page(_HOME / "costmodel.html", "Kernels never trained on", [predicted_against_measured(held.points)])
     typer.echo(score_table(held.scores))
     typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB) and {_HOME / 'costmodel.html'}")
 
 
-def page(model: CostModel, scores: Mapping[str, Scores]) -> str:
+def page(model: CostModel, scores: Mapping[str, Scores], strict: Mapping[str, Scores]) -> str:
     """The results page."""
     meta = model.meta
     size = f"{meta['rows']} schedules of {meta['kernels']} kernels"
@@ -103,6 +106,10 @@ candidate over that of the best of the model's picks, a mean over kernels; `rand
 the schedule by rule. Candidates are the one by rule, some near it, and any.
 
 {score_table(scores)}
+
+The same with all sizes of a kernel's symbolic dims in one part:
+
+{score_table(strict)}
 """
 
 

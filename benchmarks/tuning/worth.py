@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import typer
 
 import tilewright
 from benchmarks.peers.figures import Spread
 from benchmarks.peers.peer import prompt
-from benchmarks.peers.shapes import Shape
+from benchmarks.peers.shapes import SHAPES, Shape
+from benchmarks.peers.workplace import ROOT, Workplace, default_cache
 from tilewright.codegen.store import compiler_version
+from tilewright.codegen.target import host_target
 from tilewright.costmodel.choice import decide
 from tilewright.costmodel.database import Database
 from tilewright.costmodel.model import CostModel
 from tilewright.costmodel.picks import pick
+from tilewright.costmodel.shipped import load_model
 from tilewright.costmodel.workload import Measurement, Runner, Task
+from tilewright.measuring import LocalRunner
+from tilewright.runtime.host import default_threads
+from tilewright.tuning import module_of, tunable
+from tilewright.workloads import host_name
 
 _LONG = 4.0
+CAPACITY = 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,78 @@ def kernels(tasks: Sequence[Task], model: CostModel, database: Database, runner:
     return found
 
 
+RECIPES = {"S": ("w8a8", "bf16"), "M": ("w4a8", "bf16"), "L": ("w4a8", "bf16"), "E": ("O2", "f32")}
+"""How each model is compiled: passes and element type."""
+
+
+DB = default_cache() / "tuning" / "worth.db"
+
+
+def worth(
+    models: Annotated[str, typer.Option("--models", "-m", help="Some of S,M,L,E.")] = "S,M,L,E",
+    budget: Annotated[str, typer.Option(help="Time to tune each of them.")] = "10m",
+    db: Annotated[Path, typer.Option("--db", help="Where measurements are kept.")] = DB,
+    rounds: Annotated[int, typer.Option(help="Turns of the whole models.")] = 15,
+    out: Path = ROOT / "benchmarks" / "results" / "tuning.json",
+) -> None:
+    """Tune models (made by `python -m benchmarks.peers models`) and compare schedules: by rule, as predicted, as tuned."""
+    results = json.loads(out.read_text()) if out.exists() else {}
+    for name in models.split(","):
+        results[name] = one(SHAPES[name], budget, db, rounds)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        out.with_suffix(".md").write_text(page(results))
+        typer.echo(page({name: results[name]}))
+
+
+def one(shape: Shape, budget: str, db: Path, rounds: int) -> dict[str, Any]:
+    """What tuning one model gives."""
+    folder, (passes, dtype) = Workplace(default_cache()).model(shape.name) / "hf", RECIPES[shape.name]
+    length = None if shape.is_encoder else CAPACITY
+    sizes = {"B": 1, "S": 128} if shape.is_encoder else {"B": 1, "S": 512}
+    more: dict[str, Any] = {"passes": passes, "dtype": dtype, "max_length": length}
+    result = tilewright.tune(folder, **more, sizes=sizes, budget=budget, db=db, resume=True)
+    target = host_target()
+    module = module_of(folder, (), {}, None, passes, length, dtype, None, target)
+    tasks = tunable(module, target, default_threads(), sizes)
+    with Database(db) as database, LocalRunner() as runner:
+        rows = kernels(tasks, load_model(), database, runner)
+    choices = {"rule": {"cost_model": None}, "predicted": {}, "tuned": {"db": db}}
+    speeds = end_to_end(shape, folder, more, {name: {**given, "sizes": sizes} for name, given in choices.items()}, rounds)
+    return {
+        "recipe": f"{passes} {dtype}", "trials": result.trials, "seconds": round(result.seconds),
+        "date": datetime.now(UTC).date().isoformat(), "host": host_name(),
+        "kernels": [{**asdict(row), "share": row.share} for row in rows],
+        "default_of_tuned": geometric_mean([row.share for row in rows]),
+        "slower_than_default": [row.name for row in rows if row.tuned > row.picked],
+        "end_to_end": {name: {kind: asdict(spread) for kind, spread in found.items()} for name, found in speeds.items()},
+    }  # fmt: skip
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    parts = [
+        "# Schedules: by rule, as the cost model predicts, and as tuned",
+        "`default / tuned` is the geometric mean over kernels of the tuned time over that of the schedule that `compile` "
+        "takes unmeasured. Speeds of whole models are medians, taken in turns, relative to schedules by rule.",
+        "| model | trials | default / tuned | kernels | predicted: prefill, decode | tuned: prefill, decode |\n"
+        "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(_line(name, r) for name, r in results.items()),
+    ]
+    for name, r in results.items():
+        rows = [f"| {k['name']} | {k['weight'] * 1e3:.2f} | {k['picked']:.3f} | {k['tuned']:.3f} |" for k in r["kernels"]]
+        head = "| kernel | ms in all | predicted / rule | tuned / rule |\n| --- | --- | --- | --- |\n"
+        parts += [f"## {name}, {r['recipe']}, {r['date']}, {r['host']}", head + "\n".join(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(name: str, result: Mapping[str, Any]) -> str:
+    speeds = {way: {kind: statistics.median(s["values"]) for kind, s in found.items()}
+              for way, found in result["end_to_end"].items()}  # fmt: skip
+    relative = [", ".join(f"{speeds[way][kind] / speeds['rule'][kind]:.3f}" for kind in speeds[way])
+                for way in ("predicted", "tuned")]  # fmt: skip
+    cells = [name, str(result["trials"]), f"{result['default_of_tuned']:.3f}", str(len(result["kernels"])), *relative]
+    return f"| {' | '.join(cells)} |"
+
+
 def _ratio(m: Measurement | None) -> float:
     return m.ratio if m is not None and m.ratio is not None else math.inf
 
@@ -68,26 +156,30 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def end_to_end(shape: Shape, folder: Path, passes: str, dtype: str, choices: dict[str, dict[str, object]], rounds: int
-               ) -> dict[str, dict[str, Spread]]:  # fmt: skip
-    """Tokens a second of prefill and decode with each way to choose schedules, taken in turns.
-
-    ``choices`` gives arguments of ``tilewright.compile`` by name.
-    """
-    speeds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in choices}
-    with tempfile.TemporaryDirectory() as out:
+def end_to_end(shape: Shape, folder: Path, options: Mapping[str, Any], choices: Mapping[str, Mapping[str, Any]],
+               rounds: int) -> dict[str, dict[str, Spread]]:  # fmt: skip
+    """Speeds of a model with each way to choose schedules, taken in turns; ``choices`` are arguments of ``compile``."""
+    speeds: dict[str, dict[str, list[float]]] = {name: {} for name in choices}
+    with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
         sessions = {}
         for name, more in choices.items():
-            path = Path(out, name)
-            tilewright.compile(folder, passes=passes, dtype=dtype, max_length=1024, out=path, **more)  # type: ignore[arg-type]
-            sessions[name] = tilewright.load(path).session()
+            tilewright.compile(folder, **options, **more, out=Path(out, name))
+            sessions[name] = stack.enter_context(tilewright.load(Path(out, name)).session())
         for i in range(rounds + 1):
             for name, session in sessions.items():
-                for kind, speed in turn(session, shape, i).items():
-                    speeds[name][kind] += [speed] if i else []
-        for session in sessions.values():
-            session.close()
+                measured = encoded(session, shape, i) if shape.is_encoder else turn(session, shape, i)
+                for kind, speed in measured.items():
+                    speeds[name].setdefault(kind, []).extend([speed] if i else [])
     return {name: {kind: Spread(tuple(v)) for kind, v in found.items()} for name, found in speeds.items()}
+
+
+def encoded(session: tilewright.Session, shape: Shape, seed: int) -> dict[str, float]:
+    """Texts a second, one of 128 tokens at a time."""
+    ids = np.array([prompt(shape, 128, seed)], np.int64)
+    start = perf_counter()
+    for _ in range(8):
+        session("forward", input_ids=ids, attention_mask=np.ones_like(ids))
+    return {"encode": 8 / (perf_counter() - start)}
 
 
 def turn(session: tilewright.Session, shape: Shape, seed: int) -> dict[str, float]:
