@@ -57,12 +57,12 @@ def candidates(task: Task) -> list[Choice]:
 
 
 def _best_by_layout(task: Task, model: CostModel) -> dict[str, Pick]:
-    """The likeliest schedule of each layout; the default where the model knows nothing."""
+    """The likeliest schedule of each layout; the default where there is no other, or the model knows nothing."""
     default = task.space.default
     layout = task.layout(default)
-    if not model.knows(task.workload.target, task.workload.family):
+    choices = candidates(task) if model.knows(task.workload.target, task.workload.family) else [default]
+    if len(choices) == 1:
         return {layout: Pick(default, 1.0)}
-    choices = candidates(task)
     times = model.members(task.workload.family, [task.features(choice) for choice in choices])
     relative = times - times[:, :1]  # each member's opinion of a schedule beside the default
     ratios = np.exp(relative.mean(axis=0) + _CAUTION * relative.std(axis=0))
