@@ -13,7 +13,8 @@ from tilewright.costmodel.model import CostModel
 from tilewright.costmodel.workload import Choice, Task
 
 _MOST = 4096  # schedules that are looked at; larger spaces are sampled
-_CAUTION = 1.0  # standard deviations by which a schedule must be faster than the default
+_CAUTION = 2.0  # standard deviations that are added to what is predicted
+_CLEARLY = 0.95  # predicted time relative to the default from which on a schedule is taken
 _READ, _COMPUTE = 20e9, 50e9  # bytes and operations a second: how kernels compare with each other, roughly
 
 
@@ -36,12 +37,14 @@ def pick(tasks: Sequence[Task], model: CostModel, held: Mapping[int, str] | None
         options = [_best_by_layout(tasks[i], model) for i in members]
         settled = [held[i] for i in members if held and i in held]
         costs = {layout: _cost([tasks[i] for i in members], options, layout) for layout in settled or options[0]}
+        usual = next(iter(options[0]))
         best = min(costs, key=lambda layout: costs[layout])
-        if not np.isfinite(costs[best]):
-            continue
+        if not settled and costs[best] > _CLEARLY * costs[usual]:
+            best = usual
         for i, option in zip(members, options):
-            chosen = option[best]
-            found[i] = None if chosen.choice.text == tasks[i].space.default.text else chosen
+            chosen = option.get(best)
+            if chosen is not None and chosen.choice.text != tasks[i].space.default.text:
+                found[i] = chosen
     return found
 
 
@@ -66,12 +69,12 @@ def _best_by_layout(task: Task, model: CostModel) -> dict[str, Pick]:
     times = model.members(task.workload.family, [task.features(choice) for choice in choices])
     relative = times - times[:, :1]  # each member's opinion of a schedule beside the default
     ratios = np.exp(relative.mean(axis=0) + _CAUTION * relative.std(axis=0))
-    best = {layout: Pick(default, 1.0)}
+    best = {layout: Pick(default, _CLEARLY)}
     for choice, ratio in zip(choices, ratios.tolist()):
         own = task.layout(choice)
         if own not in best or ratio < best[own].ratio:
             best[own] = Pick(choice, ratio)
-    return best
+    return best | ({layout: Pick(default, 1.0)} if best[layout].choice is default else {})
 
 
 def _cost(tasks: Sequence[Task], options: Sequence[Mapping[str, Pick]], layout: str) -> float:
