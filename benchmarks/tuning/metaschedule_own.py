@@ -49,7 +49,7 @@ class Server:
             if complaint := results.complaint():
                 raise ValueError(f"{schedules[name]}: {complaint}")
             self.timers[name] = Probe(run, time.perf_counter, seconds)
-            self.timers[name].warm()
+            self.timers[name].warm(float("inf"))
         return {"copies": bench.copies}
 
     def candidates(self, workload: Workload, schedules: Mapping[str, str]) -> dict[str, Candidate]:

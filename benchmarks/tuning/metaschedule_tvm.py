@@ -158,7 +158,7 @@ class Server:
         assert self.tuned is not None
         self.tuned.check()
         self.timer = self.tuned.probe(copies, seconds)
-        self.timer.warm()
+        self.timer.warm(float("inf"))
         return {}
 
     def sample(self, name: str = "") -> dict[str, float]:
