@@ -35,7 +35,9 @@ from tilewright.workloads import host_name, kernel_tasks
 
 BATCH = 16
 """Trials after which either search learns from them."""
-ROUNDS, SAMPLE = 25, 0.1
+ROUNDS, SAMPLE = 15, 0.1
+PAUSE = 0.5
+"""Seconds before each sample: the threads of the one before look for work for a while, TVM's for tenths of a second."""
 _HOURS = 3600.0
 _FEW = 16
 THEIRS, RULE, PICK, TUNED, GUIDED = "MetaSchedule", "by rule", "cost model", "tuned", "tuned, cost model"
@@ -137,8 +139,13 @@ def in_turns(runs: Mapping[str, Callable[[], float]], peak: Callable[[], float])
     rounds = []
     for i in range(ROUNDS):
         names = [*runs][i % len(runs) :] + [*runs][: i % len(runs)]
-        rounds.append({"peak": peak(), **{name: runs[name]() for name in names}})
+        rounds.append({name: rested(run) for name, run in (("peak", peak), *((name, runs[name]) for name in names))})
     return rounds
+
+
+def rested(run: Callable[[], float]) -> float:
+    time.sleep(PAUSE)
+    return run()
 
 
 # --- our schedules ----------------------------------------------------------------------------------------------------

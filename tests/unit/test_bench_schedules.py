@@ -109,7 +109,8 @@ def test_the_page_has_ratios_and_shares_taken_within_rounds() -> None:
     assert "GB/s" in page
 
 
-def test_who_began_a_round_is_last_in_the_next_one() -> None:
+def test_who_began_a_round_is_last_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metaschedule, "PAUSE", 0.0)
     order: list[str] = []
 
     def run(name: str) -> float:
