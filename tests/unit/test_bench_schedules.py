@@ -26,7 +26,7 @@ class Counting(ToyRunner):
         self.asked: list[str] = []
 
     def measure(self, *args: Any, **kwargs: Any) -> list[Measurement]:
-        self.asked += args[2]
+        self.asked += args[2] if args[3] == 1.0 else []
         return super().measure(*args, **kwargs)
 
 
