@@ -60,7 +60,7 @@ class Case:
 CASES = {case.name: case for case in (
     Case("prefill-int8-linear", "M", ("w8a8", "bf16"), "mlir.linear", True),
     Case("decode-int4-linear", "L", ("w4a8", "bf16"), "mlir.linear", False),
-    Case("prefill-f32-attention", "S", ("O2", "f32"), "mlir.attention", True),
+    Case("prefill-f32-linear", "S", ("O2", "f32"), "mlir.linear", True),
     Case("decode-f32-attention", "S", ("O2", "f32"), "mlir.attention", False),
 )}  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -128,7 +127,7 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [
         "# Schedules: by rule, as the cost model predicts, and as tuned",
         "`default / tuned` is the geometric mean over kernels of the tuned time over that of the schedule that `compile` "
-        "takes unmeasured. Speeds of whole models are medians, taken in turns, relative to schedules by rule.",
+        "takes unmeasured. Speeds of whole models are relative to schedules by rule: the median of what is taken in turns.",
         "| model | trials | default / tuned | kernels | predicted: prefill, decode | tuned: prefill, decode |\n"
         "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(_line(name, r) for name, r in results.items()),
     ]
@@ -140,12 +139,16 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _line(name: str, result: Mapping[str, Any]) -> str:
-    speeds = {way: {kind: statistics.median(s["values"]) for kind, s in found.items()}
-              for way, found in result["end_to_end"].items()}  # fmt: skip
-    relative = [", ".join(f"{speeds[way][kind] / speeds['rule'][kind]:.3f}" for kind in speeds[way])
+    speeds = {way: {kind: s["values"] for kind, s in found.items()} for way, found in result["end_to_end"].items()}
+    relative = [", ".join(f"{beside(speeds[way][kind], speeds['rule'][kind]):.3f}" for kind in speeds[way])
                 for way in ("predicted", "tuned")]  # fmt: skip
     cells = [name, str(result["trials"]), f"{result['default_of_tuned']:.3f}", str(len(result["kernels"])), *relative]
     return f"| {' | '.join(cells)} |"
+
+
+def beside(speeds: Sequence[float], others: Sequence[float]) -> float:
+    """The median ratio of what was measured in the same turn: the speed of memory changes within seconds."""
+    return median(a / b for a, b in zip(speeds, others))
 
 
 def _ratio(m: Measurement | None) -> float:
