@@ -32,11 +32,19 @@ class DType(enum.Enum):
     u8 = "u8"
     i4 = "i4"
     u4 = "u4"
+    i3 = "i3"
+    u3 = "u3"
+    i2 = "i2"
+    u2 = "u2"
+    f8e4m3 = "f8e4m3"
+    f8e5m2 = "f8e5m2"
+    f4e2m1 = "f4e2m1"
+    f8e8m0 = "f8e8m0"
     bool = "bool"
 
     @property
     def np(self) -> np.dtype[Any]:
-        """The NumPy type that holds one element (bf16, i4 and u4 through ml_dtypes)."""
+        """The NumPy type that holds one element: through ml_dtypes what NumPy lacks, i3 and u3 as i8 and u8."""
         return _NUMPY[self]
 
     @property
@@ -46,8 +54,8 @@ class DType(enum.Enum):
 
     @property
     def bits(self) -> int:
-        """Bits an element takes where it is stored: two i4 or u4 share a byte."""
-        return 4 if self in (DType.i4, DType.u4) else 8 * self.size
+        """Bits an element takes where it is stored: two of i4, u4 and f4e2m1 share a byte, four of i2 and u2."""
+        return _NARROW.get(self, 8 * self.size)
 
     @property
     def is_float(self) -> builtins.bool:
@@ -55,7 +63,12 @@ class DType(enum.Enum):
 
     @property
     def is_int(self) -> builtins.bool:
-        return not self.is_float and self is not DType.bool
+        return not (self.is_float or self.is_narrow_float) and self is not DType.bool
+
+    @property
+    def is_narrow_float(self) -> builtins.bool:
+        """Floats of 8 bits or fewer: codes and scales of quantized tensors, which nothing else computes with."""
+        return self in (DType.f8e4m3, DType.f8e5m2, DType.f4e2m1, DType.f8e8m0)
 
     @classmethod
     def of(cls, dtype: Any) -> DType:
@@ -78,9 +91,18 @@ _NUMPY: dict[DType, np.dtype[Any]] = {
     DType.u8: np.dtype(np.uint8),
     DType.i4: np.dtype(ml_dtypes.int4),
     DType.u4: np.dtype(ml_dtypes.uint4),
+    DType.i3: np.dtype(np.int8),
+    DType.u3: np.dtype(np.uint8),
+    DType.i2: np.dtype(ml_dtypes.int2),
+    DType.u2: np.dtype(ml_dtypes.uint2),
+    DType.f8e4m3: np.dtype(ml_dtypes.float8_e4m3fn),
+    DType.f8e5m2: np.dtype(ml_dtypes.float8_e5m2),
+    DType.f4e2m1: np.dtype(ml_dtypes.float4_e2m1fn),
+    DType.f8e8m0: np.dtype(ml_dtypes.float8_e8m0fnu),
     DType.bool: np.dtype(np.bool_),
 }
-_FROM_NUMPY = {v: k for k, v in _NUMPY.items()}
+_NARROW = {DType.i4: 4, DType.u4: 4, DType.f4e2m1: 4, DType.i3: 3, DType.u3: 3, DType.i2: 2, DType.u2: 2}
+_FROM_NUMPY = {v: k for k, v in reversed(_NUMPY.items())}  # of several the first: i8, not i3
 
 
 @cache

@@ -31,7 +31,7 @@ from tilewright.ir.ops.nn import (
     Rope,
     Softmax,
 )
-from tilewright.ir.ops.quant import Dequantize, Quantize
+from tilewright.ir.ops.quant import Dequantize, Expand, Lookup, Quantize
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -47,6 +47,7 @@ __all__ = [
     "CumSum",
     "Dequantize",
     "Embedding",
+    "Expand",
     "Experts",
     "Full",
     "GatedLinear",
@@ -56,6 +57,7 @@ __all__ = [
     "Iota",
     "LayerNorm",
     "Linear",
+    "Lookup",
     "Matmul",
     "MaxPool",
     "Pad",

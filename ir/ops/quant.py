@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,24 @@ from tilewright.ir.ops import numerics as num
 from tilewright.ir.ops.shapes import expect_dim, expect_rank
 from tilewright.ir.types import Dim, DType, TensorType, Type, as_dim
 
-SYMMETRIC = (DType.i8, DType.i4)
-UNSIGNED = (DType.u8, DType.u4)
+SYMMETRIC = (DType.i8, DType.i4, DType.i3, DType.i2, DType.f8e4m3, DType.f8e5m2, DType.f4e2m1)
+UNSIGNED = (DType.u8, DType.u4, DType.u3, DType.u2)
+SCALES = (DType.f32, DType.f16, DType.f8e8m0)
+
+
+def expect_groups(op: Op, codes: Value, scale: Value, dtypes: Sequence[DType], zero: Value | None = None) -> None:
+    """``scale`` and ``zero`` ``[..., G]`` beside codes ``[..., K]``: G is 1 or divides K. Raises VerifyError."""
+    names = " or ".join(d.value for d in dtypes)
+    op.expect(scale.dtype in dtypes, f"scale is {scale.dtype.value}, not {names}")
+    expect_rank(op, "scale", scale.shape, codes.tensor.rank)
+    for axis, (a, b) in enumerate(zip(scale.shape[:-1], codes.shape[:-1])):
+        expect_dim(op, f"scale, axis {axis}", a, b)
+    k, groups = codes.shape[-1], scale.shape[-1]
+    static = isinstance(groups, int) and isinstance(k, int) and groups > 0 and k % groups == 0
+    op.expect(groups == 1 or static, f"{groups} scales for {k} elements")
+    if zero is not None:
+        op.expect(zero.dtype is DType.u8, f"zero is {zero.dtype.value}, not u8")
+        op.expect(zero.shape == scale.shape, f"zero is {zero.type}, scale {scale.type}")
 
 
 class Quantize(Op):
@@ -53,8 +70,10 @@ class Quantize(Op):
 class Dequantize(Op):
     """``(codes - zero) * scale``: codes ``[..., K]``, scale and zero ``[..., G]``, each for K / G neighbours.
 
-    i8 and i4 codes are symmetric, u8 and u4 codes have a ``zero`` (u8). The scale is f32 or f16. ``G = 1`` with rows of
-    weights is a scale an output channel, with activations a scale a token. The result is ``dtype``, rounded once.
+    Codes i8, i4, i3, i2 and floats of 8 and 4 bits are symmetric; u8, u4, u3, u2 have a ``zero`` (u8). The scale is f32,
+    f16, or f8e8m0, a power of two. ``G = 1`` with rows of weights is a scale an output channel, with activations a scale a
+    token. The result is ``dtype``, rounded once. With f4e2m1, f8e8m0 and groups of 32 that is MXFP4 (OCP Microscaling
+    Formats 1.0).
     """
 
     name = "quant.dequantize"
@@ -66,18 +85,9 @@ class Dequantize(Op):
     def infer(self) -> tuple[Type, ...]:
         codes, scale, zero = self.codes, self.scale, self.zero
         self.expect(codes.dtype in SYMMETRIC + UNSIGNED, f"codes are {codes.dtype.value}")
-        self.expect((codes.dtype in UNSIGNED) == (zero is not None), "u8 and u4 codes take a zero, i8 and i4 codes none")
-        self.expect(scale.dtype in (DType.f32, DType.f16), f"scale is {scale.dtype.value}, not f32 or f16")
+        self.expect((codes.dtype in UNSIGNED) == (zero is not None), "unsigned codes take a zero, others none")
+        expect_groups(self, codes, scale, SCALES, zero)
         self.expect(self.dtype.is_float, f"dtype is {self.dtype.value}")
-        expect_rank(self, "scale", scale.shape, codes.tensor.rank)
-        for axis, (a, b) in enumerate(zip(scale.shape[:-1], codes.shape[:-1])):
-            expect_dim(self, f"scale, axis {axis}", a, b)
-        k, groups = codes.shape[-1], scale.shape[-1]
-        static = isinstance(groups, int) and isinstance(k, int) and groups > 0 and k % groups == 0
-        self.expect(groups == 1 or static, f"{groups} scales for {k} elements")
-        if zero is not None:
-            self.expect(zero.dtype is DType.u8, f"zero is {zero.dtype.value}, not u8")
-            self.expect(zero.shape == scale.shape, f"zero is {zero.type}, scale {scale.type}")
         return (codes.tensor.with_dtype(self.dtype),)
 
     @property
@@ -89,7 +99,73 @@ class Dequantize(Op):
         groups = scale.shape[-1]
         rows = codes.astype(np.float32).reshape(*codes.shape[:-1], groups, codes.shape[-1] // groups)
         rows = rows if zero is None else rows - zero[..., None].astype(np.float32)
-        return (rows * num.wide(scale)[..., None]).reshape(codes.shape).astype(self.dtype.np)
+        return (rows * scale.astype(np.float32)[..., None]).reshape(codes.shape).astype(self.dtype.np)
+
+
+class Lookup(Op):
+    """``table[code] * scale``: codes ``[..., N, K]`` (u8, u4, u3, u2), table ``[N or 1, 2^bits]``, scale ``[..., N, G]``.
+
+    A codebook for each row (SqueezeLLM, arXiv:2306.07629), or one for all (NormalFloat, arXiv:2305.14314), then with a
+    ``scale`` for each K / G neighbours. The table is f32, f16 or bf16, the scale f32 or f16. The result is ``dtype``, rounded
+    once.
+    """
+
+    name = "quant.lookup"
+    codes: Value
+    table: Value
+    scale: Value | None = None
+    dtype: DType = DType.f32
+
+    def infer(self) -> tuple[Type, ...]:
+        codes, table, scale = self.codes, self.table, self.scale
+        self.expect(codes.dtype in UNSIGNED and codes.tensor.rank >= 2, f"codes are {codes.type}")
+        self.expect(table.dtype in (DType.f32, DType.f16, DType.bf16), f"table is {table.dtype.value}")
+        self.expect(self.dtype.is_float, f"dtype is {self.dtype.value}")
+        expect_rank(self, "table", table.shape, 2)
+        self.expect(table.shape[0] in (1, codes.shape[-2]), f"{table.shape[0]} tables for {codes.shape[-2]} rows")
+        expect_dim(self, "table, axis 1", table.shape[1], 1 << codes.dtype.bits)
+        if scale is not None:
+            expect_groups(self, codes, scale, (DType.f32, DType.f16))
+        return (codes.tensor.with_dtype(self.dtype),)
+
+    def evaluate(self, env: Env, codes: Any, table: Any, scale: Any) -> Any:
+        tables = np.broadcast_to(table.astype(np.float32), (codes.shape[-2], table.shape[1]))
+        rows = tables[np.arange(codes.shape[-2])[:, None], codes.astype(np.int64)]
+        if scale is not None:
+            grouped = rows.reshape(*codes.shape[:-1], scale.shape[-1], -1)
+            rows = (grouped * scale.astype(np.float32)[..., None]).reshape(codes.shape)
+        return rows.astype(self.dtype.np)
+
+    def flops(self) -> Dim:
+        return as_dim((self.scale is not None) * self.codes.tensor.elements)
+
+
+class Expand(Op):
+    """``(codes - zero) * scale`` in integers: codes ``[N, K]`` of 4 bits or fewer, scale (u8) and zero (u8) ``[N, G]`` -> i8.
+
+    The inner of two levels of scales: the outer, one a row, is a ``quant.dequantize`` of the result (QoQ, arXiv:2405.04532;
+    Dual Grained Quantization, arXiv:2310.04836). What does not fit in i8 becomes -128 or 127.
+    """
+
+    name = "quant.expand"
+    codes: Value
+    scale: Value
+    zero: Value | None = None
+
+    def infer(self) -> tuple[Type, ...]:
+        codes, scale, zero = self.codes, self.scale, self.zero
+        self.expect(codes.dtype.is_int and codes.dtype.bits <= 4, f"codes are {codes.dtype.value}")
+        self.expect((codes.dtype in UNSIGNED) == (zero is not None), "unsigned codes take a zero, others none")
+        expect_groups(self, codes, scale, (DType.u8,), zero)
+        return (codes.tensor.with_dtype(DType.i8),)
+
+    def evaluate(self, env: Env, codes: Any, scale: Any, zero: Any) -> Any:
+        rows = codes.astype(np.int32).reshape(*codes.shape[:-1], scale.shape[-1], -1)
+        rows = rows if zero is None else rows - zero[..., None].astype(np.int32)
+        return np.clip(rows * scale[..., None].astype(np.int32), -128, 127).reshape(codes.shape).astype(np.int8)
+
+    def flops(self) -> Dim:
+        return as_dim(2 * self.codes.tensor.elements)
 
     def flops(self) -> Dim:
         return as_dim(2 * self.codes.tensor.elements)

@@ -86,13 +86,17 @@ def evaluate(kind: type[Op], *operands: Any, **attrs: Any) -> list[np.ndarray]:
 
 
 def to_torch(x: Any) -> Any:
-    """The array as a tensor, narrow floats as f32 and integers of 4 bits as ones of 8."""
+    """The array as a tensor, narrow floats as f32 and integers of fewer than 8 bits as ones of 8."""
     if x is None:
         return None
     if isinstance(x, list):
         return [to_torch(v) for v in x]
-    kinds = {DType.bf16.np: np.float32, DType.f16.np: np.float32, DType.i4.np: np.int8, DType.u4.np: np.uint8}
-    return torch.from_numpy(x.astype(kinds.get(x.dtype, x.dtype)))
+    kind = DType.of(x.dtype)
+    if kind in (DType.bf16, DType.f16) or kind.is_narrow_float:
+        return torch.from_numpy(x.astype(np.float32))
+    if kind.bits < 8:
+        return torch.from_numpy(x.astype(np.int8 if kind in (DType.i4, DType.i2) else np.uint8))
+    return torch.from_numpy(x)
 
 
 def check(case: Case, dtype: DType) -> None:

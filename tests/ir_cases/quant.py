@@ -11,6 +11,8 @@ I8 = integers(5, 12, low=-127, high=128, dtype=DType.i8)
 U8 = integers(5, 12, low=0, high=256, dtype=DType.u8)
 I4 = integers(5, 12, low=-8, high=8, dtype=DType.i4)
 U4 = integers(5, 12, low=0, high=16, dtype=DType.u4)
+U2 = integers(5, 12, low=0, high=4, dtype=DType.u2)
+I2 = integers(5, 12, low=-2, high=2, dtype=DType.i2)
 ZERO = integers(5, 3, low=0, high=16, dtype=DType.u8)
 
 
@@ -38,6 +40,25 @@ def _dequantize(codes, scale, zero=None):
     return out
 
 
+def _lookup(codes, table, scale=None):
+    out = torch.empty(codes.shape)
+    for n in range(codes.shape[0]):
+        for k in range(codes.shape[1]):
+            times = 1.0 if scale is None else scale[n, k // (codes.shape[1] // scale.shape[1])].float()
+            out[n, k] = table[n if len(table) > 1 else 0, int(codes[n, k])] * times
+    return out
+
+
+def _expand(codes, scale, zero=None):
+    wide = _dequantize(codes, scale, zero)
+    return wide.clamp(-128, 127).to(torch.int8)
+
+
+def narrow(dtype, groups=None):
+    """Codes [5, 12], or scales [5, groups], of a narrow float type."""
+    return lambda rng, own: np.exp2(rng.integers(-3, 3, (5, groups or 12))).astype(dtype.np)
+
+
 def scales(groups, dtype=DType.f32):
     return lambda rng, own: (rng.standard_normal((5, groups)) * 0.01).astype(np.float32).astype(dtype.np)
 
@@ -51,4 +72,13 @@ CASES = [
     Case(o.Dequantize, [U8, scales(3, DType.f16), ZERO], _dequantize, note="u8"),
     Case(o.Dequantize, [U4, f32(scales(3)), ZERO], _dequantize, note="u4"),
     Case(o.Dequantize, [I8, scales(2)], _dequantize, {"dtype": DType.bf16}, note="bf16"),
+    Case(o.Dequantize, [U2, scales(3, DType.f16), ZERO], _dequantize, note="u2"),
+    Case(o.Dequantize, [I2, scales(1)], _dequantize, note="i2"),
+    Case(o.Dequantize, [narrow(DType.f8e4m3), scales(1)], _dequantize, note="f8e4m3"),
+    Case(o.Dequantize, [narrow(DType.f8e5m2), scales(1)], _dequantize, note="f8e5m2"),
+    Case(o.Dequantize, [narrow(DType.f4e2m1), narrow(DType.f8e8m0, 3)], _dequantize, note="mxfp4"),
+    Case(o.Lookup, [U4, f32(normal(5, 16))], _lookup, note="a table a row"),
+    Case(o.Lookup, [U2, f32(normal(1, 4)), scales(3, DType.f16)], _lookup, note="one table, scales"),
+    Case(o.Expand, [I4, integers(5, 3, low=1, high=30, dtype=DType.u8)], _expand),
+    Case(o.Expand, [U4, integers(5, 3, low=1, high=16, dtype=DType.u8), ZERO], _expand, note="zero"),
 ]
