@@ -106,8 +106,8 @@ class Lookup(Op):
     """``table[code] * scale``: codes ``[..., N, K]`` (u8, u4, u3, u2), table ``[N or 1, 2^bits]``, scale ``[..., N, G]``.
 
     A codebook for each row (SqueezeLLM, arXiv:2306.07629), or one for all (NormalFloat, arXiv:2305.14314), then with a
-    ``scale`` for each K / G neighbours. The table is f32, f16 or bf16, the scale f32 or f16. The result is ``dtype``, rounded
-    once.
+    ``scale`` for each K / G neighbours. The table is f32, f16 or bf16, the scale f32 or f16. The result is ``dtype``,
+    rounded once.
     """
 
     name = "quant.lookup"
@@ -141,7 +141,7 @@ class Lookup(Op):
 
 
 class Expand(Op):
-    """``(codes - zero) * scale`` in integers: codes ``[N, K]`` of 4 bits or fewer, scale (u8) and zero (u8) ``[N, G]`` -> i8.
+    """``(codes - zero) * scale`` -> i8: codes ``[N, K]`` of 4 bits or fewer, scale (u8) and zero (u8) ``[N, G]``.
 
     The inner of two levels of scales: the outer, one a row, is a ``quant.dequantize`` of the result (QoQ, arXiv:2405.04532;
     Dual Grained Quantization, arXiv:2310.04836). What does not fit in i8 becomes -128 or 127.
@@ -163,9 +163,6 @@ class Expand(Op):
         rows = codes.astype(np.int32).reshape(*codes.shape[:-1], scale.shape[-1], -1)
         rows = rows if zero is None else rows - zero[..., None].astype(np.int32)
         return np.clip(rows * scale[..., None].astype(np.int32), -128, 127).reshape(codes.shape).astype(np.int8)
-
-    def flops(self) -> Dim:
-        return as_dim(2 * self.codes.tensor.elements)
 
     def flops(self) -> Dim:
         return as_dim(2 * self.codes.tensor.elements)

@@ -35,8 +35,8 @@ X = TensorType((sym("B"), 4), DType.f32)
 
 def test_dtypes() -> None:
     assert [d.value for d in DType if d.is_float] == ["f64", "f32", "f16", "bf16"]
-    assert [d.value for d in DType if d.is_int] == "i64 i32 i16 i8 u8 i4 u4 i3 u3 i2 u2".split()
-    assert all(DType.of(d.np) is d for d in DType)
+    assert [d.value for d in DType if d.is_int] == ["i64", "i32", "i16", "i8", "u8", "i4", "u4", "i3", "u3", "i2", "u2"]
+    assert all(DType.of(d.np) is d for d in DType if d not in (DType.i3, DType.u3))
     assert [d.size for d in (DType.f64, DType.bf16, DType.bool)] == [8, 2, 1]
     assert [d.bits for d in (DType.f64, DType.bf16, DType.u8, DType.i4, DType.u3, DType.f4e2m1)] == [64, 16, 8, 4, 3, 4]
     with pytest.raises(KeyError, match="no element type for numpy complex64; there are f64"):
