@@ -126,6 +126,8 @@ def _number_refusal(p: Pattern) -> str | None:
     for value in p.anchor.operands:
         if isinstance(value.owner, ops.Dequantize) and value.dtype is not DType.f32:
             return f"dequantized to {value.dtype.value}: sums are made of unrounded numbers"
+        if isinstance(value.owner, ops.Dequantize) and value.owner.offset is not None:
+            return "codes with an offset beside their scale"
     x, weight = p.x, p.weights[0]
     for tensor in (x, weight):
         if tensor.scale is None and tensor.data.dtype.value not in _FLOATS:

@@ -30,12 +30,13 @@ def keeps_row(op: ops.Quantize) -> bool:
 
 
 def dequantize(op: ops.Dequantize, values: Sequence[Val]) -> Val:
-    """(codes - zero) * scale, in f32."""
-    codes, scale, *zero = values
+    """(codes - zero) * scale, or codes * scale + offset, in f32."""
+    codes, scale, *shift = values
     number = codes.to("i32")
-    if zero:
-        number = number - zero[0].to("i32").splat(number.lanes)
-    return number.to("f32") * scale.splat(number.lanes)
+    if op.zero is not None:
+        number = number - shift[0].to("i32").splat(number.lanes)
+    product = number.to("f32") * scale.splat(number.lanes)
+    return product if op.offset is None else product + shift[0].splat(number.lanes)
 
 
 class Quantized(Rows):

@@ -68,25 +68,30 @@ class Quantize(Op):
 
 
 class Dequantize(Op):
-    """``(codes - zero) * scale``: codes ``[..., K]``, scale and zero ``[..., G]``, each for K / G neighbours.
+    """``(codes - zero) * scale`` or ``codes * scale + offset``: codes ``[..., K]``, the others ``[..., G]``.
 
-    Codes i8, i4, i3, i2 and floats of 8 and 4 bits are symmetric; u8, u4, u3, u2 have a ``zero`` (u8). The scale is f32,
-    f16, or f8e8m0, a power of two. ``G = 1`` with rows of weights is a scale an output channel, with activations a scale a
-    token. The result is ``dtype``, rounded once. With f4e2m1, f8e8m0 and groups of 32 that is MXFP4 (OCP Microscaling
-    Formats 1.0).
+    Each scale, zero and offset is for K / G neighbours. Codes i8, i4, i3, i2 and floats of 8 and 4 bits are symmetric;
+    u8, u4, u3, u2 have a ``zero`` (u8) or an ``offset`` (f32, as GGUF's Q4_K has). The scale is f32, f16, or f8e8m0, a power
+    of two. ``G = 1`` with rows of weights is a scale an output channel, with activations a scale a token. The result is
+    ``dtype``, rounded once. With f4e2m1, f8e8m0 and groups of 32 that is MXFP4 (OCP Microscaling Formats 1.0).
     """
 
     name = "quant.dequantize"
     codes: Value
     scale: Value
     zero: Value | None = None
+    offset: Value | None = None
     dtype: DType = DType.f32
 
     def infer(self) -> tuple[Type, ...]:
-        codes, scale, zero = self.codes, self.scale, self.zero
+        codes, scale, zero, offset = self.codes, self.scale, self.zero, self.offset
         self.expect(codes.dtype in SYMMETRIC + UNSIGNED, f"codes are {codes.dtype.value}")
-        self.expect((codes.dtype in UNSIGNED) == (zero is not None), "unsigned codes take a zero, others none")
+        given = (zero is not None) + (offset is not None)
+        self.expect(given == (codes.dtype in UNSIGNED), "unsigned codes take a zero or an offset, others none")
         expect_groups(self, codes, scale, SCALES, zero)
+        if offset is not None:
+            self.expect(offset.dtype is DType.f32, f"offset is {offset.dtype.value}, not f32")
+            self.expect(offset.shape == scale.shape, f"offset is {offset.type}, scale {scale.type}")
         self.expect(self.dtype.is_float, f"dtype is {self.dtype.value}")
         return (codes.tensor.with_dtype(self.dtype),)
 
@@ -95,11 +100,13 @@ class Dequantize(Op):
         """Neighbours along the last axis that share a scale."""
         return as_dim(self.codes.shape[-1] // self.scale.shape[-1]) if self.scale.shape[-1] != 1 else self.codes.shape[-1]
 
-    def evaluate(self, env: Env, codes: Any, scale: Any, zero: Any) -> Any:
+    def evaluate(self, env: Env, codes: Any, scale: Any, zero: Any, offset: Any) -> Any:
         groups = scale.shape[-1]
         rows = codes.astype(np.float32).reshape(*codes.shape[:-1], groups, codes.shape[-1] // groups)
         rows = rows if zero is None else rows - zero[..., None].astype(np.float32)
-        return (rows * scale.astype(np.float32)[..., None]).reshape(codes.shape).astype(self.dtype.np)
+        rows = rows * scale.astype(np.float32)[..., None]
+        rows = rows if offset is None else rows + offset[..., None]
+        return rows.reshape(codes.shape).astype(self.dtype.np)
 
 
 class Lookup(Op):

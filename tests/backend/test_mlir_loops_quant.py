@@ -135,6 +135,14 @@ def test_dequantize(target, kind, k, group, rng):
 
 
 @each_target
+@pytest.mark.parametrize("kind", ["u8", "u4"])
+def test_dequantize_with_offsets(target, kind, rng):
+    types = [((B, 96), kind), ((B, 3), "f32"), ((B, 3), "f32")]
+    native = Native(kernel_of(lambda b, c, s, o: b(ops.Dequantize, c, s, offset=o), *types), target)
+    check(native, [random_array(rng, (5, *shape[1:]), d) for shape, d in types])
+
+
+@each_target
 @pytest.mark.parametrize("kind", ["i8", "u8", "i4", "u4"])
 @pytest.mark.parametrize(("k", "group"), [(64, 0), (96, 32), (35, 0)])
 def test_embedding_of_a_quantized_table(target, kind, k, group, rng):

@@ -29,7 +29,7 @@ def _quantize(size):
     return rows
 
 
-def _dequantize(codes, scale, zero=None):
+def _dequantize(codes, scale, zero=None, offset=None):
     size = codes.shape[-1] // scale.shape[-1]
     wide = codes.to(torch.float32)
     out = torch.empty_like(wide)
@@ -37,6 +37,7 @@ def _dequantize(codes, scale, zero=None):
         for k in range(codes.shape[1]):
             shift = 0.0 if zero is None else float(zero[n, k // size])
             out[n, k] = (wide[n, k] - shift) * scale[n, k // size].float()
+            out[n, k] += 0.0 if offset is None else offset[n, k // size]
     return out
 
 
@@ -77,6 +78,7 @@ CASES = [
     Case(o.Dequantize, [narrow(DType.f8e4m3), scales(1)], _dequantize, note="f8e4m3"),
     Case(o.Dequantize, [narrow(DType.f8e5m2), scales(1)], _dequantize, note="f8e5m2"),
     Case(o.Dequantize, [narrow(DType.f4e2m1), narrow(DType.f8e8m0, 3)], _dequantize, note="mxfp4"),
+    Case(o.Dequantize, [U4, f32(scales(3)), None, f32(scales(3))], _dequantize, note="u4 with offsets"),
     Case(o.Lookup, [U4, f32(normal(5, 16))], _lookup, note="a table a row"),
     Case(o.Lookup, [U2, f32(normal(1, 4)), scales(3, DType.f16)], _lookup, note="one table, scales"),
     Case(o.Expand, [I4, integers(5, 3, low=1, high=30, dtype=DType.u8)], _expand),
