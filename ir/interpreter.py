@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,30 @@ def _check(op: Op, results: Sequence[Any], env: Env) -> None:
             raise InterpreterError(f"{op.name}: result {i} is {got}, its type is {type} with {dict(env.dims)}", op.loc)
 
 
+@contextmanager
+def _naming(op: Op) -> Iterator[None]:
+    """Errors inside become InterpreterErrors that name ``op``."""
+    try:
+        yield
+    except VerifyError as error:
+        raise InterpreterError(error.message, error.loc or op.loc) from error
+    except TilewrightError:
+        raise
+    except Exception as error:
+        raise InterpreterError(f"{op.name}: {type(error).__name__}: {error}", op.loc) from error
+
+
+def evaluate(op: Op, env: Env, args: Sequence[Any]) -> list[Any]:
+    """Results of one operation on the values of its operand slots; raises InterpreterError that names it."""
+    with _naming(op), np.errstate(all="ignore"):
+        out = op.evaluate(env, *args)
+    found = out if len(op.results) != 1 or isinstance(op, Call) else (out,)
+    # np.asarray: NumPy gives scalars where the IR has tensors of rank 0
+    results = [v if isinstance(r.type, KVType) else np.asarray(v) for r, v in zip(op.results, found)]
+    _check(op, results, env)
+    return results
+
+
 class _Run:
     def __init__(self, module: Module, states: dict[str, Cache], observer: Observer | None) -> None:
         self.module, self.states, self.observer = module, states, observer
@@ -125,20 +150,9 @@ class _Run:
         raise InterpreterError(f"@{function.name} has no return")
 
     def step(self, op: Op, env: Env, known: dict[Value, Any]) -> Sequence[Any]:
-        try:
+        with _naming(op):
             args = [None if v is None else self.look_up(known, v) for v in op.operand_slots()]
-            with np.errstate(all="ignore"):
-                out = op.evaluate(env, *args)
-        except VerifyError as error:
-            raise InterpreterError(error.message, error.loc or op.loc) from error
-        except TilewrightError:
-            raise
-        except Exception as error:
-            raise InterpreterError(f"{op.name}: {type(error).__name__}: {error}", op.loc) from error
-        found = out if len(op.results) != 1 or isinstance(op, Call) else (out,)
-        # np.asarray: NumPy gives scalars where the IR has tensors of rank 0
-        results = [v if isinstance(r.type, KVType) else np.asarray(v) for r, v in zip(op.results, found)]
-        _check(op, results, env)
+        results = evaluate(op, env, args)
         self.keep_states(op, results)
         if self.observer:
             self.observer(op, results)

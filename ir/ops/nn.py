@@ -66,7 +66,7 @@ class Linear(Op):
         return (self.x.tensor.with_shape((*self.x.shape[:-1], n)),)
 
     def evaluate(self, env: Env, x: Any, weight: Any, bias: Any) -> Any:
-        y = num.wide(x) @ num.wide(weight).astype(num.wide(x).dtype).T
+        y = num.wide(x) @ num.wide(weight).astype(num.wide(x).dtype, copy=False).T
         return (y if bias is None else y + num.wide(bias)).astype(x.dtype)
 
     def flops(self) -> Dim:
@@ -98,7 +98,7 @@ class GatedLinear(Op):
 
     def evaluate(self, env: Env, x: Any, gate: Any, up: Any, gb: Any, ub: Any) -> Any:
         def project(w: Any, bias: Any) -> Any:
-            y = num.wide(x) @ num.wide(w).astype(num.wide(x).dtype).T
+            y = num.wide(x) @ num.wide(w).astype(num.wide(x).dtype, copy=False).T
             return y if bias is None else y + num.wide(bias)
 
         with np.errstate(all="ignore"):
