@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatch
+from functools import partial
 from typing import ClassVar, Literal
 
 from tilewright.ir import Argument, DType, Module, Op, PassError, Return, Rewriter, Value, Weight, ops
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.match import made_by, replace
-from tilewright.passes.quantize_formats import Format
-from tilewright.passes.weights import as_weight, derive_together
+from tilewright.passes.formats import Format, Scheme, check_finite, find_scheme, round_to_nearest
+from tilewright.passes.match import replace
+from tilewright.passes.weights import as_weight, derive_together, in_memory
 
 Parts = tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Weights as integers, rounded to the nearest; with ``a8`` schemes activations too, a scale a token at run time.
+    """Weights in few bits, rounded to the nearest; where the scheme says so activations too, a scale a token at run time.
 
-    ``scheme`` gives the bits of weights and activations, ``group`` the neighbours along K that share a scale (0: all,
-    one scale an output channel), ``zero`` adds zero points. ``layers``: ``head`` are the layers that make the
-    function's results and the embeddings of tokens, ``body`` all other linear layers. ``skip`` and ``only`` are patterns of
-    weight names (``*lm_head*``). A weight that is quantized already stays as it is. Numbers are computed when the
-    artifact is written, a weight at a time.
+    ``scheme`` is a name of the table in ``formats/schemes.py``; ``group``, the neighbours along K that share a scale (0:
+    all, one scale an output channel), and ``zero``, zero points, are those of the scheme unless given. ``layers``: ``head``
+    are the layers that make the function's results and the embeddings of tokens, ``body`` all other linear layers. ``skip``
+    and ``only`` are patterns of weight names (``*lm_head*``). A weight that is quantized already stays as it is. Numbers
+    are computed when the artifact is written, a weight at a time.
     """
 
     name: ClassVar[str] = "quantize"
-    scheme: Literal["w8a16", "w8a8", "w4a16", "w4a8"] = "w8a16"
-    group: int = 0
-    zero: bool = False
+    scheme: str = "w8a16"
+    group: int | None = None
+    zero: bool | None = None
     layers: Literal["all", "head", "body"] = "all"
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises PassError for a scheme that does not exist, or has no such options."""
+        assert self.format
+
+    @property
+    def row(self) -> Scheme:
+        """The scheme's row of the table."""
+        return find_scheme(self.scheme)
+
     @property
     def format(self) -> Format:
-        return Format(int(self.scheme[1]), self.group, self.zero)
+        return self.row.with_options(self.scheme, group=self.group, zero=self.zero)
 
     def run(self, module: Module, ctx: PassContext) -> bool:
         rw = Rewriter(module, pattern=self.name)
+        self.check_patterns(module)
         done: dict[Weight, Parts] = {}
         for function in module.entries():
             rows: dict[Value, Value] = {}
@@ -52,6 +64,13 @@ class Quantize(Pass):
         ctx.note(f"{len(done)} weights of {before} bytes became {after} bytes")
         return ctx.take(rw)
 
+    def check_patterns(self, module: Module) -> None:
+        """Raise PassError for a pattern that matches no weight: a name that is misspelt would change nothing."""
+        for option, pattern in [("skip", p) for p in self.skip] + [("only", p) for p in self.only]:
+            if not any(fnmatch(name, pattern) for name in module.weights):
+                close = get_close_matches(pattern.strip("*"), module.weights, n=3, cutoff=0.3) or list(module.weights)[:3]
+                raise PassError(f"option {option} of quantize: no weight is named {pattern!r}; near are {', '.join(close)}")
+
     def layer(self, op: Op, rw: Rewriter, done: dict[Weight, Parts], rows: dict[Value, Value]) -> None:
         """Quantize the weights of one linear layer, all or none, and its input if the scheme says so."""
         if self.layers != "all" and (self.layers == "head") != makes_results(op):
@@ -63,9 +82,10 @@ class Quantize(Pass):
         changes: dict[str, Value] = {}
         for name, weight in weights.items():
             assert weight is not None
-            changes[name] = rw.before(op).add(ops.Dequantize(*self.parts(rw.module, weight, done, op)))
+            parts = self.parts(rw.module, weight, done, op)
+            changes[name] = self.format.value(rw.before(op).add, parts, DType.f32)
         kind = op.operands[0].dtype
-        if self.scheme.endswith("a8"):
+        if self.row.activations is not None:
             changes["x"] = quantized_rows(op, rw, rows)
         new = rw.before(op).insert(op.clone({}, **changes))
         narrow = ops.Cast(new.result, kind) if new.result.dtype is not kind else new.result
@@ -79,21 +99,25 @@ class Quantize(Pass):
             return
         assert table is not None
         parts = self.parts(rw.module, table, done, op)
-        replace(rw, op, op.clone({}, table=rw.before(op).add(ops.Dequantize(*parts, dtype=table.dtype))))
+        replace(rw, op, op.clone({}, table=self.format.value(rw.before(op).add, parts, table.dtype)))
 
     def parts(self, module: Module, weight: Weight, done: dict[Weight, Parts], op: Op) -> Parts:
-        """Codes, scale and maybe zero of ``weight``."""
+        """What is stored for ``weight``."""
+        if weight in done:
+            return done[weight]
         n, k = map(int, weight.shape)
-        reason = self.format.unfit(k)
+        reason = self.format.unfit(n, k)
         if reason is not None:
             raise PassError(f"{self}: @{weight.name}: {reason}; choose another group, or skip={weight.name}", op.loc)
-        if weight not in done:
-            done[weight] = derive_together(module, self.format.parts(weight.name, n, k), weight, self.format.encode)
+        for array in in_memory(weight.source):
+            check_finite(array, weight.name)
+        make = partial(round_to_nearest, self.format, name=weight.name)
+        done[weight] = derive_together(module, self.format.parts(weight.name, n, k), weight, make)
         return done[weight]
 
     def refuses(self, op: Op, field: str, weight: Weight | None, rw: Rewriter) -> bool:
         """Whether a weight stays as it is; says why."""
-        if made_by(getattr(op, field), ops.Dequantize) is not None:
+        if isinstance(getattr(op, field).owner, (ops.Dequantize, ops.Lookup)):
             return True
         reason = self.unfit(weight)
         if reason is not None:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tilewright.ir import Computation, ComputedSource, Module, PartSource, TensorType, Value, Weight
+import numpy as np
+
+from tilewright.ir import (
+    ArraySource,
+    Computation,
+    ComputedSource,
+    Module,
+    PartSource,
+    TensorType,
+    Value,
+    Weight,
+    WeightSource,
+)
 
 
 def derive(module: Module, name: str, type: TensorType, parts: Sequence[Weight], make: Callable[..., Any]) -> Weight:
@@ -25,6 +37,17 @@ def derive_together(
     work = Computation(part.source, make) if part.source is not None else None
     sources = [PartSource(work, i) if work is not None else None for i in range(len(names))]
     return tuple(module.weight(free_name(module, n), t, s) for (n, t), s in zip(names.items(), sources))
+
+
+def in_memory(source: WeightSource | None) -> Iterator[np.ndarray[Any, Any]]:
+    """The arrays that are in memory already among those that ``source`` computes its numbers from."""
+    if isinstance(source, ArraySource):
+        yield source.array
+    if isinstance(source, ComputedSource):
+        for part in source.parts:
+            yield from in_memory(part)
+    if isinstance(source, PartSource):
+        yield from in_memory(source.computation.part)
 
 
 def free_name(module: Module, name: str) -> str:

@@ -1,63 +1,10 @@
-"""Integer weights: bounds that follow from the arithmetic, and what the pass does to whole functions."""
+"""What the pass does to whole functions, and what it refuses."""
 
 import numpy as np
 import pytest
 
 from tilewright.ir import ArraySource, Module, PassError, interpret, ops, parse_module
 from tilewright.passes.pipeline import Pipeline
-from tilewright.passes.quantize_formats import Format
-
-FORMATS = [Format(bits, group, zero) for bits in (8, 4) for group in (0, 32) for zero in (False, True)]
-
-
-def decoded(format: Format, weight: np.ndarray) -> np.ndarray:
-    codes, scale, *zero = format.encode(weight)
-    assert codes.dtype == format.codes.np
-    assert scale.dtype == format.scale.np
-    groups = codes.astype(np.float32).reshape(*scale.shape, -1)
-    shift = zero[0].astype(np.float32)[..., None] if zero else 0
-    return ((groups - shift) * scale.astype(np.float32)[..., None]).reshape(weight.shape)
-
-
-def steps(format: Format, weight: np.ndarray) -> np.ndarray:
-    """The distance between two codes, for each group."""
-    grouped = weight.reshape(len(weight), -1, format.group or weight.shape[1])
-    low, high = grouped.min(-1), grouped.max(-1)
-    if format.zero:
-        return (np.maximum(high, 0) - np.minimum(low, 0)) / (2**format.bits - 1)
-    return np.maximum(-low, high) / (127 if format.bits == 8 else 8)
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_errors_stay_within_half_a_step(format: Format) -> None:
-    rng = np.random.default_rng(0)
-    weight = (rng.standard_normal((40, 96)) * rng.uniform(1e-3, 10, (40, 1))).astype(np.float32)
-    weight[3] = np.abs(weight[3])  # one sign
-    error = np.abs(decoded(format, weight) - weight).reshape(40, -1, format.group or 96).max(-1)
-    # Half a step; a whole one at the top of a symmetric 4-bit group, which has one code fewer, and with zero points
-    # half of one more, since they are rounded too. Scales of groups are rounded to 11 bits.
-    most = 1.0 if format.zero or format.bits == 4 else 0.5
-    assert (error <= steps(format, weight) * most * 1.02 + np.abs(weight).max() * 2**-11).all()
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_zeros_constants_and_tiny_numbers(format: Format) -> None:
-    weight = np.zeros((4, 64), np.float32)
-    weight[1], weight[2], weight[3, 5] = 0.5, -3.0, 1e-12
-    got = decoded(format, weight)
-    assert np.isfinite(got).all()
-    assert not got[0].any()
-    np.testing.assert_allclose(got[1:3], weight[1:3], rtol=2e-3)
-    np.testing.assert_allclose(got[3], weight[3], atol=1e-11)
-
-
-def test_a_weight_is_encoded_alike_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
-    whole = Format(4, 32).encode(weight)
-    monkeypatch.setattr("tilewright.passes.quantize_formats._ROWS_AT_ONCE", 64 * 7)
-    for a, b in zip(whole, Format(4, 32).encode(weight), strict=True):
-        np.testing.assert_array_equal(a, b)
-
 
 TIED = """
 module @m {
@@ -118,3 +65,43 @@ def test_layers_that_share_an_input_share_its_codes() -> None:
 def test_a_group_that_does_not_divide_is_refused_by_name() -> None:
     with pytest.raises(PassError, match=r"@down: groups of 48 do not divide its rows of 64; choose another group"):
         Pipeline.parse("quantize{scheme=w4a8 group=48 skip=[*up*, *embed*]}").run(tied())
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("quantize{scheme=w4a61}", r"no scheme 'w4a61' \(did you mean w4a16\?\); there are w8a16, w8a8"),
+    ("quantize{group=-2}", "a group has 1 or more elements, or is 0 for all of a row; got -2"),
+])  # fmt: skip
+def test_schemes_and_options_are_checked_before_anything_runs(text: str, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        Pipeline.parse(text)
+
+
+@pytest.mark.parametrize("option", ["skip", "only"])
+def test_a_pattern_that_matches_no_weight_is_refused_with_close_names(option: str) -> None:
+    with pytest.raises(PassError, match=rf"option {option} of quantize: no weight is named '\*dwon\*'; near are down"):
+        Pipeline.parse(f"quantize{{{option}=[up, *dwon*]}}").run(tied())
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(number: float) -> None:
+    module = tied()
+    source = module.weights["down"].source
+    assert isinstance(source, ArraySource)
+    source.array[7, 3] = number
+    with pytest.raises(PassError, match=r"@down has numbers that are NaN or infinite, first in row 7; .* skip=down"):
+        Pipeline.parse("quantize").run(module)
+
+
+class Late:
+    """Numbers that are in a file until they are asked for."""
+
+    def load(self) -> np.ndarray:
+        return np.full((32, 64), np.nan, np.float32)
+
+
+def test_numbers_in_files_are_checked_when_they_are_read() -> None:
+    module = tied()
+    module.weights["down"].source = Late()
+    Pipeline.parse("quantize").run(module)
+    with pytest.raises(PassError, match="@down has numbers that are NaN or infinite, first in row 0"):
+        module.weights["down.i8"].load()
