@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from tilewright.ir import Argument, Function, Module, Op, Return, Value, canonical, ops
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.fuse_rules import (
+    DECODING,
     is_anchor,
     is_copied,
     is_creation,
@@ -75,7 +76,7 @@ class Fuse(Pass):
         users = [u for r in op.results for u in r.users]
         if is_creation(op):
             return not any(is_anchor(u) or isinstance(u, (Return, ops.Reshape, ops.Call)) for u in users)
-        if isinstance(op, ops.Dequantize):
+        if isinstance(op, DECODING):
             return all(is_copied(op, user) for user in users)
         return isinstance(op, ops.Slice) and is_view_of_columns(op) and all(map(reads_columns, users))
 

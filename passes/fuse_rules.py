@@ -31,6 +31,8 @@ _ROW = (ops.Softmax, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
 _REDUCING = (*_ROW, ops.Reduce, ops.ArgMax, ops.Quantize)
 _MOVES = (ops.Transpose, ops.Broadcast, ops.Slice, ops.Gather, ops.GatherND, ops.TakeAlong, ops.Embedding)
 _LONGEST_ROW = 16384
+DECODING = (ops.Dequantize, ops.Lookup, ops.Expand)
+"""What makes numbers of the parts of a quantized tensor."""
 
 
 def is_anchor(op: Op) -> bool:
@@ -45,7 +47,9 @@ def is_creation(op: Op) -> bool:
 
 def is_copied(op: Op, user: Op) -> bool:
     """Whether ``user`` takes its own copy of ``op`` into its kernel: the weight or input that it dequantizes itself."""
-    return isinstance(op, ops.Dequantize) and isinstance(user, (ops.Linear, ops.GatedLinear, ops.Embedding))
+    if isinstance(op, ops.Expand):
+        return isinstance(user, ops.Dequantize)
+    return isinstance(op, DECODING) and isinstance(user, (ops.Linear, ops.GatedLinear, ops.Embedding))
 
 
 def is_rotated_by(op: Op, user: Op) -> bool:
