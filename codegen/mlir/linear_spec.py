@@ -16,6 +16,8 @@ from tilewright.codegen.target import CpuTarget
 
 _SHARED = 28  # panels that threads share evenly
 _CACHED = 4 << 20  # bytes of a weight that may well be read again for each block of rows
+_FLOATS = ("f32", "bf16", "f16")
+_SCALES = ("f32", "f16")
 _MOST = (1 << 31) // (255 * 128)  # products of codes that surely fit i32
 
 
@@ -61,6 +63,10 @@ class LinearSpec:
 
     def refusal(self) -> str | None:
         """What of the quantization the kernels do not do."""
+        if not self.coded and self.weight not in _FLOATS:
+            return f"no kernel for {self.weight} weights"
+        if self.coded and self.scale not in _SCALES:
+            return f"no kernel for {self.scale} scales"
         if not self.coded:
             return f"int8 activations with {self.weight} weights" if self.dynamic else None
         step = 32 // CODES[self.weight]

@@ -48,6 +48,8 @@ class LoopsEmitter:
         """None when this emitter can lower ``kernel``, else why not."""
         if any(isinstance(value.type, KVType) for value in kernel.args):
             return "a cache is no plain tensor"
+        if unread := [v for v in kernel.args if v.dtype.is_narrow_float or v.dtype.bits < 4]:
+            return f"an argument of {unread[0].dtype.value}"
         for op in kernel.body[:-1]:
             if reason := _op_refusal(op):
                 return reason

@@ -107,3 +107,5 @@ def test_refusals_say_why() -> None:
     assert "sums are made of unrounded numbers" in reason(kernel_of(narrow, ((B, K), "bf16"), i8, scale))
     assert "not i8 with one f32 scale a row" in reason(kernel_of(grouped, X, ((B, 3, 3), "f32"), i8, scale))
     assert "groups of 12 do not divide K = 96 into multiples of 8" in reason(dynamic(((N, K), "i4"), ((N, 8), "f16")))
+    assert "no kernel for i2 weights" in reason(dynamic(((N, K), "i2"), ((N, 1), "f32")))
+    assert "no kernel for f8e8m0 scales" in reason(dynamic(((N, K), "i4"), ((N, 3), "f8e8m0")))

@@ -168,3 +168,9 @@ def test_a_slice_of_nibbles_that_starts_in_a_byte(target, rng):
 
 def test_no_result_of_four_bits():
     assert "a result of i4" in EMITTER.match(kernel_of(lambda b, x: b(ops.Reshape, x, (8,)), ((2, 4), "i4")), TARGETS[0])
+
+
+def test_formats_without_a_load_are_refused():
+    for codes, scale, narrow in (("i2", "f32", "i2"), ("f4e2m1", "f32", "f4e2m1"), ("i4", "f8e8m0", "f8e8m0")):
+        kernel = kernel_of(lambda b, *args: b(ops.Dequantize, *args), ((4, 8), codes), ((4, 1), scale))
+        assert f"an argument of {narrow}" in EMITTER.match(kernel, TARGETS[0])
