@@ -43,13 +43,13 @@ def floats(text: str, pattern: str) -> list[float]:
 
 def test_every_example_is_tested() -> None:
     tested = set(re.findall(r'example\("(\w+)"', Path(__file__).read_text()))
-    shown_in_the_documentation = {"refusals", "train_small_lm"}
+    shown_in_the_documentation = {"refusals", "train_small_lm", "train_eval_lm"}
     assert tested | shown_in_the_documentation == {p.stem for p in (ROOT / "examples").glob("*.py")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_examples_are_short(path: Path) -> None:
-    assert path.stem == "train_small_lm" or len(path.read_text().splitlines()) <= 60
+    assert path.stem.startswith("train_") or len(path.read_text().splitlines()) <= 60
 
 
 def test_tokens_are_those_the_model_prefers() -> None:
