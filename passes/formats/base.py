@@ -43,8 +43,6 @@ class Format(ABC):
 
     options: ClassVar[Mapping[str, str]] = {}
     """Field -> the values that it takes, for the documentation."""
-    layout: ClassVar[str] = ""
-    """What is stored, in one line, for the documentation."""
 
     @property
     @abstractmethod
@@ -146,8 +144,14 @@ def check_params(params: Params, w: Array, name: str) -> None:
         kinds = ", ".join(f"{key} {DType.of(array.dtype).value}" for key, array in params.items())
         raise PassError(
             f"@{name} has numbers up to {np.abs(w).max():g}, too large for its format ({kinds}); "
-            f"choose one with f32 scales (group=0), or skip={name}"
+            f"choose one with f32 scales, such as w8a16, or skip={name}"
         )
+
+
+def check_group(group: int) -> None:
+    """Raise PassError for a number of neighbours that makes no sense."""
+    if group < 0:
+        raise PassError(f"a group has 1 or more elements, or is 0 for all of a row; got {group}")
 
 
 def inverse(scale: Array) -> Array:

@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from tilewright.ir import PassError
+from tilewright.ir import DType, PassError
 from tilewright.passes.formats.base import Format
+from tilewright.passes.formats.codebook import Codebook, NormalFloat
+from tilewright.passes.formats.floats import Floats, Microscaling
 from tilewright.passes.formats.integers import Integers
+from tilewright.passes.formats.ternary import Ternary
+from tilewright.passes.formats.two_level import TwoLevel
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,15 @@ SCHEMES: dict[str, Scheme] = {
     "w3a8": Scheme(Integers(3, group=128), 8, 3.125, "three bits in groups of 128; products of integers"),
     "w2a16": Scheme(Integers(2, group=64), None, 2.25, "two bits in groups of 64", "arXiv:2407.00088"),
     "w2a8": Scheme(Integers(2, group=64), 8, 2.25, "two bits in groups of 64; products of integers", "arXiv:2407.00088"),
+    "ternary": Scheme(Ternary(), 8, 2, "-1, 0 and 1, for models trained so; products of integers", "arXiv:2402.17764"),
+    "ternary-a16": Scheme(Ternary(), None, 2, "-1, 0 and 1, for models trained so", "arXiv:2402.17764"),
+    "fp8": Scheme(Floats(), None, 8, "floats of eight bits, four of them exponents", "arXiv:2209.05433"),
+    "fp8-e5m2": Scheme(Floats(DType.f8e5m2), None, 8, "floats of eight bits, five of them exponents", "arXiv:2209.05433"),
+    "mxfp4": Scheme(Microscaling(), None, 4.25, "floats of four bits, powers of two for 32 each", "OCP Microscaling 1.0"),
+    "nf4": Scheme(NormalFloat(), None, 4.25, "quantiles of the normal distribution", "arXiv:2305.14314"),
+    "codebook4": Scheme(Codebook(4), None, 4, "sixteen numbers a row, fitted by k-means", "arXiv:2306.07629"),
+    "codebook3": Scheme(Codebook(3), None, 3, "eight numbers a row, fitted by k-means", "arXiv:2306.07629"),
+    "two-level": Scheme(TwoLevel(), 8, 4.125, "four bits that expand to eight; products of integers", "arXiv:2405.04532"),
 }
 """What the option ``scheme`` of the pass ``quantize`` may be."""
 
