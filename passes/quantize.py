@@ -5,27 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from functools import partial
 from typing import ClassVar, Literal
 
 from tilewright.ir import Argument, DType, Module, Op, PassError, Return, Rewriter, Value, Weight, ops
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.formats import Format, Scheme, check_finite, find_scheme, round_to_nearest
+from tilewright.passes.calibration.methods import METHODS, Method, Settings, Sources
+from tilewright.passes.formats import Format, Scheme, check_finite, find_scheme
 from tilewright.passes.match import replace
-from tilewright.passes.weights import as_weight, derive_together, in_memory
+from tilewright.passes.weights import as_weight, derive_together, in_memory, place
 
 Parts = tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Weights in few bits, rounded to the nearest; where the scheme says so activations too, a scale a token at run time.
+    """Weights in few bits; where the scheme says so activations are rounded too, a scale a token at run time.
 
     ``scheme`` is a name of the table in ``formats/schemes.py``; ``group``, the neighbours along K that share a scale (0:
     all, one scale an output channel), and ``zero``, zero points, are those of the scheme unless given. ``layers``: ``head``
     are the layers that make the function's results and the embeddings of tokens, ``body`` all other linear layers. ``skip``
-    and ``only`` are patterns of weight names (``*lm_head*``). A weight that is quantized already stays as it is. Numbers
-    are computed when the artifact is written, a weight at a time.
+    and ``only`` are patterns of weight names (``*lm_head*``). A weight that is quantized already stays as it is.
+
+    ``method`` chooses the numbers: ``rtn`` rounds to the nearest, ``clip`` searches the ranges of groups, ``gptq`` makes
+    up for errors column by column (``damping``, ``order``, ``clip``: see ``calibration/gptq.py``) and needs calibration
+    data. Numbers that need none are computed when the artifact is written, a weight at a time.
     """
 
     name: ClassVar[str] = "quantize"
@@ -35,10 +38,16 @@ class Quantize(Pass):
     layers: Literal["all", "head", "body"] = "all"
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    method: Literal["rtn", "clip", "gptq"] = "rtn"
+    damping: float = 0.01
+    order: bool = True
+    clip: bool = False
 
     def __post_init__(self) -> None:
-        """Raises PassError for a scheme that does not exist, or has no such options."""
+        """Raises PassError for a scheme that does not exist, or has no such options, and for a damping below 0."""
         assert self.format
+        if not self.damping >= 0:
+            raise PassError(f"damping is a fraction of the mean diagonal, 0 or more; got {self.damping}")
 
     @property
     def row(self) -> Scheme:
@@ -49,17 +58,24 @@ class Quantize(Pass):
     def format(self) -> Format:
         return self.row.with_options(self.scheme, group=self.group, zero=self.zero)
 
+    @property
+    def chooser(self) -> Method:
+        """The method that chooses the numbers."""
+        return METHODS[self.method](self.format, Settings(self.damping, self.order, self.clip))
+
     def run(self, module: Module, ctx: PassContext) -> bool:
         rw = Rewriter(module, pattern=self.name)
         self.check_patterns(module)
+        layers = {op: found for op in linear_layers(module) if (found := self.chosen(op, rw)) is not None}
+        numbers = self.chooser.sources(module, ctx, {op: list(found.values()) for op, found in layers.items()})
         done: dict[Weight, Parts] = {}
         for function in module.entries():
             rows: dict[Value, Value] = {}
-            for op in function.walk(ops.Linear, ops.GatedLinear):
-                self.layer(op, rw, done, rows)
+            for op in [op for op in layers if op.parent is function]:
+                self.layer(op, layers[op], rw, numbers, done, rows)
             for op in function.walk(ops.Embedding):
                 assert isinstance(op, ops.Embedding)
-                self.table(op, rw, done)
+                self.table(op, rw, numbers, done)
         before, after = (sum(int(w.tensor.bytes) for w in ws) for ws in (done, [q for p in done.values() for q in p]))
         ctx.note(f"{len(done)} weights of {before} bytes became {after} bytes")
         return ctx.take(rw)
@@ -71,18 +87,25 @@ class Quantize(Pass):
                 close = get_close_matches(pattern.strip("*"), module.weights, n=3, cutoff=0.3) or list(module.weights)[:3]
                 raise PassError(f"option {option} of quantize: no weight is named {pattern!r}; near are {', '.join(close)}")
 
-    def layer(self, op: Op, rw: Rewriter, done: dict[Weight, Parts], rows: dict[Value, Value]) -> None:
-        """Quantize the weights of one linear layer, all or none, and its input if the scheme says so."""
+    def chosen(self, op: Op, rw: Rewriter) -> dict[str, Weight] | None:
+        """The weights of a linear layer by their fields: all of them are quantized, or none (None)."""
         if self.layers != "all" and (self.layers == "head") != makes_results(op):
-            return
+            return None
         names = ("weight",) if isinstance(op, ops.Linear) else ("gate", "up")
         weights = {name: as_weight(getattr(op, name), 2) for name in names}
         if any(self.refuses(op, name, weight, rw) for name, weight in weights.items()):
-            return
+            return None
+        found = {name: weight for name, weight in weights.items() if weight is not None}
+        for weight in found.values():
+            self.check(weight, op)
+        return found
+
+    def layer(self, op: Op, weights: dict[str, Weight], rw: Rewriter, numbers: Sources, done: dict[Weight, Parts],
+              rows: dict[Value, Value]) -> None:  # fmt: skip
+        """Quantize the weights of one linear layer, and its input if the scheme says so."""
         changes: dict[str, Value] = {}
         for name, weight in weights.items():
-            assert weight is not None
-            parts = self.parts(rw.module, weight, done, op)
+            parts = self.parts(rw.module, weight, numbers, done)
             changes[name] = self.format.value(rw.before(op).add, parts, DType.f32)
         kind = op.operands[0].dtype
         if self.row.activations is not None:
@@ -91,28 +114,34 @@ class Quantize(Pass):
         narrow = ops.Cast(new.result, kind) if new.result.dtype is not kind else new.result
         replace(rw, op, narrow)
 
-    def table(self, op: ops.Embedding, rw: Rewriter, done: dict[Weight, Parts]) -> None:
+    def table(self, op: ops.Embedding, rw: Rewriter, numbers: Sources, done: dict[Weight, Parts]) -> None:
         """Quantize the table of tokens; it shares the numbers of a head that is tied to it."""
         table = as_weight(op.table, 2)
         tied = table in done
         if not is_given(op.indices) or (self.layers == "body" and not tied) or self.refuses(op, "table", table, rw):
             return
         assert table is not None
-        parts = self.parts(rw.module, table, done, op)
+        self.check(table, op)
+        parts = self.parts(rw.module, table, numbers, done)
         replace(rw, op, op.clone({}, table=self.format.value(rw.before(op).add, parts, table.dtype)))
 
-    def parts(self, module: Module, weight: Weight, done: dict[Weight, Parts], op: Op) -> Parts:
-        """What is stored for ``weight``."""
-        if weight in done:
-            return done[weight]
+    def check(self, weight: Weight, op: Op) -> None:
+        """Raise PassError for a weight that the format cannot hold, or whose numbers are in memory and not finite."""
         n, k = map(int, weight.shape)
         reason = self.format.unfit(n, k)
         if reason is not None:
             raise PassError(f"{self}: @{weight.name}: {reason}; choose another group, or skip={weight.name}", op.loc)
         for array in in_memory(weight.source):
             check_finite(array, weight.name)
-        make = partial(round_to_nearest, self.format, name=weight.name)
-        done[weight] = derive_together(module, self.format.parts(weight.name, n, k), weight, make)
+
+    def parts(self, module: Module, weight: Weight, numbers: Sources, done: dict[Weight, Parts]) -> Parts:
+        """What is stored for ``weight``."""
+        if weight not in done:
+            names = self.format.parts(weight.name, *map(int, weight.shape))
+            if weight in numbers:
+                done[weight] = place(module, names, numbers[weight])
+            else:
+                done[weight] = derive_together(module, names, weight, self.chooser.make(weight.name))
         return done[weight]
 
     def refuses(self, op: Op, field: str, weight: Weight | None, rw: Rewriter) -> bool:
@@ -134,6 +163,11 @@ class Quantize(Pass):
         if self.only and not any(fnmatch(weight.name, pattern) for pattern in self.only):
             return f"the option only does not name @{weight.name}"
         return None
+
+
+def linear_layers(module: Module) -> list[Op]:
+    """The linear and gated layers of all entries."""
+    return [op for function in module.entries() for op in function.walk(ops.Linear, ops.GatedLinear)]
 
 
 def quantized_rows(op: Op, rw: Rewriter, done: dict[Value, Value]) -> Value:

@@ -35,8 +35,12 @@ def derive_together(
 ) -> tuple[Weight, ...]:
     """The weights ``names``, which ``make`` computes from ``part`` all at once, in this order."""
     work = Computation(part.source, make) if part.source is not None else None
-    sources = [PartSource(work, i) if work is not None else None for i in range(len(names))]
-    return tuple(module.weight(free_name(module, n), t, s) for (n, t), s in zip(names.items(), sources))
+    return place(module, names, [PartSource(work, i) if work is not None else None for i in range(len(names))])
+
+
+def place(module: Module, names: Mapping[str, TensorType], sources: Sequence[WeightSource | None]) -> tuple[Weight, ...]:
+    """The weights ``names`` with their ``sources``; a taken name gets a number at the end."""
+    return tuple(module.weight(free_name(module, n), t, s) for (n, t), s in zip(names.items(), sources, strict=True))
 
 
 def in_memory(source: WeightSource | None) -> Iterator[np.ndarray[Any, Any]]:

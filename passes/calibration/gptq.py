@@ -1,0 +1,181 @@
+"""``method=gptq`` (Frantar et al., arXiv:2210.17323): each column is rounded, and what is left makes up for its error.
+
+With ``H = x^T x`` over the calibration inputs the error of a row w of the weight is ``(w - q) H (w - q)^T``. Columns are
+rounded one after the other; the rounding error of column j goes into the later columns in proportion to row j of the upper
+Cholesky factor of ``inv(H)``. Later columns of a block of 128 are corrected at once, those beyond it by one product.
+
+With ``order`` columns go by falling ``H[j, j]`` (act-order), while groups stay neighbours along K: their scales are fitted
+beforehand (static groups). Without it a group is fitted when its first column comes, to what the errors so far made of it.
+Columns that no input reached are rounded to the nearest.
+
+Memory: H and its factor in f64, 16 K^2 bytes, and a block of rows of the weight: rows do not know of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from tilewright.ir import PassError
+from tilewright.passes.calibration.clip import search
+from tilewright.passes.calibration.data import Array
+from tilewright.passes.formats import Format, Params, check_finite
+from tilewright.passes.formats.base import check_params
+
+BLOCK = 128  # columns that are corrected one by one
+_AT_ONCE = 1 << 22  # elements of the weight in work at a time
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """The method with its settings, for weights of any format.
+
+    ``damping`` is added to the diagonal of H as a fraction of its mean; ``clip`` searches the ranges of groups first.
+    """
+
+    format: Format
+    damping: float = 0.01
+    order: bool = True
+    clip: bool = False
+
+    def round(self, weight: Array, hessian: Array, name: str = "weight") -> tuple[tuple[Array, ...], Array]:
+        """The arrays of ``format.parts`` for ``weight`` ``[N, K]``, and the weight that they mean, f32.
+
+        ``hessian`` is f64 ``[K, K]``. Raises PassError that names the weight when either has numbers that are not finite.
+        """
+        k = weight.shape[1]
+        if not np.isfinite(hessian).all():
+            raise PassError(f"the inputs of the layer with @{name} became NaN or infinite during calibration")
+        order = np.argsort(-np.diag(hessian), kind="stable") if self.order else np.arange(k)
+        factor = inverse_factor(damped(hessian, self.damping)[np.ix_(order, order)], name).astype(np.float32)
+        importance = np.diag(hessian).astype(np.float32).reshape(self.format.groups(k), -1)
+        decoded = np.empty(weight.shape, np.float32)
+        parts = list(self.blocks(weight, factor, order, importance, decoded, name))
+        codes = np.concatenate([c for c, _ in parts])
+        params = {key: np.concatenate([p[key] for _, p in parts]) for key in parts[0][1]}
+        return self.format.store(codes, params), decoded
+
+    def blocks(
+        self, weight: Array, factor: Array, order: Array, importance: Array, decoded: Array, name: str
+    ) -> Iterator[tuple[Array, Params]]:
+        """Codes ``[R, K]`` and params of some rows after the other; fills ``decoded``."""
+        n, k = weight.shape
+        step = max(1, _AT_ONCE // k)
+        for start in range(0, n, step):
+            rows = weight[start : start + step].astype(np.float32)
+            check_finite(rows, name, start)
+            work = _Rows(self, rows, factor, order, importance)
+            work.run()
+            decoded[start : start + step] = work.decoded.T
+            params = work.params()
+            check_params(params, rows, name)
+            yield np.ascontiguousarray(work.codes.T), params
+
+
+class _Rows:
+    """Some rows of a weight in work, transposed: ``[K, R]``, so that a column is contiguous."""
+
+    def __init__(self, method: Gptq, rows: Array, factor: Array, order: Array, importance: Array) -> None:
+        self.method, self.format, self.importance = method, method.format, importance
+        self.factor, self.order = factor, order
+        self.groups = self.format.groups(rows.shape[1])
+        self.size = rows.shape[1] // self.groups
+        grouped = rows.reshape(len(rows), self.groups, self.size)
+        self.shared = self.format.shared(grouped, importance)
+        self.left = np.ascontiguousarray(rows.T[order])
+        self.decoded = np.empty_like(rows.T, order="C")
+        self.codes: Array = np.empty(0)
+        self.fitted: list[Params | None] = [None] * self.groups
+        if method.order:
+            whole = self.fit(grouped, importance)
+            self.fitted = [_group(whole, g) for g in range(self.groups)]
+
+    def fit(self, w: Array, importance: Array) -> Params:
+        fit = search if self.method.clip else _plain
+        return fit(self.format, w, importance, self.shared)
+
+    def params(self) -> Params:
+        """Of all groups."""
+        found = [p for p in self.fitted if p is not None]
+        joined = {key: np.concatenate([p[key] for p in found], 1) for key in found[0] if key not in self.shared}
+        return joined | {key: found[0][key] for key in found[0].keys() & self.shared.keys()}
+
+    def run(self) -> None:
+        for start, stop in pairwise(self.bounds()):
+            errors = np.empty((stop - start, self.left.shape[1]), np.float32)
+            for i in range(start, stop):
+                errors[i - start] = self.column(i) / self.factor[i, i]
+                self.left[i + 1 : stop] -= self.factor[i, i + 1 : stop, None] * errors[i - start]
+            self.left[stop:] -= self.factor[start:stop, stop:].T @ errors
+
+    def bounds(self) -> list[int]:
+        """Where blocks begin, and the end. A group that a block holds the first column of is either all in the block or
+        begins with it, so that the group is up to date when it is fitted."""
+        k = len(self.left)
+        if self.size <= BLOCK:
+            return [*range(0, k, BLOCK // self.size * self.size), k]
+        return [*(i for g in range(0, k, self.size) for i in range(g, g + self.size, BLOCK)), k]
+
+    def column(self, i: int) -> Array:
+        """Round the ``i``-th column in order; gives its error ``[R]``."""
+        j = int(self.order[i])
+        params = self.group(j // self.size)
+        column = self.left[i][:, None, None]
+        codes = self.format.encode(column, params)
+        if not self.codes.size:
+            self.codes = np.empty(self.left.shape, codes.dtype)
+        self.codes[j] = codes[:, 0, 0]
+        self.decoded[j] = self.format.decode(codes, params)[:, 0, 0]
+        error: Array = self.left[i] - self.decoded[j]
+        return error
+
+    def group(self, g: int) -> Params:
+        """The params of a group; without act-order fitted to what its columns are by now."""
+        params = self.fitted[g]
+        if params is None:
+            rows = self.left[g * self.size : (g + 1) * self.size].T
+            params = self.fit(np.ascontiguousarray(rows)[:, None], self.importance[g : g + 1])
+            self.fitted[g] = params
+        return params
+
+
+def _plain(format: Format, w: Array, importance: Array, shared: Params) -> Params:
+    return format.fit(w, 1.0, importance, shared)
+
+
+def _group(params: Params, g: int) -> Params:
+    return {key: array[:, g : g + 1] if array.shape[1] > 1 else array for key, array in params.items()}
+
+
+def damped(hessian: Array, damping: float) -> Array:
+    """H with a fraction of its mean diagonal added; a channel that was always 0 stands for itself."""
+    diagonal = np.diag(hessian)
+    dead = diagonal == 0
+    mean = diagonal.mean() or 1.0
+    out: Array = hessian + np.diag(np.where(dead, mean, damping * mean))
+    return out
+
+
+def inverse_factor(hessian: Array, name: str) -> Array:
+    """The upper U with ``inv(H) = U^T U``: with H reversed ``L L^T``, it is ``inv(L)`` reversed."""
+    try:
+        lower = np.linalg.cholesky(hessian[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        raise PassError(f"@{name}: the Hessian of its inputs is not positive definite; raise damping, or give more "
+                        "calibration data") from None  # fmt: skip
+    return np.ascontiguousarray(inverse_lower(lower)[::-1, ::-1])
+
+
+def inverse_lower(lower: Array) -> Array:
+    """The inverse of a lower triangular matrix, by halves."""
+    k = len(lower)
+    if k <= 64:
+        return np.tril(np.linalg.inv(lower))
+    h = k // 2
+    out = np.zeros_like(lower)
+    out[:h, :h], out[h:, h:] = inverse_lower(lower[:h, :h]), inverse_lower(lower[h:, h:])
+    out[h:, :h] = -out[h:, h:] @ lower[h:, :h] @ out[:h, :h]
+    return out
