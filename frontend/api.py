@@ -50,23 +50,33 @@ def trace_folder(path: str | os.PathLike[str], dtype: str | None = None, task: s
 
     ``dtype`` (``"bf16"``, ``"f32"``, ...) is that of the weights and activations; by default what the config says.
     ``task`` (causal-lm, encoder, vision, seq2seq) is by default that of the config's architecture. Weights are read
-    from the mapped files when they are asked for. Raises CheckpointError for a folder that is damaged, incomplete, or
-    has only pickled weights; otherwise as :func:`trace`.
+    from the mapped files when they are asked for; those that are quantized already keep their codes. Raises
+    CheckpointError for a folder that is damaged, incomplete, or has only pickled weights; otherwise as :func:`trace`.
     """
     from tilewright.frontend import skeleton
     from tilewright.frontend.checkpoint import Checkpoint
+    from tilewright.frontend.quantized.insert import insert_packed
+    from tilewright.frontend.quantized.packed import PackedCheckpoint, Reading
+    from tilewright.frontend.quantized.settings import unpacked
 
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    config = skeleton.load_config(folder)
-    checkpoint = Checkpoint(folder)
+    config, settings = skeleton.load_config(folder)
+    checkpoint: skeleton.Tensors = Checkpoint(folder)
+    notes: list[str] = []
     with _LOCK:
         kind = skeleton.model_class(config, task)
         model = skeleton.build(config, kind, skeleton.torch_dtype(dtype, config))
+        if settings is not None:
+            checkpoint = unpacked(Reading(checkpoint, settings, skeleton.classes_of(model), notes))
         binding = skeleton.bind(model, checkpoint)
         skeleton.fake_parameters(model)
         module = _trace(model, recipe(model, (), {}, None, task), binding.sources, binding.missing)
+    if isinstance(checkpoint, PackedCheckpoint):
+        notes += insert_packed(module, checkpoint)
+        verify(module)
+        module.meta |= {"notes": json.dumps(notes)} if notes else {}
     module.meta |= _generation(folder)
     if binding.unused:
         module.meta["unused_tensors"] = json.dumps(binding.unused)

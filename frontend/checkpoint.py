@@ -25,6 +25,8 @@ _DTYPES: dict[str, Any] = {
     "I16": np.int16,
     "I8": np.int8,
     "U8": np.uint8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "BOOL": np.bool_,
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -140,6 +142,10 @@ class Checkpoint:
 
     def array(self, name: str) -> np.ndarray:
         return self.file(self.where[name]).array(name)
+
+    def source(self, name: str, dtype: np.dtype) -> TensorSource:
+        """The tensor as a weight of ``dtype``."""
+        return TensorSource(self, name, dtype)
 
     def release(self, name: str) -> None:
         self.file(self.where[name]).release(name)

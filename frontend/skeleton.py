@@ -20,12 +20,15 @@ from torch._subclasses import FakeTensorMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from tilewright.frontend.checkpoint import Checkpoint, ConvertedSource, TensorSource
+from tilewright.frontend.checkpoint import Checkpoint, ConvertedSource
+from tilewright.frontend.quantized.packed import PackedCheckpoint
+from tilewright.frontend.quantized.settings import Settings, settings_of
 from tilewright.frontend.symbols import DTYPES
 from tilewright.frontend.table import numpy_of
 from tilewright.ir.errors import CheckpointError, UnsupportedError
 from tilewright.ir.sources import WeightSource
 
+Tensors = Checkpoint | PackedCheckpoint
 _BY_TASK = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
@@ -35,8 +38,11 @@ _BY_TASK = {
 _TORCH_DTYPES = {d.value: t for t, d in DTYPES.items() if d.is_float} | {str(t)[6:]: t for t in DTYPES}
 
 
-def load_config(folder: Path) -> Any:
-    """The folder's config. Raises CheckpointError or UnsupportedError for a folder that cannot be compiled."""
+def load_config(folder: Path) -> tuple[Any, Settings | None]:
+    """The folder's config, and how its weights are quantized if they are.
+
+    Raises CheckpointError or UnsupportedError for a folder that cannot be compiled.
+    """
     file = folder / "config.json"
     if not file.exists():
         raise CheckpointError(f"{folder} has no config.json; give a folder as model.save_pretrained writes it")
@@ -44,15 +50,16 @@ def load_config(folder: Path) -> Any:
         raw = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedError(f"{folder} is quantized already ({method}); use the checkpoint that it was made from")
+    settings = settings_of(folder, raw)
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise UnsupportedError(f"{folder} brings its own Python code, which is not run; trace the module instead")
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from None
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.__dict__.pop("quantization_config", None)  # the model is built as if it were not quantized
+    return config, settings
 
 
 def model_class(config: Any, task: str | None) -> Any:
@@ -139,7 +146,12 @@ class Binding:
     unused: list[str]
 
 
-def bind(model: Any, checkpoint: Checkpoint) -> Binding:
+def classes_of(model: nn.Module) -> dict[str, str]:
+    """The class of each module, by its name."""
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def bind(model: Any, checkpoint: Tensors) -> Binding:
     """Match the checkpoint's names with the model's, by transformers' own tables. Reads no tensor.
 
     Raises CheckpointError for a shape that does not fit.
@@ -154,7 +166,7 @@ def bind(model: Any, checkpoint: Checkpoint) -> Binding:
     return Binding(sources, [n for n in parameters if n not in sources], unused)
 
 
-def _groups(model: Any, checkpoint: Checkpoint, state: Mapping[str, Any]) -> tuple[dict[str, Group], list[str]]:
+def _groups(model: Any, checkpoint: Tensors, state: Mapping[str, Any]) -> tuple[dict[str, Group], list[str]]:
     """For each weight (the first of each conversion) its tensors on disk; and the tensors that fit nothing."""
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -176,12 +188,13 @@ def _groups(model: Any, checkpoint: Checkpoint, state: Mapping[str, Any]) -> tup
 
 
 def _sources(
-    model: Any, checkpoint: Checkpoint, state: Mapping[str, Any], first: str, group: Group
+    model: Any, checkpoint: Tensors, state: Mapping[str, Any], first: str, group: Group
 ) -> dict[str, WeightSource]:
     if group.converter is None:
         (key, _), *_ = group.parts
+        _expect_plain(model, first, checkpoint, key)
         _expect_shape(first, checkpoint.entry(key).shape, state)
-        return {first: TensorSource(checkpoint, key, _numpy_dtype(state[first]))}
+        return {first: checkpoint.source(key, _numpy_dtype(state[first]))}
     keys = tuple(k for k, _ in group.parts)
     results = _convert(model, first, group, lambda key: _meta(checkpoint, key))
     out: dict[str, WeightSource] = {}
@@ -194,6 +207,16 @@ def _sources(
     return out
 
 
+def _expect_plain(model: nn.Module, name: str, checkpoint: Tensors, key: str) -> None:
+    """Raises UnsupportedError for a packed weight of a module that has its weight another way round, or no matrix."""
+    if not isinstance(checkpoint, PackedCheckpoint) or key not in checkpoint.packed:
+        return
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(owner, (nn.Linear, nn.Embedding)):
+        kind = type(owner).__name__
+        raise UnsupportedError(f"{name}: quantized weights of a {kind} are not read, only of linear layers and embeddings")
+
+
 def _numpy_dtype(tensor: torch.Tensor) -> np.dtype:
     return DTYPES[tensor.dtype].np
 
@@ -204,11 +227,11 @@ def _expect_shape(name: str, got: tuple[int, ...], state: Mapping[str, Any]) -> 
         raise CheckpointError(f"{name}: the model expects shape {list(want)}, the checkpoint has {list(got)}")
 
 
-def _meta(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+def _meta(checkpoint: Tensors, key: str) -> torch.Tensor:
     return torch.empty(checkpoint.entry(key).shape, device="meta")
 
 
-def _real(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+def _real(checkpoint: Tensors, key: str) -> torch.Tensor:
     array = checkpoint.array(key)
     if str(array.dtype) == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -226,7 +249,7 @@ def _convert(model: Any, first: str, group: Group, read: Any) -> dict[str, torch
     return {name: t[0] if isinstance(t, list) else t for name, t in results.items()}
 
 
-def _load_converted(model: Any, checkpoint: Checkpoint, first: str, group: Group, name: str) -> np.ndarray:
+def _load_converted(model: Any, checkpoint: Tensors, first: str, group: Group, name: str) -> np.ndarray:
     return numpy_of(_convert(model, first, group, partial(_real, checkpoint))[name])
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
-import shutil
-import tempfile
-import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from tilewright.bisect import copy_of, random_inputs
+from tilewright.calibration_data import Calibration
 from tilewright.codegen.build import Build
 from tilewright.codegen.emitters import FAMILIES, refusals
 from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import CpuTarget, parse_target
 from tilewright.ir import CheckpointError, Module, PassError, TilewrightError, ops, verify
-from tilewright.layer_errors import layer_errors
+from tilewright.layer_errors import layer_errors, sample_of
 from tilewright.passes.base import PassContext
 from tilewright.passes.fuse import unfuse
 from tilewright.passes.pipeline import Pipeline, PipelineReport
@@ -31,8 +28,11 @@ from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter, refuse_foreign
 from tilewright.schedules import SHIPPED, choose_schedules
+from tilewright.sensitivity import Steps, few
+from tilewright.sensitivity import sensitivity as table_of
+from tilewright.stages import Holder, Progress, Stages
+from tilewright.texts import TextError
 
-Progress = Callable[[str, int, int], None]
 _CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -53,6 +53,8 @@ def compile(
     db: str | os.PathLike[str] | None = None,
     cost_model: str | os.PathLike[str] | None = SHIPPED,
     sizes: Mapping[str, int] | None = None,
+    calibration: Any = None,
+    sensitivity: bool = False,
 ) -> Compiled:
     """Compile a model.
 
@@ -73,13 +75,29 @@ def compile(
     started = Stages(progress)
     cpu = parse_target(target)
     pipeline = with_length(Pipeline.parse(passes), max_length)
+    folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
+    given = calibration_of(calibration, folder)
+    if sensitivity:
+        check_sensitivity(pipeline, given)
     if out is not None:  # now, and not after minutes of work
         refuse_foreign(Path(os.path.realpath(out)))
     with started("trace"):
         module, source = trace(model, args, kwargs, dynamic, dtype)
         module.meta |= {"task": task} if task else {}
     return lower(module, pipeline, cpu, source=source, out=out, stages=started, errors=errors, db=db,
-                 cost_model=cost_model, sizes=sizes)  # fmt: skip
+                 cost_model=cost_model, sizes=sizes, calibration=given, sensitivity=sensitivity)  # fmt: skip
+
+
+def check_sensitivity(pipeline: Pipeline, calibration: Calibration | None) -> None:
+    """Raise PassError or TextError where no sensitivity table can be made."""
+    Steps.of(pipeline)
+    if calibration is None:
+        raise TextError("a sensitivity table is measured on calibration data; give calibration, a text or token ids")
+
+
+def calibration_of(given: Any, folder: Path | None) -> Calibration | None:
+    """What ``compile(calibration=...)`` was given, checked as far as it can be without the model."""
+    return given if given is None or isinstance(given, Calibration) else Calibration(given, folder)
 
 
 def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Any, dtype: str | None
@@ -118,20 +136,30 @@ def lower(
     db: str | os.PathLike[str] | None = None,
     cost_model: str | os.PathLike[str] | None = SHIPPED,
     sizes: Mapping[str, int] | None = None,
+    calibration: Calibration | None = None,
+    sensitivity: bool = False,
 ) -> Compiled:
     """Run the passes on ``module`` (in place), generate code and write the artifact."""
     stages = stages or Stages(None)
     before = copy_of(module) if errors else None
+    inputs = None if calibration is None else calibration.inputs(module)
+    options = {} if inputs is None else {"calibration": inputs}
+    sensitive = []
+    if sensitivity:
+        with stages("sensitivity"):
+            sensitive = table_of(module, pipeline, few(inputs or []), options)
     with stages("passes"):
-        done, fallbacks = prepare(module, pipeline, target)
+        done, fallbacks = prepare(module, pipeline, target, options)
     with stages("schedules"):
         schedules = choose_schedules(module, target, db=db, cost_model=cost_model, sizes=sizes)
     report = CompileReport(module.name, target.text, str(pipeline), fallbacks=fallbacks)
     report.passes = [asdict(r) for r in done.rows]
-    report.notes = [f"{where}: {line}" for where, line in done.ctx.notes] + schedules.notes
+    report.sensitivity = sensitive
+    report.notes = [f"import: {line}" for line in json.loads(module.meta.get("notes", "[]"))]
+    report.notes += [f"{where}: {line}" for where, line in done.ctx.notes] + schedules.notes
     if before is not None:
         with stages("errors"):
-            report.layers = layer_errors(before, module, target, random_inputs(before, tokens=8))
+            report.layers = layer_errors(before, module, target, sample_of(inputs) or random_inputs(before, tokens=8))
     holder = None if out is not None else Holder()
     path = Path(out) if out is not None else holder.path  # type: ignore[union-attr]
     with stages("build"), ArtifactWriter(path) as writer:
@@ -149,9 +177,10 @@ def lower(
     return Compiled(path, report, holder)
 
 
-def prepare(module: Module, pipeline: Pipeline, target: CpuTarget) -> tuple[PipelineReport, list[str]]:
+def prepare(module: Module, pipeline: Pipeline, target: CpuTarget, options: Mapping[str, Any] | None = None
+            ) -> tuple[PipelineReport, list[str]]:  # fmt: skip
     """Run the passes on ``module`` (in place), take apart what no kernel can do; gives what they did, and the fallbacks."""
-    done = pipeline.run(module)
+    done = pipeline.run(module, ctx=PassContext(options or {}))
     return done, unfuse_refused(module, target)
 
 
@@ -176,38 +205,6 @@ def carry(source: Path | None, writer: ArtifactWriter) -> None:
     for name in _CARRIED if source is not None else ():
         if (source / name).is_file():  # type: ignore[operator]
             writer.copy(name, source / name)  # type: ignore[operator]
-
-
-class Stages:
-    """Times the stages of a compilation and hands progress on."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress: Progress = progress or (lambda stage, done, total: None)
-        self.seconds: dict[str, float] = {}
-        self.running: tuple[str, float] | None = None
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.running = (name, time.perf_counter())
-        self.progress(name, 0, 1)
-        yield
-        self.seconds = self.finished()
-        self.running = None
-        self.progress(name, 1, 1)
-
-    def finished(self) -> dict[str, float]:
-        """Seconds of each stage, the running one so far."""
-        now = {} if self.running is None else {self.running[0]: time.perf_counter() - self.running[1]}
-        return {**self.seconds, **now}
-
-
-class Holder:
-    """A temporary folder that lives as long as the compiled model."""
-
-    def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="tilewright-")
-        self.path = Path(self.folder) / "artifact"
-        self.close = weakref.finalize(self, shutil.rmtree, self.folder, True)
 
 
 @dataclass

@@ -208,7 +208,7 @@ def test_a_damaged_index_and_config(saved, tmp_path):
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, r"is quantized already \(gptq\)"),
+        ({"quantization_config": {"quant_method": "quip"}}, UnsupportedError, r"by a method that is not read \(quip\)"),
         ({"auto_map": {"AutoModel": "x.Y"}, "model_type": "mine"}, UnsupportedError, "brings its own Python code"),
         ({"architectures": ["Nothing"]}, UnsupportedError, r"names the architectures \['Nothing'\]"),
         ({"architectures": None}, UnsupportedError, "give a task"),

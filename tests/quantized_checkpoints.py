@@ -1,0 +1,139 @@
+"""Small Llamas that are saved quantized, by the reference packages or by plain loops, with the weights they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+HIDDEN, FEED, VOCAB = 64, 128, 96
+Pack = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
+
+
+@dataclass
+class Saved:
+    """A folder, and the dense weights that its packed ones stand for, by their names in the model."""
+
+    folder: Path
+    dense: dict[str, Tensor]
+    inputs: Tensor = field(default_factory=lambda: torch.arange(1, 13)[None] * 7 % VOCAB)
+
+    def model(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The reference: a dense model with those weights."""
+        config = llama_config()
+        model = hf.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+        state = load_file(self.folder / "model.safetensors")
+        own = {k: v for k, v in state.items() if k in model.state_dict()}
+        missing, _ = model.load_state_dict({**own, **self.dense}, strict=False)
+        assert not missing
+        return model.to(dtype)
+
+    @torch.no_grad()
+    def logits(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.model(dtype)(self.inputs).logits.float()
+
+
+def llama_config() -> Any:
+    return hf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FEED, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def float_model() -> Any:
+    """The same weights every time, large enough that layers matter."""
+    model = hf.LlamaForCausalLM(llama_config()).eval()
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) / p.shape[-1] ** 0.5 * 1.5 if p.dim() == 2 else p)
+    return model
+
+
+def save(folder: Path, pack: Pack, settings: Any, only: str = "proj", dtype: str = "float32") -> Saved:
+    """Save the model with the linear layers whose name holds ``only`` packed: ``pack(name, weight)`` gives tensors
+    named within the module, and what they stand for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state, dense = {}, {}
+    for name, tensor in float_model().state_dict().items():
+        if only in name and name.endswith(".weight"):
+            parts, dense[name] = pack(name, tensor.detach())
+            module = name.removesuffix("weight")
+            state |= {module + key: part.contiguous() for key, part in parts.items()}
+        else:
+            state[name] = tensor.detach().contiguous()
+    config = {**llama_config().to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": dtype}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    save_file(state, folder / "model.safetensors")
+    return Saved(folder, dense)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Save the folder's tensors again after ``change``."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+
+
+def set_quantization(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Write the folder's config again after ``change`` of its quantization_config."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def blocks(weight: Tensor, group: int) -> Tensor:
+    """``[N, K]`` -> ``[N, G, K / G]``."""
+    return weight.reshape(len(weight), -1, group or weight.shape[1])
+
+
+# ---- compressed-tensors ----------------------------------------------------------------------------------------------
+
+
+def compressed(folder: Path, kind: str, scale_dtype: torch.dtype = torch.float32, activations: Any = None, **weights: Any
+               ) -> Saved:  # fmt: skip
+    """Saved by the package's own compressor; ``weights`` are its QuantizationArgs."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    args = QuantizationArgs(**weights)
+    inputs = QuantizationArgs(**activations) if activations else None
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=inputs)
+    compressor = BaseCompressor.get_value_from_registry(kind)
+
+    def pack(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale, zero = parameters(weight, args)
+        state = {"weight": weight, "weight_scale": scale.to(scale_dtype), "weight_zero_point": zero}
+        packed = compressor.compress(state, scheme)
+        return packed, compressor.decompress(packed, scheme)["weight"]
+
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, format=kind, quantization_status="compressed",
+                                  ignore=["lm_head"])  # fmt: skip
+    return save(folder, pack, json.loads(settings.model_dump_json()))
+
+
+def parameters(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
+    """Scales and zero points by the extremes, in the shapes of the strategy."""
+    if args.strategy == "block":
+        rows, columns = args.block_structure
+        cut = weight.reshape(len(weight) // rows, rows, -1, columns).permute(0, 2, 1, 3).flatten(2)
+    elif args.strategy == "tensor":
+        cut = weight.reshape(1, 1, -1)
+    else:
+        cut = blocks(weight, args.group_size if args.strategy == "group" else 0)
+    low, high = cut.amin(-1).clamp(max=0), cut.amax(-1).clamp(min=0)
+    most = 448.0 if args.type == "float" else 2 ** (args.num_bits - 1) - 1
+    if args.symmetric:
+        scale, zero = torch.maximum(-low, high) / most, torch.zeros_like(low)
+    else:
+        scale = (high - low) / (2**args.num_bits - 1)
+        zero = torch.round(-low / scale) - 2 ** (args.num_bits - 1)
+    flat = (lambda t: t.reshape(1)) if args.strategy == "tensor" else (lambda t: t)
+    return flat(scale), flat(zero).to(torch.int8)
