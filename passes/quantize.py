@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatch
 from typing import ClassVar, Literal
 
 from tilewright.ir import Argument, DType, Module, Op, PassError, Return, Rewriter, Value, Weight, ops
@@ -12,6 +10,8 @@ from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.calibration.methods import METHODS, Method, Settings, Sources
 from tilewright.passes.formats import Format, Scheme, check_finite, find_scheme
 from tilewright.passes.match import replace
+from tilewright.passes.outlier_columns import is_outliers
+from tilewright.passes.selection import check_patterns, left_alone
 from tilewright.passes.weights import as_weight, derive_together, in_memory, place
 
 Parts = tuple[Weight, ...]
@@ -65,7 +65,7 @@ class Quantize(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> bool:
         rw = Rewriter(module, pattern=self.name)
-        self.check_patterns(module)
+        check_patterns(self.name, module, self.skip, self.only)
         layers = {op: found for op in linear_layers(module) if (found := self.chosen(op, rw)) is not None}
         numbers = self.chooser.sources(module, ctx, {op: list(found.values()) for op, found in layers.items()})
         done: dict[Weight, Parts] = {}
@@ -79,13 +79,6 @@ class Quantize(Pass):
         before, after = (sum(int(w.tensor.bytes) for w in ws) for ws in (done, [q for p in done.values() for q in p]))
         ctx.note(f"{len(done)} weights of {before} bytes became {after} bytes")
         return ctx.take(rw)
-
-    def check_patterns(self, module: Module) -> None:
-        """Raise PassError for a pattern that matches no weight: a name that is misspelt would change nothing."""
-        for option, pattern in [("skip", p) for p in self.skip] + [("only", p) for p in self.only]:
-            if not any(fnmatch(name, pattern) for name in module.weights):
-                close = get_close_matches(pattern.strip("*"), module.weights, n=3, cutoff=0.3) or list(module.weights)[:3]
-                raise PassError(f"option {option} of quantize: no weight is named {pattern!r}; near are {', '.join(close)}")
 
     def chosen(self, op: Op, rw: Rewriter) -> dict[str, Weight] | None:
         """The weights of a linear layer by their fields: all of them are quantized, or none (None)."""
@@ -148,21 +141,10 @@ class Quantize(Pass):
         """Whether a weight stays as it is; says why."""
         if isinstance(getattr(op, field).owner, (ops.Dequantize, ops.Lookup)):
             return True
-        reason = self.unfit(weight)
+        reason = "it holds the outliers of another layer" if is_outliers(op) else left_alone(weight, self.skip, self.only)
         if reason is not None:
             rw.skip(op, reason)
         return reason is not None
-
-    def unfit(self, weight: Weight | None) -> str | None:
-        if weight is None:
-            return "its weight is computed"
-        if not weight.dtype.is_float:
-            return f"@{weight.name} is {weight.dtype.value}"
-        if any(fnmatch(weight.name, pattern) for pattern in self.skip):
-            return f"the option skip names @{weight.name}"
-        if self.only and not any(fnmatch(weight.name, pattern) for pattern in self.only):
-            return f"the option only does not name @{weight.name}"
-        return None
 
 
 def linear_layers(module: Module) -> list[Op]:

@@ -21,6 +21,7 @@ PASSES: dict[str, str] = {
     "fuse-rope": "fuse_rope:FuseRope",
     "kv-layout": "kv_layout:KvLayout",
     "order-columns": "order_columns:OrderColumns",
+    "outlier-columns": "outlier_columns:OutlierColumns",
     "plan-memory": "plan_memory:PlanMemory",
     "quantize": "quantize:Quantize",
 }
