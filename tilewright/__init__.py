@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.bisect import bisect
     from tilewright.compiler import Compiled, compile
+    from tilewright.evaluation import Evaluation, evaluate
     from tilewright.ir import TilewrightError
     from tilewright.report import CompileReport
     from tilewright.runtime import Program, Session, Tokenizer, load
@@ -25,6 +26,8 @@ _HOMES = {
     "Compiled": "tilewright.compiler",
     "CompileReport": "tilewright.report",
     "bisect": "tilewright.bisect",
+    "evaluate": "tilewright.evaluation",
+    "Evaluation": "tilewright.evaluation",
     "tune": "tilewright.tuning",
     "load": "tilewright.runtime",
     "Program": "tilewright.runtime",
@@ -36,12 +39,14 @@ _HOMES = {
 __all__ = [
     "CompileReport",
     "Compiled",
+    "Evaluation",
     "Program",
     "Session",
     "TilewrightError",
     "Tokenizer",
     "bisect",
     "compile",
+    "evaluate",
     "load",
     "tune",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``tilewright compile | run | tune | opt | inspect | bench | bisect``.
+"""The command line: ``tilewright compile | run | eval | tune | opt | inspect | bench | bisect``.
 
 Exit codes: 0 success, 1 the request was refused or failed (the reason is on stderr), 2 wrong usage, 3 ``bisect`` found a
 culprit, 130 interrupted.
@@ -17,6 +17,16 @@ try:
 except ImportError as error:
     sys.exit(f"error: the command line needs {error.name}, which is not installed; pip install 'tilewright[cli]'")
 
+from tilewright.eval_cli import (
+    CALIBRATION_TOKENS,
+    CALIBRATION_WINDOW,
+    CalibrationOption,
+    SensitivityOption,
+    TokensOption,
+    WindowOption,
+    calibration_option,
+    eval_command,
+)
 from tilewright.tune_cli import app as tune_app
 
 if TYPE_CHECKING:
@@ -99,15 +109,24 @@ def compile(
     max_length: LengthOption = None,
     dtype: DtypeOption = None,
     errors: Annotated[bool, typer.Option("--errors", help="Measure the error of each layer (slow).")] = False,
+    calibration: CalibrationOption = None,
+    calibration_tokens: TokensOption = CALIBRATION_TOKENS,
+    calibration_window: WindowOption = CALIBRATION_WINDOW,
+    sensitivity: SensitivityOption = False,
 ) -> None:
     """Compile a Hugging Face folder to an artifact."""
     import tilewright
+    from tilewright.inspection import sensitivity_table
 
     with progress_bar() as show:
         done = tilewright.compile(
-            model, passes=passes, target=target, max_length=max_length, dtype=dtype, errors=errors, out=out, progress=show
-        )
+            model, passes=passes, target=target, max_length=max_length, dtype=dtype, errors=errors, out=out, progress=show,
+            calibration=calibration_option(model, calibration, calibration_tokens, calibration_window),
+            sensitivity=sensitivity,
+        )  # fmt: skip
     typer.echo(done.report.summary())
+    if sensitivity:
+        typer.echo(sensitivity_table(done.report))
     typer.echo(f"wrote {out}")
 
 
@@ -217,12 +236,13 @@ def inspect(
     kernels: Annotated[bool, typer.Option("--kernels", help="List kernels with backend and schedule.")] = False,
     passes: Annotated[bool, typer.Option("--passes", help="List passes with their times.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="List the errors measured by compile --errors.")] = False,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="List what compile --sensitivity measured.")] = False,
     ir: Annotated[bool, typer.Option("--ir", help="Print the IR that was compiled.")] = False,
     program: Annotated[bool, typer.Option("--program", help="Print the generated program.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what an artifact holds and how it was made."""
-    from tilewright.inspection import describe, kernel_table, layer_table, pass_table
+    from tilewright.inspection import describe, kernel_table, layer_table, pass_table, sensitivity_table
     from tilewright.report import CompileReport
     from tilewright.runtime.artifact import read_manifest
 
@@ -232,7 +252,7 @@ def inspect(
         return
     typer.echo(describe(manifest, report))
     shown = [(kernels, lambda: kernel_table(report)), (passes, lambda: pass_table(report))]
-    shown += [(layers, lambda: layer_table(report))]
+    shown += [(layers, lambda: layer_table(report)), (sensitivity, lambda: sensitivity_table(report))]
     shown += [(ir, (artifact / "ir.twir").read_text), (program, (artifact / "program.c").read_text)]
     for wanted, text in shown:
         if wanted:
@@ -276,6 +296,7 @@ def bisect(
     raise typer.Exit(0 if culprit is None else CULPRIT)
 
 
+app.command("eval")(eval_command)
 app.add_typer(tune_app, name="tune")
 
 if __name__ == "__main__":

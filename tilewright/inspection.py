@@ -51,3 +51,14 @@ def layer_table(report: CompileReport) -> str:
         error = "-" if row["error"] is None else f"{row['error']:.2e}"
         lines.append(f"{error:>10} {row['kernel_error']:>10.2e}  {row['layer']}; {row['operations']}")
     return "\n".join(lines)
+
+
+def sensitivity_table(report: CompileReport) -> str:
+    """One line a layer, the most sensitive first: what compressing it alone changes."""
+    if not report.sensitivity:
+        return "no sensitivity was measured; compile with --calibration FILE --sensitivity"
+    lines = [f"{'error':>10} {'KL':>10} {'perplexity':>11}  layer compressed alone"]
+    for row in report.sensitivity:
+        kl = f"{row['kl']:10.2e} {row['perplexity']:+11.3%}" if "kl" in row else f"{'-':>10} {'-':>11}"
+        lines.append(f"{row['error']:10.2e} {kl}  {row['layer']}")
+    return "\n".join(lines)

@@ -19,6 +19,7 @@ from tilewright.ir import Module, Op, interpret
 
 Row = dict[str, Any]
 Array = np.ndarray[Any, Any]
+_TOKENS = 32
 
 
 def layer_errors(before: Module, after: Module, target: CpuTarget, inputs: Inputs) -> list[Row]:
@@ -48,6 +49,14 @@ def layer_errors(before: Module, after: Module, target: CpuTarget, inputs: Input
             "kernel_error": max(map(difference, results, flat(execute(run))), default=0.0),
         })  # fmt: skip
     return rows
+
+
+def sample_of(batches: Sequence[Inputs] | None) -> Inputs | None:
+    """The first two rows of calibration data, with as many tokens of them as stay quick to interpret."""
+    if not batches:
+        return None
+    return {name: array[:2, :_TOKENS] if array.ndim > 1 and array.dtype.kind in "iub" else array[:2]
+            for name, array in batches[0].items()}  # fmt: skip
 
 
 def parts(old: Array, new: Array) -> list[Array]:

@@ -11,6 +11,8 @@ from typing import Any
 from tilewright.runtime.errors import DamagedArtifactError
 
 FILE = "report.json"
+WORST = 3
+"""Layers that a summary names."""
 
 
 @dataclass
@@ -22,6 +24,7 @@ class CompileReport:
     bytes of code, seconds to compile, calls.
     ``fallbacks``: what was done in a slower or plainer way than asked, with the reason.
     ``layers``: error of each layer against the reference, when asked for.
+    ``sensitivity``: what compressing each layer alone changes, the most sensitive first, when asked for.
     """
 
     model: str
@@ -36,6 +39,7 @@ class CompileReport:
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:
@@ -72,4 +76,17 @@ class CompileReport:
         origins = Counter(k["chosen"].partition(",")[0] for k in self.kernels)
         lines.append(f"  schedules  {', '.join(f'{count} by {name}' for name, count in origins.most_common()) or 'none'}")
         lines += [f"  fallback   {line}" for line in self.fallbacks] or ["  fallbacks  none"]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.offenders()])
+
+    def offenders(self) -> list[str]:
+        """The layers that were measured to be worst, the worst first."""
+        lines = [f"  worst      {row['layer']}: error {row['error']:.2e}" for row in worst(self.layers)]
+        for row in self.sensitivity[:WORST]:
+            kl = f", KL {row['kl']:.2e}, perplexity {row['perplexity']:+.3%}" if "kl" in row else ""
+            lines.append(f"  sensitive  {row['layer']}: error {row['error']:.2e}{kl}")
+        return lines
+
+
+def worst(rows: list[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
+    """The rows whose error against the traced model is largest, the largest first; those without one are left out."""
+    return sorted((row for row in rows if row["error"]), key=lambda row: -row["error"])[:count]
