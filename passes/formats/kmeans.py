@@ -38,7 +38,7 @@ def _block(rows: Array, count: int, weights: Array | None) -> Array:
         changed = (new != cuts).any(1)
         if not changed.any():
             break
-        if not changed.all():
+        if 2 * changed.sum() < len(changed):  # work on the rest alone
             moving, new, work = moving[changed], new[changed], tuple(a[changed] for a in work)
         centres[moving] = _means(new, *work[1:], centres[moving])
         cuts = new
