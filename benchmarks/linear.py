@@ -167,7 +167,7 @@ class Layer:
         self.schedule = machine.schedule or spec.schedule(machine.target)
         self.kernel = NativeKernel(linear_kernel("k", machine.target, spec, self.schedule))
         weight = spec.packing(self.schedule, self.target)
-        scale = [spec.group_packing(spec.scale, self.schedule, self.target)] if spec.coded else []
+        scale = [spec.group_packing(spec.scale, self.schedule, self.target)] if spec.scale and spec.coded else []
         zero = [spec.group_packing("u8", self.schedule, self.target)] if spec.asymmetric else []
         self.layouts = [layout for layout in (weight, *scale, *zero) for _ in range(spec.parts)]
 

@@ -3,11 +3,14 @@
 ``[ceil(N / panel)][ceil(K / pair)][panel][pair]``: one panel is read contiguously while K advances, so a matrix-vector
 product is a pure stream, and a tile of a matrix product reads whole vectors. Features past N and a K past the end are
 zero. ``pair`` is how many k's of one feature lie side by side: 2 of bf16, whose pairs feed vdpbf16ps and elsewhere split
-into two f32 with one instruction each; 4 codes of 8 bits or 8 of 4 bits, which feed vpdpbusd.
+into two f32 with one instruction each; as many codes as four bytes hold, which feed vpdpbusd.
 
-Codes are stored unsigned: i8 plus 128, i4 plus 8. Of eight 4-bit codes the first four are the low halves of the four
-bytes and the others the high halves. ``split`` exchanges the second and the third of four bytes: then neighbours have
-the same place in the two halves of 32 bits, which makes them pairs of bf16 in one instruction.
+Codes are stored unsigned: i8 plus 128, i4 plus 8, i3 plus 4, i2 plus 2; floats of 8 and 4 bits as their bits. Of codes of
+4 or 2 bits the first four lie in the lowest bits of the four bytes, the next four above them, and so on: a shift and a
+mask give four of them. Codes of 3 bits are cut in two: 32 of them fill two times four bytes with their two lower bits,
+and another four bytes, in the same manner, with their highest; ``[panel][4 bytes]`` of the first, the second, the third.
+``split`` exchanges the second and the third of four bytes: then neighbours have the same place in the two halves of 32
+bits, which makes them pairs of bf16 in one instruction.
 
 Scales and zero points [N, G] are packed like weights, with G in the place of K.
 """
@@ -15,18 +18,26 @@ Scales and zero points [N, G] are packed like weights, with G in the place of K.
 from dataclasses import dataclass, fields
 from typing import Self
 
-import ml_dtypes
 import numpy as np
 
 from tilewright.codegen.text import format_call, parse_call
+from tilewright.ir.types import DType
 
-_DTYPES = {
-    "f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16),
-    "i8": np.dtype("i1"), "u8": np.dtype("u1"), "i4": np.dtype(ml_dtypes.int4), "u4": np.dtype(ml_dtypes.uint4),
-}
-_BIAS = {"i8": 128, "u8": 0, "i4": 8, "u4": 0}  # what makes a code unsigned
-_PAIR = {"bf16": 2, "i8": 4, "i4": 8, "u4": 8}  # unless told otherwise
+_FLOATS = ("f32", "f16", "bf16")
+_BIAS = {"i8": 128, "i4": 8, "i3": 4, "i2": 2}  # what makes a code unsigned
+_CODES = (*_BIAS, "u8", "u4", "u3", "u2", "f8e4m3", "f8e5m2", "f4e2m1")
+_KNOWN = (*_FLOATS, *_CODES, "f8e8m0")
 _UNITS = (1, 2, 4)  # bytes that can lie side by side
+
+
+def code_planes(bits: int) -> tuple[int, ...]:
+    """Bits of the parts that codes of ``bits`` are stored in, the lowest first."""
+    return (2, 1) if bits == 3 else (bits,)
+
+
+def code_pair(bits: int) -> int:
+    """Codes of one feature that lie side by side."""
+    return 32 // min(code_planes(bits))
 
 
 @dataclass(frozen=True)
@@ -41,23 +52,29 @@ class Packing:
     split: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"cannot pack {self.dtype} weights; known: {', '.join(_DTYPES)}")
-        object.__setattr__(self, "pair", self.pair or _PAIR.get(self.dtype, 1))
-        if self.pair * self.bits // 8 not in _UNITS or self.pair * self.bits % 8:
+        if self.dtype not in _KNOWN:
+            raise ValueError(f"cannot pack {self.dtype} weights; known: {', '.join(_KNOWN)}")
+        object.__setattr__(self, "pair", self.pair or self._usual_pair)
+        fits = self.pair == self._usual_pair if self.bits < 8 else self.pair * self.bits // 8 in _UNITS
+        if not fits:
             raise ValueError(f"cannot pack {self.dtype} in pairs of {self.pair}: 1, 2 or 4 bytes lie side by side")
-        if self.split and self._unit.itemsize * self._stored.itemsize != 4:
+        if self.split and (self._unit.itemsize != 4 or self.stored != "u8"):
             raise ValueError(f"cannot split {self.dtype} in pairs of {self.pair}: that is for codes in four bytes")
 
     @property
     def bits(self) -> int:
         """Of one element."""
-        return 4 if self.dtype in ("i4", "u4") else 8 * _DTYPES[self.dtype].itemsize
+        return DType(self.dtype).bits
 
     @property
     def stored(self) -> str:
-        """Element type of the packed array: u8 for codes."""
-        return "u8" if self.dtype in _BIAS else self.dtype
+        """Element type of the packed array: u8 for all but floats of 16 and 32 bits."""
+        return self.dtype if self.dtype in _FLOATS else "u8"
+
+    @property
+    def words(self) -> int:
+        """Units of one feature and step: 3 with codes of 3 bits, else 1."""
+        return 3 if self.bits == 3 else 1
 
     @property
     def panels(self) -> int:
@@ -71,12 +88,12 @@ class Packing:
     @property
     def panel_size(self) -> int:
         """Stored elements from one panel to the next."""
-        return self.steps * self.panel * self.shape[-1]
+        return self.steps * self.words * self.panel * self.shape[-1]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the packed array, in stored elements."""
-        return self.panels, self.steps, self.panel, self.pair * self.bits // 8 // self._stored.itemsize
+        return self.panels, self.steps * self.words, self.panel, self._unit.itemsize // self._stored.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +113,7 @@ class Packing:
 
     def pack(self, weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The packed copy of ``weight`` [n, k], written to ``out`` (of ``shape``) when given; no other large memory."""
-        if weight.shape != (self.n, self.k) or weight.dtype != _DTYPES[self.dtype]:
+        if weight.shape != (self.n, self.k) or weight.dtype != DType(self.dtype).np:
             raise ValueError(f"{self.text} cannot pack {weight.dtype} {weight.shape}")
         packed = np.empty(self.shape, self._stored) if out is None else out
         # Elements that lie side by side move as one unsigned integer: numpy copies bf16 element by element.
@@ -110,41 +127,68 @@ class Packing:
 
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         """The [n, k] weight back from ``pack``."""
+        kind = DType(self.dtype).np
         flat = packed.view(self._stored).reshape(self.shape).transpose(0, 2, 1, 3).reshape(self.panels * self.panel, -1)
         rows = self._exchange(np.ascontiguousarray(flat[:self.n]))
-        if self.bits == 4:
-            quads = rows.reshape(self.n, self.steps, 1, 4)
-            rows = np.concatenate([quads & 15, quads >> 4], 2).reshape(self.n, -1)
+        if self.bits < 8:
+            rows = self._codes(rows)
         rows = np.ascontiguousarray(rows[:, :self.k])
         if bias := _BIAS.get(self.dtype):
-            signed = (rows.astype(np.int16) - bias).astype(np.int8)
-            return signed.astype(_DTYPES[self.dtype])
-        return rows.view(_DTYPES[self.dtype])
+            return (rows.astype(np.int16) - bias).astype(np.int8).astype(kind)
+        return rows.view(kind)
 
     @property
     def _stored(self) -> np.dtype:
-        return _DTYPES[self.stored]
+        return DType(self.stored).np
+
+    @property
+    def _usual_pair(self) -> int:
+        if self.dtype in _CODES and self.dtype != "u8":  # u8 are zero points more often than weights
+            return code_pair(self.bits)
+        return 2 if self.dtype == "bf16" else 1
 
     @property
     def _unit(self) -> np.dtype:
-        """The unsigned integer of one feature and one step."""
-        return np.dtype(f"u{self.pair * self.bits // 8}")
+        """The unsigned integer of one feature and one step, or of a third of it."""
+        return np.dtype(f"u{4 if self.bits == 3 else self.pair * self.bits // 8}")
 
     def _units(self, rows: np.ndarray) -> np.ndarray:
-        """Unsigned elements [features, k] -> units [features, steps]."""
-        if self.bits == 4:
-            rows = rows & 15
+        """Unsigned elements [features, k] -> units [features, steps * words]."""
+        if self.bits < 8:
+            rows = rows & np.uint8((1 << self.bits) - 1)
         if bias := _BIAS.get(self.dtype):
             rows = rows ^ np.uint8(bias)
         if self.pair > 1 and self.k % self.pair:
             rows = np.pad(rows, ((0, 0), (0, -self.k % self.pair)))
-        if self.bits == 4:
-            halves = rows.reshape(len(rows), self.steps, 2, 4)
-            rows = (halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)).reshape(len(rows), -1)
+        if self.bits < 8:
+            rows = self._bytes(rows)
         return self._exchange(np.ascontiguousarray(rows)).view(self._unit)
 
+    def _bytes(self, rows: np.ndarray) -> np.ndarray:
+        """Codes [features, steps * pair] -> bytes [features, steps * words * 4]."""
+        parts, shift = [], 0
+        for bits in code_planes(self.bits):
+            plane = (rows >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
+            quads = plane.reshape(len(rows), self.steps, -1, 8 // bits, 4)
+            shifts = (bits * np.arange(8 // bits)).astype(np.uint8)[:, None]
+            parts.append(np.bitwise_or.reduce(quads << shifts, 3))
+            shift += bits
+        return np.concatenate(parts, 2).reshape(len(rows), -1)
+
+    def _codes(self, rows: np.ndarray) -> np.ndarray:
+        """The inverse of ``_bytes``."""
+        words = rows.reshape(len(rows), self.steps, self.words, 1, 4)
+        codes, shift, at = np.zeros((len(rows), self.steps, self.pair), np.uint8), 0, 0
+        for bits in code_planes(self.bits):
+            count = self.pair * bits // 32
+            shifts = (bits * np.arange(8 // bits)).astype(np.uint8)[:, None]
+            plane = (words[:, :, at:at + count] >> shifts) & np.uint8((1 << bits) - 1)
+            codes |= plane.reshape(codes.shape) << np.uint8(shift)
+            shift, at = shift + bits, at + count
+        return codes.reshape(len(rows), -1)
+
     def _exchange(self, rows: np.ndarray) -> np.ndarray:
-        """Bytes [features, 4 * steps], the second and third of four exchanged where the layout has it so."""
+        """Bytes [features, 4 * units], the second and third of four exchanged where the layout has it so."""
         if not self.split:
             return rows
         return np.ascontiguousarray(rows.reshape(len(rows), -1, 4)[:, :, [0, 2, 1, 3]]).reshape(len(rows), -1)

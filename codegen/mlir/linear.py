@@ -11,8 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
-from tilewright.codegen.mlir.linear_codes import DotFeed, PairFeed, WidenFeed
-from tilewright.codegen.mlir.linear_groups import Streams, emit_group_kernel, emit_row_sums, keeps_totals, load_zeros
+from tilewright.codegen.mlir.linear_codes import CodeFeed, DotFeed
+from tilewright.codegen.mlir.linear_floats import PairFeed, WidenFeed
+from tilewright.codegen.mlir.linear_groups import (
+    Streams,
+    emit_group_kernel,
+    emit_row_sums,
+    keeps_totals,
+    load_scales,
+    load_zeros,
+)
 from tilewright.codegen.mlir.linear_spec import ACTIVATIONS, LinearSpec
 from tilewright.codegen.mlir.microkernel import AnyFeed, Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.value import Val, constant
@@ -50,13 +58,15 @@ class LinearBuffers:
     biases: Sequence[Buffer] = ()
     y: Buffer | None = None
     x_scale: Buffer | None = None
+    tables: Sequence[Buffer] = ()
 
 
 def linear_kernel(name: str, target: CpuTarget, spec: LinearSpec, schedule: LinearSchedule) -> Kernel:
-    """The whole kernel with dim M and buffers x, x_scale, weights, scales, zeros, biases, y: those that there are."""
+    """The whole kernel: dim M, buffers x, x_scale, weights, scales, zeros, tables, biases, y, those that there are."""
     names = ("gate", "up")[:spec.parts]
-    roles = {"weights": "u8" if spec.coded else spec.weight, "scales": spec.scale if spec.coded else None,
-             "zeros": "u8" if spec.asymmetric else None, "biases": spec.bias}
+    scales = spec.group_packing(spec.scale, schedule, target).stored if spec.coded and spec.scale else None
+    roles = {"weights": "u8" if spec.coded else spec.weight, "scales": scales, "zeros": "u8" if spec.asymmetric else None,
+             "tables": spec.table, "biases": spec.bias}
     given = [("x", spec.x_dtype)] + ([("x_scale", "f32")] if spec.dynamic else [])
     given += [(f"{part}_{role}", dtype) for role, dtype in roles.items() if dtype for part in names]
     with Kernel(name, target, ("M",), [*given, ("y", spec.out_dtype)]) as kernel:
@@ -123,13 +133,13 @@ class _Linear:
     def _paths(self) -> tuple[_Path, _Path | None]:
         """Micro-kernels for few rows, which read x and the packed weights where they are, and maybe others for many."""
         spec, tile_m, target = self.spec, self.schedule.tile_m, self.kernel.target
-        codes = (self.groups.bits, self.packing.panel, self.kernel.lanes, spec.k)
+        codes = (spec.weight, self.packing.panel, self.kernel.lanes, spec.k)
         if spec.dynamic:
             return self._direct(DotFeed(*codes, target.has_vnni), tile_m), None
         if spec.coded:
-            feed = WidenFeed(*codes, spec.x_dtype)
-            if target.has_bf16_dot and spec.x_dtype == "bf16":
-                return self._direct(PairFeed(*codes), tile_m), self._wide(feed)
+            feed = WidenFeed(*codes, spec.x_dtype, spec.table)
+            if target.has_bf16_dot and spec.x_dtype == "bf16" and PairFeed.takes(spec.weight, spec.table):
+                return self._direct(PairFeed(*codes, spec.x_dtype, spec.table), tile_m), self._wide(feed)
             return self._direct(feed, _FEW), self._wide(feed)
         dot = target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
         feed = Feed(spec.x_dtype, spec.weight, self.packing.panel, self.kernel.lanes, dot)
@@ -158,14 +168,16 @@ class _Linear:
               stored: Feed | WidenFeed | None = None) -> _Path:
         kernel, schedule, tiles = self.kernel, self.schedule, {}
         for rows in range(1, tallest + 1):
-            unroll = max(1, min(schedule.unroll, 8 // rows))  # a tall tile is long enough by itself
+            # A tall tile is long enough by itself, and so is a step of many k's.
+            unroll = max(1, min(schedule.unroll, 8 // rows) // max(feed.step // 8, 1))
             columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
             tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, told=self._fetches(rows))
             if self.grouped:
-                streams = self._streams(x, w)
+                streams = self._streams(feed, x, w)
                 tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams)
             else:
-                tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, (x, w, self.sums[0]))
+                buffers = (x, w, self.sums[0], *self._tables(feed))
+                tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, buffers)
         return _Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored)
 
     def _fetches(self, rows: int) -> bool:
@@ -184,9 +196,14 @@ class _Linear:
 
         return next((w for w in widths if needed(w) <= registers(target)), 1) if self.spec.coded else widths[0]
 
-    def _streams(self, x: Buffer, w: Buffer, part: int = 0) -> Streams:
+    def _streams(self, feed: AnyFeed, x: Buffer, w: Buffer, part: int = 0) -> Streams:
         zeros = self.buffers.zeros[part] if self.spec.asymmetric else None
-        return Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections)
+        (table,) = self._tables(feed, part) or (None,)
+        return Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections, table)
+
+    def _tables(self, feed: AnyFeed, part: int = 0) -> Sequence[Buffer]:
+        """What ``feed`` looks weights up in."""
+        return self.buffers.tables[part:part + 1] if isinstance(feed, CodeFeed) else ()
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
@@ -256,7 +273,8 @@ class _Linear:
             x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
             w, w_at = self.buffers.weights[part], panel * self.packing.panel_size + start // stored.step * stored.stride
             if path.stored:
-                widen_weights(self.kernel, path.stored, path.feed, w.at(w_at), count, path.weights)
+                bound = path.stored.bound(self._tables(path.stored, part))
+                widen_weights(self.kernel, bound, path.feed, w.at(w_at), count, path.weights)
                 w, w_at = path.weights, constant(0)
             if path.x is not self.buffers.x:
                 widen_inputs(self.kernel, x.at(x_at), self.x_stride, rows, count, path.x, path.x_stride)
@@ -268,11 +286,11 @@ class _Linear:
         """Calls the micro-kernel of so many rows, from some row of the block on."""
         (x, w), (x_at, w_at), k, step = streams, at, self.spec.k, path.feed.step
         if self.grouped:
-            buffers, group = self._streams(x, w, part).buffers, start // self.groups.size
+            buffers, group = self._streams(path.feed, x, w, part).buffers, start // self.groups.size
             groups = count // self.groups.size
             scales_at = (panel * self.groups.count + group) * self.packing.panel
         else:
-            buffers = [x, w, self.sums[part]]
+            buffers = [x, w, self.sums[part], *self._tables(path.feed, part)]
             tail = (start + count).eq(k).to("index") if k % step else constant(0)
             ahead = (self.m <= path.tallest).select(constant(self.schedule.prefetch), 0)  # else the caches have the block
 
@@ -326,8 +344,8 @@ class _Linear:
 
     def _scaled(self, part: int, at: Val, place: Place) -> Val:
         value = self.sums[part].load(at, place.lanes).to("f32")
-        if self.spec.coded and not self.grouped:
-            value = value * self.buffers.scales[part].load(place.col, place.lanes).to("f32")
+        if self.buffers.scales and not self.grouped:
+            value = value * load_scales(self.buffers.scales[part], place.col, place.lanes, self.groups.factor)
         if self.buffers.x_scale:
             value = value * self.buffers.x_scale.load(place.row).splat(place.lanes)
         if self.buffers.biases:

@@ -1,9 +1,8 @@
-"""How weights that are small integers meet x: feeds of the micro-kernels (see microkernel.py).
+"""How weights that are codes of a few bits come out of memory, and how those that are integers meet int8 codes of x.
 
 The codes come packed as `Packing` says, unsigned. `DotFeed` multiplies them by the int8 codes of x, exactly, in i32;
-that the weights' codes are too large by their zero point (128 or 8 for symmetric ones) is corrected by whoever starts
-the sums. `PairFeed` and `WidenFeed` take x in floats and codes as they are, less 128 or 8, which makes symmetric ones
-what they mean; their codes are packed with ``split``.
+that the weights' codes are too large by their zero point (128, 8, 4 or 2 for symmetric ones) is corrected by whoever
+starts the sums. Feeds for x in floats are in linear_floats.py. All are feeds of the micro-kernels in microkernel.py.
 """
 
 from __future__ import annotations
@@ -12,21 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.microkernel import split_bf16
-from tilewright.codegen.mlir.value import BITS, Val, constant, fma, intrinsic, literals
+from tilewright.codegen.mlir.value import BITS, Val, constant, intrinsic
+from tilewright.codegen.packing import code_pair, code_planes
 
-CODES = {"i8": 8, "u8": 8, "i4": 4, "u4": 4}
+CODES = {"i8": 8, "u8": 8, "i4": 4, "u4": 4, "i3": 3, "u3": 3, "i2": 2, "u2": 2, "f8e4m3": 8, "f8e5m2": 8, "f4e2m1": 4}
 """Bits of the codes that weights may be."""
 
 
-@dataclass(frozen=True)
-class _CodeFeed:
-    """Weights of ``bits`` a code; ``k`` is the length of a row, which need not be whole steps."""
+def is_integer(weight: str) -> bool:
+    """Whether codes are integers."""
+    return weight in CODES and not weight.startswith("f")
 
-    bits: int
+
+@dataclass(frozen=True)
+class CodeFeed:
+    """Weights of element type ``weight``; ``k`` is the length of a row, which need not be whole steps."""
+
+    weight: str
     panel: int
     lanes: int
     k: int
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return CODES[self.weight]
 
     @property
     def w_dtype(self) -> str:
@@ -34,29 +43,55 @@ class _CodeFeed:
 
     @property
     def step(self) -> int:
-        """The codes of four bytes."""
-        return 32 // self.bits
+        """The codes of four bytes, or of three times four when codes are in two parts."""
+        return code_pair(self.bits)
+
+    @property
+    def words(self) -> int:
+        """Vectors of one step."""
+        return self.step * self.bits // 32
 
     @property
     def stride(self) -> int:
-        return 4 * self.panel
+        return 4 * self.panel * self.words
 
     @property
     def spread(self) -> tuple[int, ...]:
-        return (0,)
+        return tuple(4 * self.panel * i for i in range(self.words))
 
     @property
     def rest(self) -> int:
         """k's beyond whole steps."""
         return self.k % self.step
 
-    def words(self, w: Buffer, place: Val) -> Val:
-        """The four bytes of each feature, as one i32."""
-        return w.load(place, 4 * self.lanes).bitcast("i32")
+    def load(self, w: Buffer, place: Val) -> list[Val]:
+        """The words of each feature, as i32."""
+        return [w.load(place + start, 4 * self.lanes).bitcast("i32") for start in self.spread]
+
+    def codes(self, words: Sequence[Val], quad: int, byte: int, mask: int, clean: bool = True) -> Val:
+        """The ``quad``-th code of byte ``byte`` of each word, in the lowest bits of every lane of ``words``.
+
+        ``mask`` has the lowest bit of each code wanted. Not ``clean``: anything may be above codes in one part.
+        """
+        low, *high = code_planes(self.bits)
+        apart = 8 // low
+        first = shifted(words[quad // apart], 8 * byte + low * (quad % apart))
+        if not high:
+            return first & mask * ((1 << low) - 1) if clean else first
+        return first & mask * ((1 << low) - 1) | shifted(words[-1], 8 * byte + quad - low) & (mask << low)
+
+    def bound(self, more: Sequence[Buffer]) -> CodeFeed:
+        """The feed inside of a function that has ``more`` buffers."""
+        return self
+
+
+def shifted(value: Val, count: int) -> Val:
+    """Bits moved down by ``count``, or up where it is negative."""
+    return value << -count if count < 0 else value.shift_right_logical(count) if count else value
 
 
 @dataclass(frozen=True)
-class DotFeed(_CodeFeed):
+class DotFeed(CodeFeed):
     """x in int8: quadruples of codes to i32, with vpdpbusd or from 16-bit products that cannot overflow."""
 
     vnni: bool
@@ -65,12 +100,16 @@ class DotFeed(_CodeFeed):
 
     @property
     def parts(self) -> int:
-        return 1 if self.vnni and self.bits == 8 else 2
+        return 2 if self.bits == 8 and not self.vnni else self.step // 4
 
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
-        words = self.words(w, place)
-        if self.bits == 4:
-            return [(words & 0x0F0F0F0F).bitcast("u8"), (words.shift_right_logical(4) & 0x0F0F0F0F).bitcast("u8")]
+        words = self.load(w, place)
+        if self.bits < 8:
+            return [self.codes(words, quad, 0, 0x01010101).bitcast("u8") for quad in range(self.step // 4)]
+        return self.bytes(words[0])
+
+    def bytes(self, words: Val) -> list[Val]:
+        """Factors of one quadruple of bytes."""
         if self.vnni:
             return [words.bitcast("u8")]
         pairs = words.bitcast("i16")  # the even and the odd codes
@@ -78,7 +117,7 @@ class DotFeed(_CodeFeed):
 
     def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
         quads = [self._quad(x, place + 4 * i, self.rest - 4 * i if tail else 4) for i in range(self.step // 4)]
-        if self.vnni or self.bits == 4:
+        if self.vnni or self.bits < 8:
             return [quad.bitcast("i8") for quad in quads]
         (pairs,) = (quad.bitcast("i16") for quad in quads)
         return [(pairs << 8) >> 8, pairs >> 8]
@@ -101,96 +140,11 @@ class DotFeed(_CodeFeed):
             for weight, value in zip(weights, inputs, strict=True):
                 total = total + _madd(weight, value)
             return total
-        # 2 * 15 * 128 a step: far from the end of i16.
-        low, high = (_madd_bytes(weight, value) for weight, value in zip(weights, inputs, strict=True))
-        return total + _madd(low + high, constant(1, "i16", 2 * self.lanes))
-
-
-@dataclass(frozen=True)
-class PairFeed(_CodeFeed):
-    """x in bf16, multiplied in pairs by vdpbf16ps: half a byte of each 16 bits becomes a bf16 in one instruction.
-
-    Codes of 8 bits are taken as 16 times one half plus the other. All of it is exact: products are summed in f32.
-    """
-
-    x_dtype: str = "bf16"
-    acc: str = "f32"
-    parts: int = 4
-
-    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
-        pairs = self.words(w, place).bitcast("i16")
-        low = literals(2 * (list(range(16)) if self.bits == 8 else list(range(-8, 8))), "bf16").bitcast("i16")
-        high = literals(2 * list(range(-128, 128, 16)), "bf16").bitcast("i16") if self.bits == 8 else low
-        return [_pick_pairs(pairs.shift_right_logical(4 * i), high if i % 2 else low).bitcast("bf16") for i in range(4)]
-
-    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
-        starts = (0, 0, 2, 2) if self.bits == 8 else (0, 4, 2, 6)  # the k's of the halves of a byte
-        pairs = {start: self._pair(x, place + start, self.rest - start if tail else 2) for start in starts}
-        return [pairs[start] for start in starts]
-
-    def _pair(self, x: Buffer, place: Val, count: int) -> Val:
-        """Two neighbours in every lane, zeros for those past ``count``."""
-        if count >= 2:
-            bits = x.load(place, 2).bitcast("i32").lane(0)
-        else:
-            bits = x.load(place, 1).bitcast("i16").lane(0).to("i32") & 0xFFFF if count == 1 else constant(0, "i32")
-        return bits.splat(self.lanes).bitcast("bf16")
-
-    def accumulate(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
-        for weight, value in zip(weights, inputs, strict=True):
-            total = intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", "f32", self.lanes, total, weight, value)
-        return total
-
-
-@dataclass(frozen=True)
-class WidenFeed(_CodeFeed):
-    """x in floats: codes widen to f32, then fma."""
-
-    x_dtype: str
-    acc: str = "f32"
-
-    @property
-    def parts(self) -> int:
-        return self.step
-
-    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
-        words = self.words(w, place)
-        count = self.rest if tail else self.step
-        if self.bits == 4 and self.lanes == 16:
-            return [_pick(words.shift_right_logical(self._bit(i)), literals(range(-8, 8), "f32")) for i in range(count)]
-        signed, drop = words ^ (-0x7F7F7F80 if self.bits == 8 else -0x77777778), 32 - self.bits  # the sign bits flip
-        return [((signed << drop - self._bit(i)) >> drop).to("f32") for i in range(count)]
-
-    def _bit(self, i: int) -> int:
-        """Where the code of the i-th k begins in its word."""
-        return 8 * (0, 2, 1, 3)[i % 4] + 4 * (i // 4)
-
-    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
-        count = self.rest if tail else self.step
-        if self.x_dtype != "bf16":
-            return [x.load(place + i).to("f32").splat(self.lanes) for i in range(count)]
-        values = []
-        for i in range(0, count - 1, 2):
-            values += split_bf16(x.load(place + i, 2).bitcast("i32").lane(0).splat(self.lanes))
-        if count % 2:
-            bits = x.load(place + (count - 1), 1).bitcast("i16").lane(0).to("i32") << 16
-            values.append(bits.splat(self.lanes).bitcast("f32"))
-        return values
-
-    def accumulate(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
-        for weight, value in zip(weights, inputs, strict=True):
-            total = fma(weight, value, total)
-        return total
-
-
-def _pick(indices: Val, values: Val) -> Val:
-    """vpermps: of 16 f32 the one that the low four bits of each i32 name."""
-    return intrinsic("llvm.x86.avx512.permvar.sf.512", "f32", 16, values, indices)
-
-
-def _pick_pairs(indices: Val, values: Val) -> Val:
-    """vpermw: of 32 16-bit values the one that the low five bits of each 16 name."""
-    return intrinsic("llvm.x86.avx512.permvar.hi.512", "i16", 32, values, indices)
+        # 2 * 15 * 128 each of two, 2 * 7 * 128 each of eight: far from the end of i16.
+        first, *others = (_madd_bytes(weight, value) for weight, value in zip(weights, inputs, strict=True))
+        for other in others:
+            first = first + other
+        return total + _madd(first, constant(1, "i16", 2 * self.lanes))
 
 
 def dot_quads(total: Val, unsigned: Val, signed: Val) -> Val:

@@ -20,16 +20,17 @@ from tilewright.codegen.target import CpuTarget
 
 @dataclass(frozen=True)
 class Groups:
-    """``count`` groups of ``size`` k's in a row of K, of codes of ``bits``."""
+    """``count`` groups of ``size`` k's in a row of K, of codes of ``bits``; scales are to be multiplied by ``factor``."""
 
     size: int
     count: int
     bits: int
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class Streams:
-    """What a panel brings along K, and what x does: buffers, not offset. ``zeros`` and ``corrections`` may be missing."""
+    """What a panel brings along K, and what x does: buffers, not offset. The last three may be missing."""
 
     x: Buffer
     codes: Buffer
@@ -37,17 +38,18 @@ class Streams:
     sums: Buffer
     zeros: Buffer | None = None
     corrections: Buffer | None = None
+    table: Buffer | None = None
 
     @property
     def buffers(self) -> list[Buffer]:
-        given = (self.x, self.codes, self.scales, self.sums, self.zeros, self.corrections)
+        given = (self.x, self.codes, self.scales, self.sums, self.zeros, self.corrections, self.table)
         return [buffer for buffer in given if buffer is not None]
 
     def like(self, buffers: Sequence[Buffer]) -> Streams:
         """The same roles for other buffers, in the order of ``buffers``."""
         x, codes, scales, sums, *rest = buffers
-        zeros = rest.pop(0) if self.zeros else None
-        return Streams(x, codes, scales, sums, zeros, rest.pop(0) if self.corrections else None)
+        given = [rest.pop(0) if mine else None for mine in (self.zeros, self.corrections, self.table)]
+        return Streams(x, codes, scales, sums, *given)
 
 
 def emit_group_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, groups: Groups, streams: Streams) -> Function:
@@ -58,8 +60,9 @@ def emit_group_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, grou
     """
     with kernel.function(name, streams.buffers, numbers=6) as micro:
         x_at, w_at, sums_at, scales_at, corrections_at, count = micro.numbers
-        _GroupKernel(kernel, feed, tile, groups, streams.like(micro.buffers), (x_at, w_at, scales_at, corrections_at)).emit(
-            sums_at, count)
+        inner = streams.like(micro.buffers)
+        feed = feed.bound([inner.table] if inner.table else [])
+        _GroupKernel(kernel, feed, tile, groups, inner, (x_at, w_at, scales_at, corrections_at)).emit(sums_at, count)
     return micro
 
 
@@ -115,12 +118,22 @@ class _GroupKernel:
     def _scales(self, group: Val) -> list[Val]:
         feed, scales = self.feed, self.streams.scales
         at = self.scales_at + group * feed.panel
-        return [scales.load(at + v * feed.lanes, feed.lanes).to("f32") for v in range(self.tile.vectors)]
+        return [load_scales(scales, at + v * feed.lanes, feed.lanes, self.groups.factor) for v in range(self.tile.vectors)]
 
 
 def keeps_totals(rows: int, vectors: int, target: CpuTarget) -> bool:
     """Whether a tile's totals stay in registers beside the sums of the current group."""
     return 2 * (rows * vectors + vectors) + 2 <= registers(target)
+
+
+def load_scales(scales: Buffer, at: Val, lanes: int, factor: float) -> Val:
+    """Scales of a vector of features, as f32 and times ``factor``. Bytes are exponents of two, 255 is no number."""
+    loaded = scales.load(at, lanes)
+    if scales.dtype == "u8":
+        exponent = loaded.to("i32")
+        bits = (exponent << 23).max(1 << 22)  # the least is no normal number: 2**-127
+        loaded = exponent.eq(255).select(constant(0x7FC00000, "i32", lanes), bits).bitcast("f32")
+    return loaded.to("f32") * factor if factor != 1 else loaded.to("f32")
 
 
 def load_zeros(zeros: Buffer, at: Val, feed: AnyFeed, bits: int) -> Val:

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.codegen.mlir import math
-from tilewright.codegen.mlir.linear_codes import CODES
+from tilewright.codegen.mlir.linear_codes import CODES, is_integer
+from tilewright.codegen.mlir.linear_floats import FACTORS
 from tilewright.codegen.mlir.linear_groups import Groups
 from tilewright.codegen.mlir.value import Val, constant
-from tilewright.codegen.packing import Packing
+from tilewright.codegen.packing import Packing, code_pair
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
 
 _SHARED = 28  # panels that threads share evenly
 _CACHED = 4 << 20  # bytes of a weight that may well be read again for each block of rows
 _FLOATS = ("f32", "bf16", "f16")
-_SCALES = ("f32", "f16")
-_MOST = (1 << 31) // (255 * 128)  # products of codes that surely fit i32
+_SCALES = ("f32", "f16", "f8e8m0")
 
 
 def _relu(x: Val) -> Val:
@@ -32,10 +32,11 @@ ACTIVATIONS: dict[str, Callable[[Val], Val]] = {**math.FUNCTIONS, "relu": _relu}
 class LinearSpec:
     """What a linear kernel computes; M is a dim of the kernel, everything else is static.
 
-    ``weight`` is f32, bf16, f16, or codes: i8 and i4 (symmetric), u8 and u4 (with a u8 zero point), one ``scale`` (f32 or
-    f16) for each ``group`` of k's, 0 being a whole row. ``x_dtype`` i8 are codes too, with one f32 scale a row. ``gated``:
-    two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside
-    wider rows (0 = dense).
+    ``weight`` is f32, bf16, f16, or codes: i8, i4, i3, i2 (symmetric), u8, u4, u3, u2 (with a u8 zero point), f8e4m3,
+    f8e5m2, f4e2m1, one ``scale`` (f32, f16 or f8e8m0) for each ``group`` of k's, 0 being a whole row. With a ``table`` (of
+    that element type) unsigned codes of four bits or fewer are places in it, and there may be no scale. ``x_dtype`` i8 are
+    codes too, with one f32 scale a row. ``gated``: two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides
+    and offsets, in elements, place x and y inside wider rows (0 = dense).
     """
 
     n: int
@@ -47,11 +48,12 @@ class LinearSpec:
     activation: str | None = None
     gated: bool = False
     group: int = 0
-    scale: str = "f32"
+    scale: str | None = "f32"
     x_stride: int = 0
     x_offset: int = 0
     y_stride: int = 0
     y_offset: int = 0
+    table: str | None = None
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in ACTIVATIONS:
@@ -63,17 +65,20 @@ class LinearSpec:
 
     def refusal(self) -> str | None:
         """What of the quantization the kernels do not do."""
-        if not self.coded and self.weight not in _FLOATS:
-            return f"no kernel for {self.weight} weights"
-        if self.coded and self.scale not in _SCALES:
-            return f"no kernel for {self.scale} scales"
+        if self.dynamic and (not is_integer(self.weight) or self.table):
+            return f"int8 activations with {f'a table of {self.table}' if self.table else self.weight} weights"
         if not self.coded:
-            return f"int8 activations with {self.weight} weights" if self.dynamic else None
-        step = 32 // CODES[self.weight]
+            return None if self.weight in _FLOATS else f"no kernel for {self.weight} weights"
+        if self.table and (self.table not in _FLOATS or self.bits > 4):
+            return f"no kernel for {self.weight} codes with a table of {self.table}"
+        if self.scale not in _SCALES and not (self.table and self.scale is None and self.groups.count == 1):
+            return f"no kernel for {self.scale} scales"
+        step = code_pair(self.bits)
         if self.group and (self.k % self.group or (self.group != self.k and self.group % step)):
             return f"groups of {self.group} do not divide K = {self.k} into multiples of {step}"
-        if self.dynamic and self.groups.size > _MOST:
-            return f"{self.groups.size} products of codes may overflow; at most {_MOST}"
+        most = (1 << 31) // (((1 << self.bits) - 1) * 128)  # products that surely fit i32
+        if self.dynamic and self.groups.size > most:
+            return f"{self.groups.size} products of codes may overflow; at most {most}"
         return None
 
     @property
@@ -87,6 +92,11 @@ class LinearSpec:
         return self.weight in CODES
 
     @property
+    def bits(self) -> int:
+        """Of a code; 0 when weights are none."""
+        return CODES.get(self.weight, 0)
+
+    @property
     def dynamic(self) -> bool:
         """Whether x is int8 codes with a scale a row."""
         return self.x_dtype == "i8"
@@ -94,12 +104,12 @@ class LinearSpec:
     @property
     def asymmetric(self) -> bool:
         """Whether codes have zero points."""
-        return self.weight in ("u8", "u4")
+        return self.weight.startswith("u") and self.table is None
 
     @property
     def groups(self) -> Groups:
         size = self.group or self.k
-        return Groups(size, self.k // size if size else 1, CODES.get(self.weight, 0))
+        return Groups(size, self.k // size if size else 1, self.bits, FACTORS.get(self.weight, 1.0))
 
     def schedule(self, target: CpuTarget) -> LinearSchedule:
         """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly.
@@ -111,7 +121,7 @@ class LinearSpec:
         wide = LinearSchedule.default(target)
         if target.vector_bits == 512 and (self.dynamic or not self.coded) and not grouped:
             wide = replace(wide, prefetch=2048)
-        if self.dynamic and CODES[self.weight] == 8 and not grouped and not target.has_vnni:
+        if self.dynamic and self.bits == 8 and not grouped and not target.has_vnni:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
         if self.dynamic or self.asymmetric or self.parts * self.packing(wide, target).nbytes <= _CACHED:
             wide = replace(wide, first="rows")  # the sums of x are found once a block of rows
@@ -124,7 +134,7 @@ class LinearSpec:
 
     def packing(self, schedule: LinearSchedule, target: CpuTarget) -> Packing:
         """The layout in which each weight must come."""
-        pair = 32 // CODES[self.weight] if self.coded else 0
+        pair = code_pair(self.bits) if self.coded else 0
         split = self.coded and not self.dynamic
         return Packing(self.weight, self.n, self.k, self.panel(schedule, target), pair, split)
 

@@ -6,8 +6,10 @@ A feed says how one step along K is loaded and multiplied. `Feed` is that of flo
 - bf16 weights otherwise: a pair splits into two f32 by a shift and a mask;
 - f32 and f16 weights: widened, then fma.
 
-Those of small integers are in linear_codes.py.
+Those of codes are in linear_codes.py and linear_floats.py.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +59,9 @@ class AnyFeed(Protocol):
     def parts(self) -> int:
         """Factors of one step."""
 
+    def bound(self, more: Sequence[Buffer]) -> AnyFeed:
+        """The feed inside of a function that has ``more`` buffers: the tables that weights are looked up in."""
+
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only what K has beyond whole steps."""
 
@@ -102,6 +107,9 @@ class Feed:
     @property
     def parts(self) -> int:
         return 1 if self.dot else self.step
+
+    def bound(self, more: Sequence[Buffer]) -> Feed:
+        return self
 
     def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only its first k."""
@@ -164,11 +172,13 @@ class Tile:
 def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: int, buffers: Sequence[Buffer]) -> Function:
     """``sums[rows][features] += x[rows] @ features.T`` over some steps of K, as the inner function ``name``.
 
-    ``buffers`` are x, the packed weight and the sums. Numbers of a call: first element of x, of the weight and of
-    the sums, the count of steps, 1 when what K has beyond whole steps follows them, and perhaps bytes to fetch ahead.
+    ``buffers`` are x, the packed weight, the sums and what else the feed needs. Numbers of a call: first element of x,
+    of the weight and of the sums, the count of steps, 1 when what K has beyond whole steps follows them, and perhaps
+    bytes to fetch ahead.
     """
     with kernel.function(name, buffers, numbers=6 if tile.told else 5) as micro:
-        x, w, sums = micro.buffers
+        x, w, sums, *more = micro.buffers
+        feed = feed.bound(more)
         x_at, w_at, sums_at, steps, tail, *ahead = micro.numbers
         tile = replace(tile, prefetch=ahead[0]) if tile.told else tile
         x, w, sums = x.at(x_at), w.at(w_at), sums.at(sums_at)

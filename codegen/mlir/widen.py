@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.linear_codes import WidenFeed
+from tilewright.codegen.mlir.linear_floats import WidenFeed
 from tilewright.codegen.mlir.microkernel import Feed
 from tilewright.codegen.mlir.value import Val, constant
 
 
 def core_feed(kernel: Kernel, feed: Feed | WidenFeed) -> Feed:
     """The feed worth converting blocks to: bf16 pairs where they multiply exactly, else f32."""
-    exact = isinstance(feed, WidenFeed) or feed.w_dtype == "bf16"
+    exact = feed.in_bf16 if isinstance(feed, WidenFeed) else feed.w_dtype == "bf16"
     if kernel.target.has_bf16_dot and feed.x_dtype == "bf16" and exact:
         return Feed("bf16", "bf16", feed.panel, feed.lanes, dot=True)
     return Feed("f32", "f32", feed.panel, feed.lanes, dot=False)
@@ -44,7 +44,7 @@ def _store(core: Feed, block: Buffer, k: Val, column: int, rows: list[Val]) -> N
     for i in range(0, len(rows), core.pair):
         place = (k + i) * core.panel + core.pair * column
         if core.pair == 2:
-            # bf16 already, and whole numbers below 256 are bf16 too: their upper halves are all there is.
+            # A bf16 holds each of them, whole numbers below 256 too: their upper halves are all there is.
             low, high = (row.bitcast("i32") for row in rows[i:i + 2])
             block.store((low.shift_right_logical(16) | (high & -0x10000)).bitcast("bf16"), place)
         else:

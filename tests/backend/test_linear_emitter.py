@@ -7,7 +7,7 @@ import pytest
 
 from tests.backend.harness import assert_close
 from tests.backend.loops_harness import kernel_of
-from tests.backend.test_mlir_linear_codes import WEIGHTS, named
+from tests.backend.test_mlir_linear_codes import NARROW_FLOATS, WEIGHTS, named, random_codes
 from tilewright.codegen.emitters import emitter
 from tilewright.codegen.standalone import StandaloneKernel
 from tilewright.codegen.target import parse_target
@@ -22,9 +22,8 @@ X, ROWS = ((B, 3, K), "i8"), ((B, 3, 1), "f32")
 def sample(value: Value, b: int, rng: np.random.Generator) -> np.ndarray:
     """Codes over their whole range, scales that are positive, other numbers normal."""
     shape, kind = [b if d == B else int(d) for d in value.shape], value.dtype.value
-    if kind in WEIGHTS:
-        low, high = WEIGHTS[kind][1:]
-        return rng.integers(low, high, shape).astype(value.dtype.np)
+    if kind in (*WEIGHTS, *NARROW_FLOATS):
+        return random_codes(rng, kind, tuple(shape))
     numbers = rng.standard_normal(shape)
     return (np.abs(numbers) / 50 if value.shape[-1] in (1, 3) else numbers).astype(value.dtype.np)
 
@@ -107,5 +106,4 @@ def test_refusals_say_why() -> None:
     assert "sums are made of unrounded numbers" in reason(kernel_of(narrow, ((B, K), "bf16"), i8, scale))
     assert "not i8 with one f32 scale a row" in reason(kernel_of(grouped, X, ((B, 3, 3), "f32"), i8, scale))
     assert "groups of 12 do not divide K = 96 into multiples of 8" in reason(dynamic(((N, K), "i4"), ((N, 8), "f16")))
-    assert "no kernel for i2 weights" in reason(dynamic(((N, K), "i2"), ((N, 1), "f32")))
-    assert "no kernel for f8e8m0 scales" in reason(dynamic(((N, K), "i4"), ((N, 3), "f8e8m0")))
+    assert "int8 activations with f8e5m2 weights" in reason(dynamic(((N, K), "f8e5m2"), ((N, 1), "f32")))

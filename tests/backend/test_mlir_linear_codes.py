@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -13,11 +12,13 @@ from tilewright.codegen.mlir.lower import assembly
 from tilewright.codegen.mlir.native import NativeKernel, aligned
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget, parse_target
+from tilewright.ir import DType
 
 VNNI = "cpu{arch=x86-64-v4 features=+avx512bf16+avx512vnni}"
 CODED_TARGETS = ["x86-64-v3", "x86-64-v4", VNNI]
-WEIGHTS = {"i8": (np.int8, -128, 128), "u8": (np.uint8, 0, 256),
-           "i4": (ml_dtypes.int4, -8, 8), "u4": (ml_dtypes.uint4, 0, 16)}
+WEIGHTS = {"i8": (-128, 128), "u8": (0, 256), "i4": (-8, 8), "u4": (0, 16), "i3": (-4, 4), "u3": (0, 8),
+           "i2": (-2, 2), "u2": (0, 4)}
+NARROW_FLOATS = ("f8e4m3", "f8e5m2", "f4e2m1")
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -34,27 +35,38 @@ class Weight:
     extreme: bool = False
 
     def __post_init__(self) -> None:
-        spec, (kind, low, high) = self.spec, WEIGHTS[self.spec.weight]
-        shape, groups = (spec.n, spec.k), (spec.n, spec.groups.count)
-        self.codes = self.rng.integers(low, high, shape)
-        if self.extreme:
-            self.codes = self.rng.choice([low, high - 1], shape)
-        self.scale = np.ones(groups) if self.whole else self.rng.uniform(0.005, 0.02, groups)
-        self.scale = self.scale.astype("f2" if spec.scale == "f16" else "f4")
-        self.zero = self.rng.integers(0, high, groups) if spec.asymmetric else np.zeros(groups, int)
-        self.kind = kind
+        spec, rng = self.spec, self.rng
+        groups = (spec.n, spec.groups.count)
+        self.codes = random_codes(rng, spec.weight, (spec.n, spec.k), self.extreme)
+        self.scale = np.ones(groups) if self.whole or not spec.scale else rng.uniform(0.005, 0.02, groups)
+        self.scale = self.scale.astype(DType(spec.scale or "f32").np)
+        self.zero = rng.integers(0, 1 << spec.bits, groups) if spec.asymmetric else np.zeros(groups, int)
+        self.table = rng.standard_normal((1, 1 << spec.bits)).astype(DType(spec.table or "f32").np)
 
     @property
     def exact(self) -> np.ndarray:
         spread = [np.repeat(a, self.spec.groups.size, 1) for a in (self.scale.astype(np.float64), self.zero)]
-        return (self.codes - spread[1]) * spread[0]
+        numbers = self.table[0, self.codes.astype(int)] if self.spec.table else self.codes
+        return (numbers.astype(np.float64) - spread[1]) * spread[0]
 
     def arrays(self, schedule: LinearSchedule, where: CpuTarget) -> list[np.ndarray]:
-        pairs = [(self.spec.packing(schedule, where), self.codes.astype(self.kind)),
-                 (self.spec.group_packing(self.spec.scale, schedule, where), self.scale)]
+        pairs = [(self.spec.packing(schedule, where), self.codes)]
+        if self.spec.scale:
+            pairs.append((self.spec.group_packing(self.spec.scale, schedule, where), self.scale))
         if self.spec.asymmetric:
             pairs.append((self.spec.group_packing("u8", schedule, where), self.zero.astype(np.uint8)))
-        return [packing.pack(array, aligned(packing.shape, packing.stored)) for packing, array in pairs]
+        packed = [packing.pack(array, aligned(packing.shape, packing.stored)) for packing, array in pairs]
+        return [*packed, self.table] if self.spec.table else packed
+
+
+def random_codes(rng: np.random.Generator, weight: str, shape: tuple[int, ...], extreme: bool = False) -> np.ndarray:
+    """All codes there are, or only those at the ends of the range; no NaN and no infinity."""
+    kind = DType(weight)
+    if weight in WEIGHTS:
+        low, high = WEIGHTS[weight]
+        return (rng.choice([low, high - 1], shape) if extreme else rng.integers(low, high, shape)).astype(kind.np)
+    codes = rng.integers(0, 1 << kind.bits, shape).astype(np.uint8).view(kind.np)
+    return np.where(np.isfinite(codes.astype(np.float32)), codes, kind.np.type(0))
 
 
 class Case:
@@ -109,6 +121,8 @@ def named(name: str) -> CpuTarget:
 @pytest.mark.parametrize("name", CODED_TARGETS)
 @pytest.mark.parametrize(("x", "weight", "group"), [
     *((x, weight, group) for x in ("i8", "bf16") for weight in WEIGHTS for group in (0, 32)),
+    *(("bf16", weight, group) for weight in NARROW_FLOATS for group in (0, 32)),
+    ("f32", "i3", 64), ("f32", "u2", 32), ("f16", "f8e4m3", 0), ("f32", "f8e5m2", 32), ("f32", "f4e2m1", 32),
     ("i8", "i4", 128), ("i8", "i8", 64), ("f32", "i4", 32), ("f32", "i8", 0), ("f16", "u4", 64), ("bf16", "i4", 256)])
 def test_formats_and_rows(name: str, x: str, weight: str, group: int) -> None:
     """Every count of rows takes another path: one, a few, a tile, tiles and a remainder, several blocks."""
@@ -117,6 +131,51 @@ def test_formats_and_rows(name: str, x: str, weight: str, group: int) -> None:
     for m in (1, 2, 4, 5, 13, 29, 103):
         rows = subject.x(m)
         assert_close(subject.run(*rows), subject.expected(*rows), "f32")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize(("x", "weight", "table", "scale", "group"), [
+    ("bf16", "u4", "f32", "f16", 32), ("bf16", "u4", "bf16", "f32", 64), ("f32", "u3", "f16", None, 0),
+    ("bf16", "u2", "bf16", None, 0), ("f16", "u4", "f32", "f32", 0), ("bf16", "u3", "bf16", "f16", 32)])
+def test_tables(name: str, x: str, weight: str, table: str, scale: str | None, group: int) -> None:
+    """One table for all weights, as NormalFloat has it."""
+    subject = Case(name, LinearSpec(70, 3 * group or 107, x, weight, "f32", group=group, scale=scale, table=table))
+    for m in (1, 5, 29):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "f32")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+def test_scales_that_are_powers_of_two(name: str) -> None:
+    subject = Case(name, LinearSpec(70, 96, "bf16", "f4e2m1", "f32", "f32", "silu", True, group=32, scale="f8e8m0"))
+    for m in (1, 29):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "f32")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize("weight", NARROW_FLOATS)
+def test_every_code_of_a_narrow_float(name: str, weight: str) -> None:
+    """One k, a scale and x of 1: the results are the numbers themselves, subnormal ones too, infinities and NaNs."""
+    count = 1 << DType(weight).bits
+    subject = Case(name, LinearSpec(count, 1, "f32", weight, "f32"), whole=True)
+    codes = np.arange(count, dtype=np.uint8)[:, None].view(DType(weight).np)
+    packing = subject.spec.packing(subject.schedule, subject.target)
+    packing.pack(codes, subject.packed[0])
+    for m in (1, 13):
+        got = subject.run(np.ones((m, 1), np.float32), np.ones(m, np.float32))
+        np.testing.assert_array_equal(got, np.broadcast_to(codes.T.astype(np.float32), got.shape))
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+def test_every_scale_of_eight_bits(name: str) -> None:
+    subject = Case(name, LinearSpec(256, 1, "f32", "i8", "f32", scale="f8e8m0"), whole=True)
+    scales = np.arange(256, dtype=np.uint8)[:, None].view(DType.f8e8m0.np)
+    subject.spec.group_packing("f8e8m0", subject.schedule, subject.target).pack(scales, subject.packed[1])
+    got = subject.run(np.ones((1, 1), np.float32), np.ones(1, np.float32))
+    with np.errstate(over="ignore"):
+        want = subject.weights[0].codes[:, 0].astype(np.float32) * scales[:, 0].astype(np.float32)
+    np.testing.assert_array_equal(got[0], want)
 
 
 @pytest.mark.parametrize("name", CODED_TARGETS)
@@ -133,7 +192,8 @@ def test_integer_products_are_exact(name: str, weight: str, group: int) -> None:
 
 
 @pytest.mark.parametrize("name", CODED_TARGETS)
-@pytest.mark.parametrize(("x", "weight"), [("i8", "i8"), ("i8", "i4"), ("bf16", "i8"), ("bf16", "i4")])
+@pytest.mark.parametrize(("x", "weight"), [
+    ("i8", "i8"), ("i8", "i4"), ("i8", "u3"), ("i8", "i2"), ("bf16", "i8"), ("bf16", "i4"), ("bf16", "i3"), ("bf16", "u2")])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 15), (33, 9), (3, 700)])
 def test_sizes(name: str, x: str, weight: str, n: int, k: int) -> None:
     """Any N and K, also across several blocks of K."""
@@ -185,6 +245,10 @@ def test_instructions(arch: str, instruction: str) -> None:
     ({"weight": "i4", "group": 12, "k": 96}, "groups of 12 do not divide K = 96 into multiples of 8"),
     ({"weight": "i8", "group": 32, "k": 100}, "groups of 32 do not divide K = 100"),
     ({"weight": "bf16", "k": 96}, "int8 activations with bf16 weights"),
+    ({"weight": "f8e4m3", "k": 96}, "int8 activations with f8e4m3 weights"),
+    ({"weight": "u4", "k": 96, "table": "f16"}, "int8 activations with a table of f16"),
+    ({"weight": "i3", "group": 16, "k": 96}, "groups of 16 do not divide K = 96 into multiples of 32"),
+    ({"weight": "i4", "group": 8, "k": 96, "scale": "bf16"}, "no kernel for bf16 scales"),
     ({"weight": "i8", "k": 70000}, "may overflow; at most 65793"),
 ])
 def test_refusals(spec: dict, reason: str) -> None:

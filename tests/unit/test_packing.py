@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from tilewright.codegen.packing import Packing
+from tilewright.ir import DType
 
-KINDS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "i8": np.int8, "u8": np.uint8,
-         "i4": ml_dtypes.int4, "u4": ml_dtypes.uint4}
-RANGES = {"u8": (0, 256), "i8": (-128, 128), "i4": (-8, 8), "u4": (0, 16)}
+NAMES = ("f32", "f16", "bf16", "i8", "u8", "i4", "u4", "i3", "u3", "i2", "u2", "f8e4m3", "f8e5m2", "f4e2m1")
+KINDS = {name: DType(name).np for name in NAMES}
+RANGES = {"u8": (0, 256), "i8": (-128, 128), "i4": (-8, 8), "u4": (0, 16), "i3": (-4, 4), "u3": (0, 8), "i2": (-2, 2),
+          "u2": (0, 4), "f4e2m1": (-6, 7)}
 
 
 @pytest.mark.parametrize("dtype", KINDS)
@@ -27,10 +29,11 @@ def test_unpack_inverts_pack(dtype: str, n: int, k: int) -> None:
 @pytest.mark.parametrize("dtype", KINDS)
 def test_padding_is_zero(dtype: str) -> None:
     """Whatever the bias of the codes: what is not there multiplies to nothing."""
-    weight = np.full((3, 5), 5).astype(KINDS[dtype])
+    weight = np.full((3, 5), 1).astype(KINDS[dtype])
     packing = Packing(dtype, 3, 5, 16)
     packed = packing.pack(weight, np.full(packing.shape, 9, packing._stored))
-    assert np.count_nonzero(packed) == (3 * 4 if packing.bits == 4 else 3 * 5)  # two codes, or one, fill a byte
+    narrow = 3 * 8 if dtype == "i3" else 3 * 4  # of five codes the last shares a byte; of i3 the upper bits take four more
+    assert np.count_nonzero(packed) == (narrow if packing.bits < 8 else 3 * 5)
 
 
 def test_pairs_lie_side_by_side() -> None:
@@ -47,7 +50,18 @@ def test_codes_are_unsigned() -> None:
     assert nibbles.ravel().tolist() == [0 | 1 << 4, 7 | 9 << 4, 8 | 10 << 4, 15 | 11 << 4]
 
 
-@pytest.mark.parametrize(("dtype", "k"), [("i8", 33), ("u4", 33), ("i4", 64)])
+def test_codes_of_two_and_three_bits() -> None:
+    codes = np.arange(16) % 4
+    word = Packing("u2", 1, 16, 1).pack(codes.astype(KINDS["u2"])[None]).ravel()
+    assert [[(byte >> 2 * j) & 3 for byte in word] for j in range(4)] == codes.reshape(4, 4).tolist()
+    codes = np.arange(32) * 5 % 8
+    words = Packing("u3", 1, 32, 1).pack(codes.astype(np.uint8)[None]).reshape(3, 4)
+    low = [[(byte >> 2 * j) & 3 for byte in words[i]] for i in range(2) for j in range(4)]
+    high = [[(byte >> j) & 1 for byte in words[2]] for j in range(8)]
+    assert (np.array(low) + 4 * np.array(high)).ravel().tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "k"), [("i8", 33), ("u4", 33), ("i4", 64), ("u2", 40), ("i3", 70)])
 def test_split_exchanges_two_of_four_bytes(dtype: str, k: int) -> None:
     weight = np.random.default_rng(0).integers(*RANGES[dtype], (20, k)).astype(KINDS[dtype])
     plain, split = Packing(dtype, 20, k, 16), Packing(dtype, 20, k, 16, split=True)
