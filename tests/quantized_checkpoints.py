@@ -137,3 +137,69 @@ def parameters(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
         zero = torch.round(-low / scale) - 2 ** (args.num_bits - 1)
     flat = (lambda t: t.reshape(1)) if args.strategy == "tensor" else (lambda t: t)
     return flat(scale), flat(zero).to(torch.int8)
+
+
+# ---- GPTQ and AWQ, by plain loops --------------------------------------------------------------------------------------
+
+
+def rounded(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Unsigned codes ``[N, K]``, scales (f16) and zero points ``[N, G]``."""
+    cut, most = blocks(weight, group), 2**bits - 1
+    if symmetric:
+        scale = (cut.abs().amax(-1) / (2 ** (bits - 1) - 0.5)).half()
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        low, high = cut.amin(-1).clamp(max=0), cut.amax(-1).clamp(min=0)
+        scale = ((high - low) / most).half()
+        zero = torch.round(-low / scale.float()).clamp(0, most)
+    codes = torch.round(cut / scale.float()[..., None] + zero.float()[..., None]).clamp(0, most)
+    return codes.reshape(weight.shape).int(), scale, zero.int()
+
+
+def into_words(codes: list[int], bits: int) -> list[int]:
+    """Codes one after the other in i32 words, low bits first; one may lie across two words."""
+    whole = sum(code << (i * bits) for i, code in enumerate(codes))
+    count = -(-len(codes) * bits // 32)
+    words = [(whole >> (32 * i)) & 0xFFFFFFFF for i in range(count)]
+    return [word - (1 << 32) if word >> 31 else word for word in words]
+
+
+def gptq(folder: Path, bits: int = 4, group: int = 32, symmetric: bool = True, version: int = 1, act_order: bool = False,
+         only: str = "proj") -> Saved:  # fmt: skip
+    """As AutoGPTQ and GPTQModel pack: codes along K, zero points along N (one less in version 1), a group a column."""
+    rng = torch.Generator().manual_seed(5)
+
+    def pack(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        n, k = weight.shape
+        size = group if group > 0 else k
+        order = torch.randperm(k, generator=rng) if act_order else torch.arange(k)
+        codes, scale, zero = rounded(weight[:, order], bits, size, symmetric)
+        place = torch.argsort(order)
+        codes, index = codes[:, place], (place // size).int()
+        dense = (codes - zero[:, index.long()]).float() * scale[:, index.long()].float()
+        kept = (zero - 1) % 2**bits if version == 1 else zero
+        qweight = torch.tensor([into_words(codes[row].tolist(), bits) for row in range(n)], dtype=torch.int32)
+        qzeros = torch.tensor([into_words(kept[:, g].tolist(), bits) for g in range(zero.shape[1])], dtype=torch.int32)
+        return {"qweight": qweight.T, "qzeros": qzeros, "scales": scale.T, "g_idx": index}, dense
+
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": act_order}
+    return save(folder, pack, {**settings, "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}, only)
+
+
+def awq(folder: Path, group: int = 32) -> Saved:
+    """As AutoAWQ's gemm packs: eight codes along N in a word, the even ones first."""
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+
+    def words(rows: Tensor) -> Tensor:
+        def line(row: list[int]) -> list[int]:
+            return [word for i in range(0, len(row), 8) for word in into_words([row[i + j] for j in order], 4)]
+
+        return torch.tensor([line(row) for row in rows.tolist()], dtype=torch.int32)
+
+    def pack(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes, scale, zero = rounded(weight, 4, group, symmetric=False)
+        numbers = blocks(codes - torch.repeat_interleave(zero, group, 1), group).float() * scale.float()[..., None]
+        return {"qweight": words(codes.T), "qzeros": words(zero.T), "scales": scale.T}, numbers.reshape(weight.shape)
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return save(folder, pack, settings)

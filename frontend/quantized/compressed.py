@@ -16,17 +16,15 @@ from tilewright.ir.types import DType, TensorType
 _FORMATS = (
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense",
 )  # fmt: skip
-_OWN = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
+_OWN = tuple(f"weight_{part}" for part in ("packed", "scale", "zero_point", "shape", "g_idx", "global_scale"))
 _FLOATS = {"F8_E4M3": DType.f8e4m3, "F8_E5M2": DType.f8e5m2}
 
 
 def read(reading: Reading) -> dict[str, Packed]:
     """The packed weights by name; raises CheckpointError and UnsupportedError as ``settings.unpacked`` says."""
-    settings = reading.settings
-    groups = [g for g in (settings.get("config_groups") or {}).values() if isinstance(g, dict)]
-    for name in {settings.get("format"), *(g.get("format") for g in groups)} - {*_FORMATS, None}:
-_OWN = tuple(f"weight_{part}" for part in ("packed", "scale", "zero_point", "shape", "g_idx", "global_scale"))
-    schemes = Schemes(reading)
+    schemes, known = Schemes(reading), ", ".join(_FORMATS)
+    for name in {g.get("format") for g in (reading.settings, *schemes.groups.values())} - {*_FORMATS, None}:
+        raise UnsupportedError(f"{reading.checkpoint.folder}: the format {name} is not read; there are {known}")
     return {f"{layer.module}.weight": _packed(layer, schemes.of(layer.module)) for layer in reading.layers(*_OWN)}
 
 

@@ -118,7 +118,7 @@ def changed(name, change):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop(f"{GATE}.weight_scale"), rf"lacks {GATE}\.weight_scale; of this layer it has weight_packed, weight_sh"),
+    (lambda t: t.pop(f"{GATE}.weight_scale"), rf"lacks {GATE}\.weight_scale; of this layer it has weight_packed, w"),
     (lambda t: t.pop(f"{GATE}.weight_packed"), rf"lacks {GATE}\.weight; of this layer it has weight_scale"),
     (lambda t: t.pop(f"{GATE}.weight_zero_point"), rf"lacks {GATE}\.weight_zero_point"),
     (lambda t: t.pop(f"{GATE}.weight_shape"), rf"lacks {GATE}\.weight_shape"),
