@@ -21,7 +21,7 @@ from typing import Self
 import numpy as np
 
 from tilewright.codegen.text import format_call, parse_call
-from tilewright.ir.types import DType
+from tilewright.ir import CodegenError, DType
 
 _FLOATS = ("f32", "f16", "bf16")
 _BIAS = {"i8": 128, "i4": 8, "i3": 4, "i2": 2}  # what makes a code unsigned
@@ -42,7 +42,10 @@ def code_pair(bits: int) -> int:
 
 @dataclass(frozen=True)
 class Packing:
-    """Layout of one [n, k] weight; ``text`` is its name in artifacts and ``pack`` makes it. ``pair`` 0 is the usual one."""
+    """Layout of one [n, k] weight; ``text`` is its name in artifacts and ``pack`` makes it. ``pair`` 0 is the usual one.
+
+    Where ``most`` is given, kernels count on no element being larger.
+    """
 
     dtype: str
     n: int
@@ -50,6 +53,7 @@ class Packing:
     panel: int
     pair: int = 0
     split: bool = False
+    most: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in _KNOWN:
@@ -102,19 +106,24 @@ class Packing:
     @property
     def text(self) -> str:
         """Canonical text; ``Packing.parse`` gives an equal packing back."""
-        return format_call("panels", {field.name: getattr(self, field.name) for field in fields(self)})
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return format_call("panels", {key: value for key, value in given.items() if key != "most" or value})
 
     @classmethod
     def parse(cls, text: str) -> Self:
         name, given = parse_call(text)
-        if name != "panels" or list(given) != [field.name for field in fields(cls)]:
+        if name != "panels" or [*given, "most"][:7] != [field.name for field in fields(cls)]:
             raise ValueError(f"{text!r} is not a packing; expected panels{{dtype= n= k= panel= pair= split=}}")
-        return cls(given["dtype"], *(int(given[key]) for key in ("n", "k", "panel", "pair")), given["split"] == "true")
+        return cls(given["dtype"], *(int(given[key]) for key in ("n", "k", "panel", "pair")), given["split"] == "true",
+                   int(given.get("most", 0)))
 
     def pack(self, weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The packed copy of ``weight`` [n, k], written to ``out`` (of ``shape``) when given; no other large memory."""
         if weight.shape != (self.n, self.k) or weight.dtype != DType(self.dtype).np:
             raise ValueError(f"{self.text} cannot pack {weight.dtype} {weight.shape}")
+        if self.most and int(weight.max(initial=0)) > self.most:
+            raise CodegenError(f"a step of {weight.max()} in {self.text}: kernels expand codes by steps of at most "
+                               f"{self.most}, which two-level schemes of this project keep to")
         packed = np.empty(self.shape, self._stored) if out is None else out
         # Elements that lie side by side move as one unsigned integer: numpy copies bf16 element by element.
         source = weight.view(f"u{weight.dtype.itemsize}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.linear_codes import CodeFeed, DotFeed
+from tilewright.codegen.mlir.linear_expand import ExpandFeed, emit_expand_kernel, expand_weights
 from tilewright.codegen.mlir.linear_floats import PairFeed, WidenFeed
 from tilewright.codegen.mlir.linear_groups import (
     Streams,
@@ -30,7 +31,7 @@ from tilewright.codegen.target import CpuTarget
 
 _FEW = 4  # rows up to which converting weights in registers beats storing the converted block
 _STREAMED = 2  # rows up to which fetching ahead pays
-_WIDE_BLOCK = 128  # k's of a converted block
+_WIDE_BLOCK = 128  # k's of a converted block; four times as many of one byte
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,15 @@ class LinearBuffers:
     y: Buffer | None = None
     x_scale: Buffer | None = None
     tables: Sequence[Buffer] = ()
+    steps: Sequence[Buffer] = ()
 
 
 def linear_kernel(name: str, target: CpuTarget, spec: LinearSpec, schedule: LinearSchedule) -> Kernel:
-    """The whole kernel: dim M, buffers x, x_scale, weights, scales, zeros, tables, biases, y, those that there are."""
+    """The whole kernel: dim M, buffers x, x_scale, weights, scales, zeros, steps, tables, biases, y if there are such."""
     names = ("gate", "up")[:spec.parts]
     scales = spec.group_packing(spec.scale, schedule, target).stored if spec.coded and spec.scale else None
-    roles = {"weights": "u8" if spec.coded else spec.weight, "scales": scales, "zeros": "u8" if spec.asymmetric else None,
-             "tables": spec.table, "biases": spec.bias}
+    roles = {"weights": "u8" if spec.coded else spec.weight, "scales": scales, "zeros": "u8" if spec.has_zeros else None,
+             "steps": "u8" if spec.expands else None, "tables": spec.table, "biases": spec.bias}
     given = [("x", spec.x_dtype)] + ([("x_scale", "f32")] if spec.dynamic else [])
     given += [(f"{part}_{role}", dtype) for role, dtype in roles.items() if dtype for part in names]
     with Kernel(name, target, ("M",), [*given, ("y", spec.out_dtype)]) as kernel:
@@ -98,7 +100,7 @@ class _Path:
     weights: Buffer
     x_stride: int
     block: int
-    stored: Feed | WidenFeed | None = None  # what blocks are converted from
+    stored: Feed | WidenFeed | ExpandFeed | None = None  # what blocks are converted from
 
     @property
     def tallest(self) -> int:
@@ -134,6 +136,9 @@ class _Linear:
         """Micro-kernels for few rows, which read x and the packed weights where they are, and maybe others for many."""
         spec, tile_m, target = self.spec, self.schedule.tile_m, self.kernel.target
         codes = (spec.weight, self.packing.panel, self.kernel.lanes, spec.k)
+        if spec.expands:
+            expand = ExpandFeed(*codes, target.has_vnni)
+            return self._direct(expand, _FEW), self._wide(expand)
         if spec.dynamic:
             return self._direct(DotFeed(*codes, target.has_vnni), tile_m), None
         if spec.coded:
@@ -151,28 +156,39 @@ class _Linear:
         """Micro-kernels that read x and the packed weights where they are."""
         return self._path("direct", feed, tallest, self.buffers.x, self.buffers.weights[0], self.x_stride)
 
-    def _wide(self, feed: Feed | WidenFeed) -> _Path:
+    def _wide(self, feed: Feed | WidenFeed | ExpandFeed) -> _Path:
         """Micro-kernels that read blocks converted, from ``feed``, for many rows."""
-        core, block = core_feed(self.kernel, feed), self._block(min(self.schedule.block_k, _WIDE_BLOCK))
+        core = self._core(feed)
+        block = self._block(min(self.schedule.block_k, _WIDE_BLOCK * (4 if isinstance(core, DotFeed) else 1)))
         weights = self.kernel.scratch(block * core.panel, core.w_dtype)
         x, stride = self.buffers.x, self.x_stride
         if feed.x_dtype != core.x_dtype:
             x, stride = self.kernel.scratch(self.rows * block, "f32"), block
         return self._path("wide", core, self.schedule.tile_m, x, weights, stride, block, feed)
 
+    def _core(self, feed: Feed | WidenFeed | ExpandFeed) -> Feed | DotFeed:
+        """The feed that eats blocks converted from ``feed``."""
+        if isinstance(feed, ExpandFeed):
+            return DotFeed("i8", feed.panel, feed.lanes, feed.k, feed.vnni)
+        return core_feed(self.kernel, feed)
+
     def _block(self, k: int) -> int:
         """A block of K of about that size, in whole groups."""
-        return max(k // self.groups.size, 1) * self.groups.size if self.grouped else k
+        size = self.spec.expands or (self.groups.size if self.grouped else 1)
+        return max(k // size, 1) * size
 
     def _path(self, name: str, feed: AnyFeed, tallest: int, x: Buffer, w: Buffer, x_stride: int, block: int = 0,
-              stored: Feed | WidenFeed | None = None) -> _Path:
+              stored: Feed | WidenFeed | ExpandFeed | None = None) -> _Path:
         kernel, schedule, tiles = self.kernel, self.schedule, {}
         for rows in range(1, tallest + 1):
             # A tall tile is long enough by itself, and so is a step of many k's.
             unroll = max(1, min(schedule.unroll, 8 // rows) // max(feed.step // 8, 1))
             columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
             tile = Tile(rows, columns, x_stride, self.packing.panel, unroll, told=self._fetches(rows))
-            if self.grouped:
+            if isinstance(feed, ExpandFeed):
+                buffers = (x, w, self.sums[0], *self._levels())
+                tiles[rows] = emit_expand_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.steps, buffers)
+            elif self.grouped:
                 streams = self._streams(feed, x, w)
                 tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams)
             else:
@@ -182,7 +198,7 @@ class _Linear:
 
     def _fetches(self, rows: int) -> bool:
         """Whether a tile of so many rows may fetch weights ahead: one that waits for them rather than multiplies."""
-        return bool(self.schedule.prefetch) and not self.grouped and rows <= _STREAMED
+        return bool(self.schedule.prefetch) and not (self.grouped or self.spec.expands) and rows <= _STREAMED
 
     def _width(self, feed: AnyFeed, rows: int) -> int:
         """Vectors of a panel that a tile of so many rows does at once, as registers allow."""
@@ -192,7 +208,8 @@ class _Linear:
             return next((w for w in widths if keeps_totals(rows, w, target)), 1)
 
         def needed(w: int) -> int:
-            return rows * w + (w if rows > w else 1) * feed.parts + 2
+            held = 3 * w if isinstance(feed, ExpandFeed) else 0  # its levels
+            return rows * w + (w if rows > w else 1) * feed.parts + held + 2
 
         return next((w for w in widths if needed(w) <= registers(target)), 1) if self.spec.coded else widths[0]
 
@@ -200,6 +217,10 @@ class _Linear:
         zeros = self.buffers.zeros[part] if self.spec.asymmetric else None
         (table,) = self._tables(feed, part) or (None,)
         return Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections, table)
+
+    def _levels(self, part: int = 0) -> list[Buffer]:
+        """What codes expand by: steps and perhaps zero points."""
+        return [role[part] for role in (self.buffers.steps, self.buffers.zeros) if role]
 
     def _tables(self, feed: AnyFeed, part: int = 0) -> Sequence[Buffer]:
         """What ``feed`` looks weights up in."""
@@ -273,19 +294,31 @@ class _Linear:
             x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
             w, w_at = self.buffers.weights[part], panel * self.packing.panel_size + start // stored.step * stored.stride
             if path.stored:
-                bound = path.stored.bound(self._tables(path.stored, part))
-                widen_weights(self.kernel, bound, path.feed, w.at(w_at), count, path.weights)
+                self._convert(path, part, w.at(w_at), panel, start, count)
                 w, w_at = path.weights, constant(0)
             if path.x is not self.buffers.x:
                 widen_inputs(self.kernel, x.at(x_at), self.x_stride, rows, count, path.x, path.x_stride)
                 x, x_at = path.x, constant(0)
             self._walk_rows(path, rows, self._call(path, part, (x, w), (x_at, w_at), panel, start, count))
 
+    def _convert(self, path: _Path, part: int, w: Buffer, panel: Val, start: Val, count: Val) -> None:
+        """A block of K of the weights at ``w``, as the path's micro-kernels read it."""
+        stored, groups = path.stored, self.spec.steps if self.spec.expands else self.groups
+        if isinstance(stored, ExpandFeed):
+            at = (panel * groups.count + start // groups.size) * self.packing.panel
+            expand_weights(self.kernel, stored, groups, w, self._levels(part), at, count, path.weights)
+        elif stored:
+            bound = stored.bound(self._tables(stored, part))
+            widen_weights(self.kernel, bound, path.feed, w, count, path.weights)
+
     def _call(self, path: _Path, part: int, streams: tuple[Buffer, Buffer], at: tuple[Val, Val], panel: Val, start: Val,
               count: Val) -> Callable[[int, Val], None]:
         """Calls the micro-kernel of so many rows, from some row of the block on."""
         (x, w), (x_at, w_at), k, step = streams, at, self.spec.k, path.feed.step
-        if self.grouped:
+        if isinstance(path.feed, ExpandFeed):
+            buffers, groups = [x, w, self.sums[part], *self._levels(part)], self.spec.steps
+            scales_at = (panel * groups.count + start // groups.size) * self.packing.panel
+        elif self.grouped:
             buffers, group = self._streams(path.feed, x, w, part).buffers, start // self.groups.size
             groups = count // self.groups.size
             scales_at = (panel * self.groups.count + group) * self.packing.panel
@@ -298,7 +331,9 @@ class _Linear:
             for vector in range(0, self.schedule.tile_v, self._width(path.feed, rows)):
                 sums_at = row * self.packing.panel + vector * self.kernel.lanes
                 places = (x_at + row * path.x_stride, w_at + vector * _spacing(path.feed), sums_at)
-                if self.grouped:
+                if isinstance(path.feed, ExpandFeed):
+                    more = (scales_at + vector * self.kernel.lanes, count // self.spec.expands)
+                elif self.grouped:
                     more = (scales_at + vector * self.kernel.lanes, row * self.groups.count + group, groups)
                 elif self._fetches(rows):
                     more = (count // step, tail, ahead)

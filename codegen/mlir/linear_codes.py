@@ -64,7 +64,7 @@ class CodeFeed:
         """k's beyond whole steps."""
         return self.k % self.step
 
-    def load(self, w: Buffer, place: Val) -> list[Val]:
+    def load(self, w: Buffer, place: Val | int) -> list[Val]:
         """The words of each feature, as i32."""
         return [w.load(place + start, 4 * self.lanes).bitcast("i32") for start in self.spread]
 
@@ -102,7 +102,7 @@ class DotFeed(CodeFeed):
     def parts(self) -> int:
         return 2 if self.bits == 8 and not self.vnni else self.step // 4
 
-    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         words = self.load(w, place)
         if self.bits < 8:
             return [self.codes(words, quad, 0, 0x01010101).bitcast("u8") for quad in range(self.step // 4)]
@@ -115,14 +115,18 @@ class DotFeed(CodeFeed):
         pairs = words.bitcast("i16")  # the even and the odd codes
         return [pairs & 0xFF, pairs.shift_right_logical(8)]
 
-    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
-        quads = [self._quad(x, place + 4 * i, self.rest - 4 * i if tail else 4) for i in range(self.step // 4)]
-        if self.vnni or self.bits < 8:
-            return [quad.bitcast("i8") for quad in quads]
-        (pairs,) = (quad.bitcast("i16") for quad in quads)
+    def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
+        quads = [self.quad(x, place + 4 * i, self.rest - 4 * i if tail else 4) for i in range(self.step // 4)]
+        return [quad.bitcast("i8") for quad in quads] if self.bits < 8 else self.wide(quads[0])
+
+    def wide(self, quad: Val) -> list[Val]:
+        """Factors of one quadruple of codes of x, for ``bytes``."""
+        if self.vnni:
+            return [quad.bitcast("i8")]
+        pairs = quad.bitcast("i16")
         return [(pairs << 8) >> 8, pairs >> 8]
 
-    def _quad(self, x: Buffer, place: Val, count: int) -> Val:
+    def quad(self, x: Buffer, place: Val | int, count: int) -> Val:
         """Four codes of x in every lane, zeros for those past ``count``."""
         if count >= 4:
             return x.load(place, 4).bitcast("i32").lane(0).splat(self.lanes)
@@ -132,19 +136,19 @@ class DotFeed(CodeFeed):
         return quad.splat(self.lanes)
 
     def accumulate(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
-        if self.vnni:
-            for weight, value in zip(weights, inputs, strict=True):
-                total = dot_quads(total, weight, value)
-            return total
-        if self.bits == 8:
-            for weight, value in zip(weights, inputs, strict=True):
-                total = total + _madd(weight, value)
-            return total
+        if self.vnni or self.bits == 8:
+            return self.accumulate_bytes(total, weights, inputs)
         # 2 * 15 * 128 each of two, 2 * 7 * 128 each of eight: far from the end of i16.
         first, *others = (_madd_bytes(weight, value) for weight, value in zip(weights, inputs, strict=True))
         for other in others:
             first = first + other
         return total + _madd(first, constant(1, "i16", 2 * self.lanes))
+
+    def accumulate_bytes(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
+        """``total`` plus products of factors that ``bytes`` and ``wide`` give."""
+        for weight, value in zip(weights, inputs, strict=True):
+            total = dot_quads(total, weight, value) if self.vnni else total + _madd(weight, value)
+        return total
 
 
 def dot_quads(total: Val, unsigned: Val, signed: Val) -> Val:

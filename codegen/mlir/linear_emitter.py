@@ -11,6 +11,7 @@ from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import apply, compute_dtype, dim_value, lowers
 from tilewright.codegen.mlir.linear import LinearBuffers, Place, emit_linear
 from tilewright.codegen.mlir.linear_cost import linear_features, linear_space
+from tilewright.codegen.mlir.linear_expand import largest_step
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.value import Val, constant
@@ -29,15 +30,25 @@ class Tensor:
     data: Value
     scale: Value | None = None
     zero: Value | None = None
+    table: Value | None = None
+    step: Value | None = None
 
     @classmethod
     def of(cls, value: Value) -> Tensor:
         op = value.owner
-        return cls(op.codes, op.scale, op.zero) if isinstance(op, ops.Dequantize) else cls(value)
+        if isinstance(op, ops.Lookup):
+            return cls(op.codes, op.scale, table=op.table)
+        if not isinstance(op, ops.Dequantize):
+            return cls(value)
+        inner = op.codes.owner
+        if isinstance(inner, ops.Expand):
+            return cls(inner.codes, op.scale, inner.zero, step=inner.scale)
+        return cls(op.codes, op.scale, op.zero)
 
     @property
     def values(self) -> tuple[Value, ...]:
-        return tuple(v for v in (self.data, self.scale, self.zero) if v is not None)
+        parts = (self.data, self.scale, self.zero, self.table, self.step)
+        return tuple(v for v in parts if v is not None)
 
     @property
     def format(self) -> tuple[object, ...]:
@@ -70,6 +81,7 @@ class Pattern:
         """Raises ValueError with what of the quantization the kernels do not do."""
         weight, (n, k) = self.weights[0], self.weights[0].data.shape
         groups = weight.scale.shape[-1] if weight.scale else 1
+        scale = "f32" if weight.table is None else None
         return LinearSpec(
             int(n),
             int(k),
@@ -80,7 +92,9 @@ class Pattern:
             self.anchor.act if isinstance(self.anchor, ops.GatedLinear) else None,
             isinstance(self.anchor, ops.GatedLinear),
             int(k) // groups if groups > 1 else 0,
-            weight.scale.dtype.value if weight.scale else "f32",
+            weight.scale.dtype.value if weight.scale else scale,
+            table=weight.table.dtype.value if weight.table else None,
+            expands=int(k) // weight.step.shape[-1] if weight.step else 0,
         )
 
 
@@ -99,6 +113,7 @@ def find(kernel: Function) -> Pattern | str:
     if len(given) not in (0, len(weights)):
         return "only one of gate and up has a bias"
     before = {v.owner for v in (anchor.x, *factors)}
+    before |= {op.codes.owner for op in before if isinstance(op, ops.Dequantize)}
     if not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
         return "an operand of the linear layer is computed in the kernel"
     tail = tuple(op for op in kernel.body[:-1] if op is not anchor and op not in before)
@@ -124,14 +139,18 @@ def refusal(p: Pattern) -> str | None:
 def _number_refusal(p: Pattern) -> str | None:
     """What of the element types the kernels do not do."""
     for value in p.anchor.operands:
-        if isinstance(value.owner, ops.Dequantize) and value.dtype is not DType.f32:
+        if isinstance(value.owner, (ops.Dequantize, ops.Lookup)) and value.dtype is not DType.f32:
             return f"dequantized to {value.dtype.value}: sums are made of unrounded numbers"
         if isinstance(value.owner, ops.Dequantize) and value.owner.offset is not None:
             return "codes with an offset beside their scale"
     x, weight = p.x, p.weights[0]
     for tensor in (x, weight):
-        if tensor.scale is None and tensor.data.dtype.value not in _FLOATS:
+        if tensor.scale is None and tensor.table is None and tensor.data.dtype.value not in _FLOATS:
             return f"no kernel for x {x.data.dtype.value} and weight {weight.data.dtype.value}"
+    if x.table or x.step:
+        return "activations come out of a table or expand"
+    if weight.table and weight.table.shape[0] != 1:
+        return "a table for each row"
     if x.scale and (x.data.dtype is not DType.i8 or x.scale.shape[-1] != 1 or x.scale.dtype is not DType.f32):
         return f"activations are {x.data.dtype.value} with scales {x.scale.type}, not i8 with one f32 scale a row"
     try:
@@ -201,8 +220,12 @@ def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target:
     layouts: dict[Value, Packing] = {}
     for weight in found.weights:
         layouts[weight.data] = spec.packing(schedule, target)
-        for value in weight.values[1:]:
-            layouts[value] = spec.group_packing(value.dtype.value, schedule, target)
+        for value in (weight.scale, weight.zero):
+            if value is not None and (value is weight.scale or not spec.expands):
+                layouts[value] = spec.group_packing(value.dtype.value, schedule, target)
+        if weight.step is not None:
+            layouts[weight.step] = spec.step_packing(schedule, target, largest_step(spec.weight))
+            layouts |= {weight.zero: spec.step_packing(schedule, target)} if weight.zero is not None else {}
     return layouts
 
 
@@ -220,6 +243,8 @@ def roles(found: Pattern, buffers: dict[Value, Buffer], y: Buffer) -> LinearBuff
         every(list(found.biases)),
         y,
         buffers[found.x.scale] if found.x.scale else None,
+        tables=every([weight.table for weight in found.weights]),
+        steps=every([weight.step for weight in found.weights]),
     )
 
 

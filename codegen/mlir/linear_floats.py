@@ -72,7 +72,7 @@ class PairFeed(FloatFeed):
         (table,) = more
         return replace(self, entries=_repeated(table.load(0, 1 << self.bits), 32))
 
-    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         words = [word.bitcast("i16") for word in self.load(w, place)]
         if self.bits == 8:
             low, high = (literals(2 * list(numbers), "bf16") for numbers in (range(16), range(-128, 128, 16)))
@@ -82,12 +82,12 @@ class PairFeed(FloatFeed):
         codes = [self.codes(words, quad, byte, 1, clean=False) for quad in quads for byte in (0, 1)]
         return [_pick_pairs(code, entries) for code in codes]
 
-    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         starts = (0, 0, 2, 2) if self.bits == 8 else range(0, self.step, 2)
         pairs = {start: self._pair(x, place + start, self.rest - start if tail else 2) for start in starts}
         return [pairs[start] for start in starts]
 
-    def _pair(self, x: Buffer, place: Val, count: int) -> Val:
+    def _pair(self, x: Buffer, place: Val | int, count: int) -> Val:
         """Two neighbours in every lane, zeros for those past ``count``."""
         if count >= 2:
             bits = x.load(place, 2).bitcast("i32").lane(0)
@@ -115,7 +115,7 @@ class WidenFeed(FloatFeed):
         (table,) = more
         return replace(self, entries=self._widest(table.load(0, 1 << self.bits).to("f32")))
 
-    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         words = self.load(w, place)
         count = self.rest if tail else self.step
         if self.bits < 4 or self.entries or self.weight == "f4e2m1" or (self.bits == 4 and self.lanes == 16):
@@ -130,7 +130,7 @@ class WidenFeed(FloatFeed):
     def _widest(self, table: Val) -> Val:
         return _repeated(table, max(self.lanes, table.lanes))
 
-    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         count = self.rest if tail else self.step
         if self.x_dtype != "bf16":
             return [x.load(place + i).to("f32").splat(self.lanes) for i in range(count)]

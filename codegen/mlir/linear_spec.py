@@ -35,8 +35,9 @@ class LinearSpec:
     ``weight`` is f32, bf16, f16, or codes: i8, i4, i3, i2 (symmetric), u8, u4, u3, u2 (with a u8 zero point), f8e4m3,
     f8e5m2, f4e2m1, one ``scale`` (f32, f16 or f8e8m0) for each ``group`` of k's, 0 being a whole row. With a ``table`` (of
     that element type) unsigned codes of four bits or fewer are places in it, and there may be no scale. ``x_dtype`` i8 are
-    codes too, with one f32 scale a row. ``gated``: two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides
-    and offsets, in elements, place x and y inside wider rows (0 = dense).
+    codes too, with one f32 scale a row. ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see
+    linear_expand.py). ``gated``: two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in
+    elements, place x and y inside wider rows (0 = dense).
     """
 
     n: int
@@ -54,6 +55,7 @@ class LinearSpec:
     y_stride: int = 0
     y_offset: int = 0
     table: str | None = None
+    expands: int = 0
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in ACTIVATIONS:
@@ -73,6 +75,8 @@ class LinearSpec:
             return f"no kernel for {self.weight} codes with a table of {self.table}"
         if self.scale not in _SCALES and not (self.table and self.scale is None and self.groups.count == 1):
             return f"no kernel for {self.scale} scales"
+        if self.expands:
+            return self._expand_refusal()
         step = code_pair(self.bits)
         if self.group and (self.k % self.group or (self.group != self.k and self.group % step)):
             return f"groups of {self.group} do not divide K = {self.k} into multiples of {step}"
@@ -80,6 +84,13 @@ class LinearSpec:
         if self.dynamic and self.groups.size > most:
             return f"{self.groups.size} products of codes may overflow; at most {most}"
         return None
+
+    def _expand_refusal(self) -> str | None:
+        if not self.dynamic:
+            return f"codes that expand to i8 with {self.x_dtype} activations"
+        if self.k % self.expands or self.expands % code_pair(self.bits):
+            return f"groups of {self.expands} do not divide K = {self.k} into multiples of {code_pair(self.bits)}"
+        return f"{self.k} products of codes may overflow" if self.k > (1 << 31) // (255 * 128) else None
 
     @property
     def parts(self) -> int:
@@ -102,12 +113,20 @@ class LinearSpec:
         return self.x_dtype == "i8"
 
     @property
-    def asymmetric(self) -> bool:
+    def has_zeros(self) -> bool:
         """Whether codes have zero points."""
         return self.weight.startswith("u") and self.table is None
 
     @property
+    def asymmetric(self) -> bool:
+        """Whether what is multiplied has zero points."""
+        return self.has_zeros and not self.expands
+
+    @property
     def groups(self) -> Groups:
+        """Of what is multiplied."""
+        if self.expands:
+            return Groups(self.k, 1, 8)
         size = self.group or self.k
         return Groups(size, self.k // size if size else 1, self.bits, FACTORS.get(self.weight, 1.0))
 
@@ -138,9 +157,18 @@ class LinearSpec:
         split = self.coded and not self.dynamic
         return Packing(self.weight, self.n, self.k, self.panel(schedule, target), pair, split)
 
+    @property
+    def steps(self) -> Groups:
+        """The groups that expand together."""
+        return Groups(self.expands, self.k // self.expands, self.bits)
+
     def group_packing(self, dtype: str, schedule: LinearSchedule, target: CpuTarget) -> Packing:
         """The layout of scales and zero points, ``dtype`` [N, G]."""
         return Packing(dtype, self.n, self.groups.count, self.panel(schedule, target), 1)
+
+    def step_packing(self, schedule: LinearSchedule, target: CpuTarget, most: int = 0) -> Packing:
+        """The layout of the steps that codes expand by, and of the zero points with them."""
+        return Packing("u8", self.n, self.steps.count, self.panel(schedule, target), 1, most=most)
 
     def tasks(self, schedule: LinearSchedule, target: CpuTarget, m: Any) -> Any:
         """Number of tasks for ``m`` rows: an int, or an expression when ``m`` is symbolic."""

@@ -62,10 +62,10 @@ class AnyFeed(Protocol):
     def bound(self, more: Sequence[Buffer]) -> AnyFeed:
         """The feed inside of a function that has ``more`` buffers: the tables that weights are looked up in."""
 
-    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only what K has beyond whole steps."""
 
-    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         """The factors of one row of x, in every lane."""
 
     def accumulate(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
@@ -111,7 +111,7 @@ class Feed:
     def bound(self, more: Sequence[Buffer]) -> Feed:
         return self
 
-    def weights(self, w: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only its first k."""
         if self.w_dtype == "bf16":
             pairs = w.load(place, 2 * self.lanes)
@@ -121,7 +121,7 @@ class Feed:
         count = 1 if tail else self.step
         return [w.load(place + i * self.panel, self.lanes).to("f32") for i in range(count)]
 
-    def inputs(self, x: Buffer, place: Val, tail: bool = False) -> list[Val]:
+    def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         """The factors of one row of x, in every lane."""
         if self.x_dtype != "bf16":
             count = 1 if tail else self.step
@@ -228,10 +228,10 @@ def _one_step(feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Buffer], step: V
 
 def _row_by_row(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
     """Weights stay in registers while the rows pass."""
-    weights = [feed.weights(w, constant(column)) for column in tile.columns]
+    weights = [feed.weights(w, column) for column in tile.columns]
     sums = []
     for r in range(tile.rows):
-        inputs = feed.inputs(x, constant(r * tile.x_stride))
+        inputs = feed.inputs(x, r * tile.x_stride)
         row = totals[r * tile.vectors:(r + 1) * tile.vectors]
         sums += [feed.accumulate(total, weight, inputs) for total, weight in zip(row, weights)]
     return sums
@@ -239,10 +239,10 @@ def _row_by_row(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequenc
 
 def _vector_by_vector(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
     """Inputs stay in registers while the weights pass."""
-    inputs = [feed.inputs(x, constant(r * tile.x_stride)) for r in range(tile.rows)]
+    inputs = [feed.inputs(x, r * tile.x_stride) for r in range(tile.rows)]
     sums = list(totals)
     for v, column in enumerate(tile.columns):
-        weights = feed.weights(w, constant(column))
+        weights = feed.weights(w, column)
         for r in range(tile.rows):
             place = r * tile.vectors + v
             sums[place] = feed.accumulate(sums[place], weights, inputs[r])
@@ -261,8 +261,8 @@ def _prefetch(feed: AnyFeed, tile: Tile, w: Buffer, place: Val) -> None:
 
 def _add_tail(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:
     for r in range(tile.rows):
-        inputs = feed.inputs(x, constant(r * tile.x_stride), tail=True)
+        inputs = feed.inputs(x, r * tile.x_stride, tail=True)
         for v, column in enumerate(tile.columns):
             place = r * tile.sums_stride + v * feed.lanes
-            weights = feed.weights(w, constant(column), tail=True)
+            weights = feed.weights(w, column, tail=True)
             sums.store(feed.accumulate(sums.load(place, feed.lanes), weights, inputs), place)

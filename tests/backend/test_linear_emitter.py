@@ -9,9 +9,11 @@ from tests.backend.harness import assert_close
 from tests.backend.loops_harness import kernel_of
 from tests.backend.test_mlir_linear_codes import NARROW_FLOATS, WEIGHTS, named, random_codes
 from tilewright.codegen.emitters import emitter
+from tilewright.codegen.mlir.linear_spec import LinearSpec
+from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.standalone import StandaloneKernel
 from tilewright.codegen.target import parse_target
-from tilewright.ir import Builder, DType, Function, Module, Value, interpret, ops, sym
+from tilewright.ir import Builder, CodegenError, DType, Function, Module, Value, interpret, ops, sym
 
 LINEAR = emitter("mlir.linear")
 B, N, K = sym("B"), 70, 96
@@ -22,6 +24,10 @@ X, ROWS = ((B, 3, K), "i8"), ((B, 3, 1), "f32")
 def sample(value: Value, b: int, rng: np.random.Generator) -> np.ndarray:
     """Codes over their whole range, scales that are positive, other numbers normal."""
     shape, kind = [b if d == B else int(d) for d in value.shape], value.dtype.value
+    if any(isinstance(op, ops.Expand) and op.scale is value for op in value.users):
+        return rng.integers(1, 17, shape).astype(np.uint8)
+    if kind == "f8e8m0":
+        return rng.integers(118, 124, shape).astype(np.uint8).view(value.dtype.np)
     if kind in (*WEIGHTS, *NARROW_FLOATS):
         return random_codes(rng, kind, tuple(shape))
     numbers = rng.standard_normal(shape)
@@ -70,6 +76,45 @@ def test_float_activations(where: str) -> None:
     for x in ("bf16", "f16", "f32"):
         kernel = kernel_of(body, ((B, K), x), ((N, K), "i4"), ((N, 3), "f16"))
         check(kernel, where, {"bf16": 2**-8, "f16": 2**-11}.get(x, 1e-5))
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("weight", [
+    [((N, K), "i3"), ((N, 3), "f16")], [((N, K), "u2"), ((N, 3), "f16"), ((N, 3), "u8")], [((N, K), "i2"), ((N, 1), "f32")],
+    [((N, K), "f8e4m3"), ((N, 1), "f32")], [((N, K), "f4e2m1"), ((N, 3), "f8e8m0")]])
+def test_narrow_codes(where: str, weight: list) -> None:
+    def body(b: Builder, x: Value, *rest: Value) -> Value:
+        return b.add(ops.Linear(x, b.add(ops.Dequantize(*rest))))
+
+    check(kernel_of(body, ((B, K), "bf16"), *weight), where, 2**-8)
+    if not weight[0][1].startswith("f"):
+        check(dynamic(*weight), where)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("scale", [[], [((N, 3), "f16")]])
+def test_lookup_in_one_table(where: str, scale: list) -> None:
+    def body(b: Builder, x: Value, *rest: Value) -> Value:
+        return b.add(ops.Linear(x, b.add(ops.Lookup(*rest))))
+
+    check(kernel_of(body, ((B, K), "bf16"), ((N, K), "u4"), ((1, 16), "f32"), *scale), where, 2**-8)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("zero", [[], [((N, 3), "u8")]])
+def test_two_levels_of_scales(where: str, zero: list) -> None:
+    def body(b: Builder, x: Value, xs: Value, codes: Value, scale: Value, step: Value, *rest: Value) -> Value:
+        weight = b.add(ops.Dequantize(b.add(ops.Expand(codes, step, *rest)), scale))
+        return b.add(ops.Linear(b.add(ops.Dequantize(x, xs)), weight))
+
+    codes = ((N, K), "u4" if zero else "i4")
+    check(kernel_of(body, X, ROWS, codes, ((N, 1), "f32"), ((N, 3), "u8"), *zero), where)
+
+
+def test_steps_that_are_too_large() -> None:
+    packing = LinearSpec(4, 64, "i8", "u4", expands=32).step_packing(LinearSchedule(), parse_target("x86-64-v3"), 17)
+    with pytest.raises(CodegenError, match="a step of 40 in .*at most 17"):
+        packing.pack(np.full((4, 2), 40, np.uint8))
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -1,12 +1,15 @@
 """Linear kernels over quantized weights against integer arithmetic in numpy."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tests.backend.mlir_helpers import assert_close, library_calls, random_array, target
 from tilewright.codegen.mlir.linear import linear_kernel
+from tilewright.codegen.mlir.linear_codes import CODES
+from tilewright.codegen.mlir.linear_expand import largest_step
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import assembly
 from tilewright.codegen.mlir.native import NativeKernel, aligned
@@ -40,11 +43,16 @@ class Weight:
         self.codes = random_codes(rng, spec.weight, (spec.n, spec.k), self.extreme)
         self.scale = np.ones(groups) if self.whole or not spec.scale else rng.uniform(0.005, 0.02, groups)
         self.scale = self.scale.astype(DType(spec.scale or "f32").np)
-        self.zero = rng.integers(0, 1 << spec.bits, groups) if spec.asymmetric else np.zeros(groups, int)
+        steps = (spec.n, spec.steps.count) if spec.expands else groups
+        self.zero = rng.integers(0, 1 << CODES[spec.weight], steps) if spec.has_zeros else np.zeros(steps, int)
+        self.step = rng.integers(1, largest_step(spec.weight) + 1, steps) if spec.expands else None
         self.table = rng.standard_normal((1, 1 << spec.bits)).astype(DType(spec.table or "f32").np)
 
     @property
     def exact(self) -> np.ndarray:
+        if self.step is not None:
+            step, zero = (np.repeat(a, self.spec.expands, 1) for a in (self.step, self.zero))
+            return np.clip((self.codes.astype(int) - zero) * step, -128, 127) * self.scale.astype(np.float64)
         spread = [np.repeat(a, self.spec.groups.size, 1) for a in (self.scale.astype(np.float64), self.zero)]
         numbers = self.table[0, self.codes.astype(int)] if self.spec.table else self.codes
         return (numbers.astype(np.float64) - spread[1]) * spread[0]
@@ -53,8 +61,12 @@ class Weight:
         pairs = [(self.spec.packing(schedule, where), self.codes)]
         if self.spec.scale:
             pairs.append((self.spec.group_packing(self.spec.scale, schedule, where), self.scale))
-        if self.spec.asymmetric:
-            pairs.append((self.spec.group_packing("u8", schedule, where), self.zero.astype(np.uint8)))
+        if self.spec.has_zeros:
+            make = self.spec.step_packing if self.spec.expands else partial(self.spec.group_packing, "u8")
+            pairs.append((make(schedule, where), self.zero.astype(np.uint8)))
+        if self.step is not None:
+            most = largest_step(self.spec.weight)
+            pairs.append((self.spec.step_packing(schedule, where, most), self.step.astype(np.uint8)))
         packed = [packing.pack(array, aligned(packing.shape, packing.stored)) for packing, array in pairs]
         return [*packed, self.table] if self.spec.table else packed
 
@@ -143,6 +155,30 @@ def test_tables(name: str, x: str, weight: str, table: str, scale: str | None, g
     for m in (1, 5, 29):
         rows = subject.x(m)
         assert_close(subject.run(*rows), subject.expected(*rows), "f32")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize(("weight", "group", "k"), [
+    ("u4", 32, 96), ("i4", 128, 384), ("u4", 128, 128), ("u2", 32, 64), ("i3", 64, 128)])
+def test_codes_that_expand(name: str, weight: str, group: int, k: int) -> None:
+    """Exact, also where what they expand to is cut off at the ends of i8."""
+    spec = LinearSpec(70, k, "i8", weight, "f32", scale="f32", expands=group)
+    subject = Case(name, spec, whole=True)
+    edges = np.abs(subject.weights[0].exact) >= 127
+    assert 0.01 < edges.mean() < 0.9 or weight != "u4"
+    for m in (1, 2, 4, 5, 29, 103):
+        codes, scale = subject.x(m)
+        scale[:] = 1
+        assert np.array_equal(subject.run(codes, scale), subject.expected(codes, scale))
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+def test_codes_that_expand_gated(name: str) -> None:
+    spec = LinearSpec(90, 256, "i8", "u4", "bf16", "f32", "silu", True, scale="f32", expands=128)
+    subject = Case(name, spec)
+    for m in (1, 9):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "bf16")
 
 
 @pytest.mark.parametrize("name", CODED_TARGETS)
@@ -246,6 +282,7 @@ def test_instructions(arch: str, instruction: str) -> None:
     ({"weight": "i8", "group": 32, "k": 100}, "groups of 32 do not divide K = 100"),
     ({"weight": "bf16", "k": 96}, "int8 activations with bf16 weights"),
     ({"weight": "f8e4m3", "k": 96}, "int8 activations with f8e4m3 weights"),
+    ({"weight": "u4", "expands": 12, "k": 96}, "groups of 12 do not divide K = 96 into multiples of 8"),
     ({"weight": "u4", "k": 96, "table": "f16"}, "int8 activations with a table of f16"),
     ({"weight": "i3", "group": 16, "k": 96}, "groups of 16 do not divide K = 96 into multiples of 32"),
     ({"weight": "i4", "group": 8, "k": 96, "scale": "bf16"}, "no kernel for bf16 scales"),
