@@ -31,7 +31,7 @@ _ROW = (ops.Softmax, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
 _REDUCING = (*_ROW, ops.Reduce, ops.ArgMax, ops.Quantize)
 _MOVES = (ops.Transpose, ops.Broadcast, ops.Slice, ops.Gather, ops.GatherND, ops.TakeAlong, ops.Embedding)
 _LONGEST_ROW = 16384
-DECODING = (ops.Dequantize, ops.Lookup, ops.Expand)
+DECODING = (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress)
 """What makes numbers of the parts of a quantized tensor."""
 
 

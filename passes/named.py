@@ -30,6 +30,8 @@ NAMED: dict[str, str] = {
         "clean,fusions,quantize{scheme=w8a16 layers=head},quantize{scheme=w4a16 group=32 layers=body},cache,kernels"
     ),
     "w4a8": "clean,fusions,quantize{scheme=w8a8 layers=head},quantize{scheme=w4a8 group=32 layers=body},cache,kernels",
+    # bf16 weights in fewer bytes, without loss
+    "compressed": "clean,fusions,compress,cache,kernels",
 }
 
 DEFAULT = "O2"

@@ -203,6 +203,10 @@ class Buffer:
         """The same memory, with indices counted from ``offset``."""
         return Buffer(self.memory, self.dtype, self._place(offset))
 
+    def view(self, dtype: str) -> Buffer:
+        """The same memory as elements of another dtype that MLIR holds alike (bf16 and i16)."""
+        return Buffer(self.memory, dtype, self._offset)
+
     def load(self, index: Val | int, lanes: int = 0, mask: Val | None = None) -> Val:
         """``lanes`` consecutive elements (0 = one scalar); lanes that ``mask`` turns off read as zero, untouched."""
         place = [self._place(index).ir]

@@ -22,6 +22,7 @@ from tilewright.codegen.mlir.linear_groups import (
     load_scales,
     load_zeros,
 )
+from tilewright.codegen.mlir.linear_lossless import Compressed, emit_decompress
 from tilewright.codegen.mlir.linear_spec import ACTIVATIONS, LinearSpec
 from tilewright.codegen.mlir.microkernel import AnyFeed, Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.value import Val, constant
@@ -50,15 +51,19 @@ Sink = Callable[[Val, Place], None]
 
 @dataclass(frozen=True)
 class LinearBuffers:
-    """Arguments of the kernel: x (and its scales), for each weight what belongs to it, y (unless a sink stores)."""
+    """Arguments of the kernel: x (and its scales), for each weight what belongs to it, y (unless a sink stores).
+
+    Weights are packed, or else ``compressed``.
+    """
 
     x: Buffer
-    weights: Sequence[Buffer]
+    weights: Sequence[Buffer] = ()
     scales: Sequence[Buffer] = ()
     zeros: Sequence[Buffer] = ()
     biases: Sequence[Buffer] = ()
     y: Buffer | None = None
     x_scale: Buffer | None = None
+    compressed: Sequence[Compressed] = ()
     tables: Sequence[Buffer] = ()
     steps: Sequence[Buffer] = ()
 
@@ -122,6 +127,9 @@ class _Linear:
         self.epilogue, self.sink = epilogue, sink or self._store
         self.packing, self.groups = spec.packing(schedule, kernel.target), spec.groups
         self.x_stride, self.y_stride = spec.x_stride or spec.k, spec.y_stride or spec.n
+        self.weights = buffers.weights
+        if buffers.compressed:  # a panel at a time is made of them
+            self.weights = [kernel.scratch(self.packing.panel_size, "bf16")] * spec.parts
         self.rows = -(-schedule.block_m // schedule.tile_m) * schedule.tile_m
         self.grouped = spec.coded and self.groups.count > 1
         self.acc = "i32" if spec.dynamic and not self.grouped else "f32"
@@ -154,7 +162,7 @@ class _Linear:
 
     def _direct(self, feed: AnyFeed, tallest: int) -> _Path:
         """Micro-kernels that read x and the packed weights where they are."""
-        return self._path("direct", feed, tallest, self.buffers.x, self.buffers.weights[0], self.x_stride)
+        return self._path("direct", feed, tallest, self.buffers.x, self.weights[0], self.x_stride)
 
     def _wide(self, feed: Feed | WidenFeed | ExpandFeed) -> _Path:
         """Micro-kernels that read blocks converted, from ``feed``, for many rows."""
@@ -273,6 +281,10 @@ class _Linear:
 
     def _multiply(self, part: int, panel: Val, row: Val, rows: Val) -> None:
         """sums[part] += x[row : row + rows] @ panel.T, block by block of K."""
+        if self.buffers.compressed:
+            weight, out = self.buffers.compressed[part], self.weights[part]
+            emit_decompress(self.kernel, weight, panel, self.packing.panel, out)
+            panel = constant(0)
         # One tile of rows uses each weight once: no reason to stop along the way. Nor to convert 4-bit codes for two.
         tiles = 2 if isinstance(self.direct.feed, PairFeed) and self.groups.bits == 4 else 1
         at_once = self.m <= self.direct.tallest * tiles
@@ -292,7 +304,7 @@ class _Linear:
             start = blocks.index
             count = block.min(constant(self.spec.k) - start)
             x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
-            w, w_at = self.buffers.weights[part], panel * self.packing.panel_size + start // stored.step * stored.stride
+            w, w_at = self.weights[part], panel * self.packing.panel_size + start // stored.step * stored.stride
             if path.stored:
                 self._convert(path, part, w.at(w_at), panel, start, count)
                 w, w_at = path.weights, constant(0)

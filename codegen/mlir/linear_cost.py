@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tilewright.codegen.features import log2
+from tilewright.codegen.mlir.linear_lossless import ROWS
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.schedule import LinearSchedule, Schedule, Space, registers
 from tilewright.codegen.target import CpuTarget
@@ -19,6 +20,8 @@ def linear_space(spec: LinearSpec, target: CpuTarget, rows: int) -> Space:
     if rows <= min(LinearSchedule.domains()["block_m"]):
         idle |= {"block_m", "first"}
     narrow = {key: (getattr(default, key),) for key in idle}
+    if spec.compressed and target.lanes % ROWS:
+        narrow["tile_v"] = tuple(v for v in LinearSchedule.domains()["tile_v"] if v * target.lanes % ROWS == 0)
     longest = next((k for k in LinearSchedule.domains()["block_k"] if k >= spec.k), None)
     if longest:  # one block: longer ones are the same
         narrow["block_k"] = tuple(k for k in LinearSchedule.domains()["block_k"] if k <= longest)

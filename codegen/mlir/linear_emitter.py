@@ -12,6 +12,7 @@ from tilewright.codegen.mlir.elementwise import apply, compute_dtype, dim_value,
 from tilewright.codegen.mlir.linear import LinearBuffers, Place, emit_linear
 from tilewright.codegen.mlir.linear_cost import linear_features, linear_space
 from tilewright.codegen.mlir.linear_expand import largest_step
+from tilewright.codegen.mlir.linear_lossless import Compressed
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.value import Val, constant
@@ -25,17 +26,23 @@ _FLOATS = ("f32", "bf16", "f16")
 
 @dataclass(frozen=True)
 class Tensor:
-    """An operand of the layer: an argument, or the codes, scales and zero points that are dequantized to it."""
+    """An operand of the layer: an argument, or the codes, scales and zero points that are dequantized to it.
+
+    Of a compressed one, ``data`` is what ``compressed`` decompresses to, which is no argument.
+    """
 
     data: Value
     scale: Value | None = None
     zero: Value | None = None
+    compressed: tuple[Value, ...] = ()
     table: Value | None = None
     step: Value | None = None
 
     @classmethod
     def of(cls, value: Value) -> Tensor:
         op = value.owner
+        if isinstance(op, ops.Decompress):
+            return cls(value, compressed=op.operands)
         if isinstance(op, ops.Lookup):
             return cls(op.codes, op.scale, table=op.table)
         if not isinstance(op, ops.Dequantize):
@@ -47,8 +54,9 @@ class Tensor:
 
     @property
     def values(self) -> tuple[Value, ...]:
+        """What of it the kernel is given."""
         parts = (self.data, self.scale, self.zero, self.table, self.step)
-        return tuple(v for v in parts if v is not None)
+        return self.compressed or tuple(v for v in parts if v is not None)
 
     @property
     def format(self) -> tuple[object, ...]:
@@ -93,6 +101,7 @@ class Pattern:
             isinstance(self.anchor, ops.GatedLinear),
             int(k) // groups if groups > 1 else 0,
             weight.scale.dtype.value if weight.scale else scale,
+            compressed=bool(weight.compressed),
             table=weight.table.dtype.value if weight.table else None,
             expands=int(k) // weight.step.shape[-1] if weight.step else 0,
         )
@@ -114,7 +123,7 @@ def find(kernel: Function) -> Pattern | str:
         return "only one of gate and up has a bias"
     before = {v.owner for v in (anchor.x, *factors)}
     before |= {op.codes.owner for op in before if isinstance(op, ops.Dequantize)}
-    if not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
+    if x.compressed or not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
         return "an operand of the linear layer is computed in the kernel"
     tail = tuple(op for op in kernel.body[:-1] if op is not anchor and op not in before)
     pattern = Pattern(anchor, x, weights, given, tail, kernel.returns[0])
@@ -218,7 +227,7 @@ def _texts(kernel: Function, packed: Mapping[Value, Packing]) -> dict[int, str]:
 def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target: CpuTarget) -> dict[Value, Packing]:
     """The layouts in which weights and what belongs to them must come."""
     layouts: dict[Value, Packing] = {}
-    for weight in found.weights:
+    for weight in (w for w in found.weights if not w.compressed):
         layouts[weight.data] = spec.packing(schedule, target)
         for value in (weight.scale, weight.zero):
             if value is not None and (value is weight.scale or not spec.expands):
@@ -237,15 +246,22 @@ def roles(found: Pattern, buffers: dict[Value, Buffer], y: Buffer) -> LinearBuff
 
     return LinearBuffers(
         buffers[found.x.data],
-        every([weight.data for weight in found.weights]),
+        every([weight.data for weight in found.weights if not weight.compressed]),
         every([weight.scale for weight in found.weights]),
         every([weight.zero for weight in found.weights]),
         every(list(found.biases)),
         y,
         buffers[found.x.scale] if found.x.scale else None,
-        tables=every([weight.table for weight in found.weights]),
-        steps=every([weight.step for weight in found.weights]),
+        [compressed(weight, buffers) for weight in found.weights if weight.compressed],
+        every([weight.table for weight in found.weights]),
+        every([weight.step for weight in found.weights]),
     )
+
+
+def compressed(weight: Tensor, buffers: Mapping[Value, Buffer]) -> Compressed:
+    """The arguments that a weight is decompressed from."""
+    blocks, pairs = map(int, weight.compressed[0].shape[:2])
+    return Compressed(*(buffers[v] for v in weight.compressed), blocks, pairs)
 
 
 class Epilogue:

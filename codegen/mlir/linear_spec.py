@@ -37,7 +37,8 @@ class LinearSpec:
     that element type) unsigned codes of four bits or fewer are places in it, and there may be no scale. ``x_dtype`` i8 are
     codes too, with one f32 scale a row. ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see
     linear_expand.py). ``gated``: two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in
-    elements, place x and y inside wider rows (0 = dense).
+    elements, place x and y inside wider rows (0 = dense). ``compressed`` bf16 weights are decompressed a panel at a time
+    (see linear_lossless.py).
     """
 
     n: int
@@ -54,6 +55,7 @@ class LinearSpec:
     x_offset: int = 0
     y_stride: int = 0
     y_offset: int = 0
+    compressed: bool = False
     table: str | None = None
     expands: int = 0
 

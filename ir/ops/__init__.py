@@ -6,6 +6,7 @@ from tilewright.ir.ops.core import ArgMax, CumSum, Full, Iota, Reduce, SizeOf, S
 from tilewright.ir.ops.elementwise import *  # noqa: F403
 from tilewright.ir.ops.elementwise import __all__ as _elementwise
 from tilewright.ir.ops.kernel import Call
+from tilewright.ir.ops.lossless import Decompress
 from tilewright.ir.ops.moe import Experts
 from tilewright.ir.ops.movement import (
     Broadcast,
@@ -45,6 +46,7 @@ __all__ = [
     "Concat",
     "Conv",
     "CumSum",
+    "Decompress",
     "Dequantize",
     "Embedding",
     "Expand",

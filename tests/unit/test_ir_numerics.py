@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.ir_cases import attention, core, elementwise, nn, quant, spatial
+from tests.ir_cases import attention, core, elementwise, lossless, nn, quant, spatial
 from tests.ir_cases.case import Case, check
 from tilewright.ir import DType, Op
 
-CASES = [*elementwise.CASES, *core.CASES, *nn.CASES, *quant.CASES, *spatial.CASES, *attention.CASES]
+CASES = [*elementwise.CASES, *core.CASES, *nn.CASES, *lossless.CASES, *quant.CASES, *spatial.CASES, *attention.CASES]
 STRUCTURAL = {"return", "kernel.call", "kv.append", "kv.attend"}  # tested in test_ir_interpreter.py, test_ir_kv.py
 
 

@@ -1,0 +1,70 @@
+"""bf16 weights in fewer bytes, bit for bit: exponents differ little, so most take three bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tilewright.ir.core import Env, Op, Value
+from tilewright.ir.ops.shapes import expect_dim, expect_rank
+from tilewright.ir.types import DType, TensorType, Type
+
+ROWS = 16
+"""Rows of a block."""
+WINDOW = 7
+"""Exponents that have a code of three bits; the last code stands for any other."""
+SPARE = 32
+"""Bytes behind the last escape, so that a vector of them can always be read."""
+
+
+class Decompress(Op):
+    """``[rows, columns]`` of bf16 from sign and mantissa, three bits of exponent, and the exponents that need more.
+
+    As DFloat11 (arXiv:2504.11651) with a code of fixed length, which vectors decode. Blocks are 16 rows by two columns, 32
+    numbers ordered by row, then column. ``low`` ``[blocks, pairs, 32]`` (u8): the sign and seven bits of mantissa.
+    ``planes`` ``[blocks, pairs, 3]`` (i32): bit i of plane j is bit j of the i-th number's code. A code below 7 is the
+    exponent less ``base`` (u8, one number); 7 says that the exponent is the next of ``escapes`` (u8), which for each 16
+    rows begin at ``starts[block]`` (i32).
+    """
+
+    name = "quant.decompress"
+    low: Value
+    planes: Value
+    escapes: Value
+    starts: Value
+    base: Value
+    rows: int
+    columns: int
+
+    def infer(self) -> tuple[Type, ...]:
+        blocks, pairs = -(-self.rows // ROWS), -(-self.columns // 2)
+        self.expect(self.rows > 0 and self.columns > 0, f"rows are {self.rows}, columns {self.columns}")
+        sizes: dict[str, tuple[Value, DType, Sequence[int | None]]] = {
+            "low": (self.low, DType.u8, (blocks, pairs, 2 * ROWS)),
+            "planes": (self.planes, DType.i32, (blocks, pairs, 3)),
+            "escapes": (self.escapes, DType.u8, (None,)),
+            "starts": (self.starts, DType.i32, (blocks,)),
+            "base": (self.base, DType.u8, (1,)),
+        }
+        for name, (value, dtype, shape) in sizes.items():
+            self.expect(value.dtype is dtype, f"{name} is {value.dtype.value}, not {dtype.value}")
+            expect_rank(self, name, value.shape, len(shape))
+            for axis, size in enumerate(shape):
+                if size is not None:
+                    expect_dim(self, f"{name}, axis {axis}", value.shape[axis], size)
+        return (TensorType((self.rows, self.columns), DType.bf16),)
+
+    def evaluate(self, env: Env, low: Any, planes: Any, escapes: Any, starts: Any, base: Any) -> Any:
+        places = np.arange(2 * ROWS, dtype=np.uint32)
+        bits = planes.view(np.uint32)[..., None] >> places & 1
+        codes = (bits << np.arange(3, dtype=np.uint32)[:, None]).sum(2)
+        exponents = (codes + base[0]).astype(np.uint16)
+        for block, start in enumerate(starts):
+            escaped = codes[block] == WINDOW
+            exponents[block][escaped] = escapes[start : start + np.count_nonzero(escaped)]
+        wide = low.astype(np.uint16)
+        numbers = (wide & 0x80) << 8 | exponents << 7 | wide & 0x7F
+        whole = numbers.reshape(*numbers.shape[:2], ROWS, 2).transpose(0, 2, 1, 3).reshape(len(low) * ROWS, -1)
+        return np.ascontiguousarray(whole[: self.rows, : self.columns]).view(DType.bf16.np)
