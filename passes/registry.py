@@ -9,6 +9,7 @@ from tilewright.passes.base import Pass
 
 PASSES: dict[str, str] = {
     "canonicalize": "canonicalize:Canonicalize",
+    "compress": "compress:Compress",
     "cse": "cse:Cse",
     "dce": "dce:Dce",
     "fold": "fold:Fold",
