@@ -1,19 +1,20 @@
 """``mul(silu(linear(x, @gate)), linear(x, @up))`` -> ``nn.gated_linear(x, @gate, @up) {act="silu"}``.
 
-Also of one layer whose result is cut in two (``gate_up_proj``): its weight is cut instead, without loading it.
+Also of one layer whose result is cut in two (``gate_up_proj``): its weight is cut instead, without loading it. Weights
+may be dequantized ones, and with rounded inputs results that are cast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from tilewright.ir import Dim, Module, Op, Rewriter, TensorType, Value, ops, rewrite, same_dim
+from tilewright.ir import Dim, DType, Module, Op, Rewriter, Value, ops, rewrite, same_dim
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.canonical_moves import is_zero
 from tilewright.passes.match import either, made_by, replace, used_once
-from tilewright.passes.weights import as_weight, derive
+from tilewright.passes.stored import cut, cut_bias, form
+from tilewright.passes.weights import as_weight
 
 _ACTIVATIONS: dict[type[Op], str] = {ops.Silu: "silu", ops.Gelu: "gelu", ops.GeluTanh: "gelu_tanh", ops.Relu: "relu"}
 
@@ -55,13 +56,18 @@ def gated(op: ops.Binary, rw: Rewriter) -> None:
         if reason is not None:
             rw.skip(op, reason)
             continue
-        (w1, b1), (w2, b2) = rows(rw, gate), rows(rw, up)
-        replace(rw, op, ops.GatedLinear(gate.linear.x, w1, w2, b1, b2, act=_ACTIVATIONS[type(act)]))
+        (w1, b1), (w2, b2) = rows(rw, op, gate), rows(rw, op, up)
+        new = rw.before(op).add(ops.GatedLinear(gate.linear.x, w1, w2, b1, b2, act=_ACTIVATIONS[type(act)]))
+        kind = op.result.dtype
+        replace(rw, op, new if new.dtype is kind else rw.before(op).add(ops.Cast(new, kind)))
         return
 
 
 def half(value: Value) -> Half | None:
-    """The linear layer, or the part of one, that makes ``value``."""
+    """The linear layer, or the part of one, that makes ``value``, maybe of f32 that is cast to fewer bits."""
+    cast = made_by(value, ops.Cast)
+    if cast is not None and cast.x.dtype is DType.f32 and value.dtype.is_float and used_once(value):
+        return half(cast.x)
     linear = made_by(value, ops.Linear)
     if linear is not None:
         return Half(linear, 0, linear.weight.shape[0])
@@ -81,31 +87,24 @@ def mismatch(gate: Half, up: Half) -> str | None:
         return "gate and up have different inputs"
     if g.weight.dtype != u.weight.dtype:
         return "gate and up have different element types"
+    forms = {form(g.weight), form(u.weight)}
+    if None not in forms and len(forms) > 1:
+        return "gate and up are quantized in different ways"
     for part in (gate, up):
         users = [user for user in part.linear.result.users if not isinstance(user, ops.Slice)]
         if part.is_whole and not used_once(part.linear.result):
             return "the product has another user"
-        if not part.is_whole and (users or as_weight(part.linear.weight, 2) is None):
+        if not part.is_whole and (users or form(part.linear.weight) is None):
             return "the product that is cut has another user, or a computed weight"
         if not part.is_whole and part.linear.bias is not None and as_weight(part.linear.bias, 1) is None:
             return "the bias that is cut is computed"
     return None
 
 
-def rows(rw: Rewriter, part: Half) -> tuple[Value, Value | None]:
-    """Weight and bias of the part."""
+def rows(rw: Rewriter, op: Op, part: Half) -> tuple[Value, Value | None]:
+    """Weight and bias of the part, for a layer in front of ``op``."""
     linear = part.linear
-    return cut(rw, linear.weight, part), linear.bias and cut(rw, linear.bias, part)
-
-
-def cut(rw: Rewriter, value: Value, part: Half) -> Value:
-    weight = as_weight(value, value.tensor.rank)
-    if part.is_whole or weight is None:
-        return value
+    if part.is_whole:
+        return linear.weight, linear.bias
     start, stop = int(part.start), int(part.stop)
-    kind = TensorType((stop - start, *weight.shape[1:]), weight.dtype)
-    return derive(rw.module, f"{weight.name}.{start}_{stop}", kind, [weight], partial(taken, start, stop))
-
-
-def taken(start: int, stop: int, array: Any) -> Any:
-    return array[start:stop]
+    return cut(rw.before(op), rw.module, linear.weight, start, stop), cut_bias(rw.module, linear.bias, start, stop)

@@ -1,6 +1,7 @@
 """``linear(x, @q)``, ``linear(x, @k)``, ``linear(x, @v)`` -> slices of one ``linear(x, @q_k_v)``.
 
-Weights are put together when the artifact is written, none is loaded here.
+So are layers whose weights are dequantized, when their codes and scales are alike. Weights are put together when the
+artifact is written, none is loaded here.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tilewright.ir import Function, Module, Rewriter, TensorType, Value, Weight, ops
+from tilewright.ir import Function, Module, Op, Rewriter, TensorType, Value, Weight, ops
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.match import replace
+from tilewright.passes.match import only_user, replace
+from tilewright.passes.stored import form, is_alone, joined, weights_of
 from tilewright.passes.weights import as_weight, derive, joined_name
 
 
@@ -34,14 +36,14 @@ class FuseQkv(Pass):
 
 
 def groups(function: Function, rw: Rewriter) -> list[list[ops.Linear]]:
-    """Linears that may be one: same input, element type and parent module; each weight used once."""
+    """Linears that may be one: same input, form of the weight and parent module; each weight used once."""
     found: dict[Hashable, list[ops.Linear]] = {}
     for op in function.walk(ops.Linear):
         if not isinstance(op, ops.Linear):
             continue
         reason = unfit(op)
         if reason is None:
-            key = op.x, op.weight.dtype, op.loc.module.rpartition(".")[0]
+            key = op.x, form(op.weight), op.loc.module.rpartition(".")[0]
             found.setdefault(key, []).append(op)
         elif len(op.x.users) > 1:
             rw.skip(op, reason)
@@ -50,28 +52,34 @@ def groups(function: Function, rw: Rewriter) -> list[list[ops.Linear]]:
 
 def unfit(op: ops.Linear) -> str | None:
     """Why a linear layer cannot be joined with others."""
-    weight = as_weight(op.weight, 2)
-    if weight is None or (op.bias is not None and as_weight(op.bias, 1) is None):
+    if form(op.weight) is None or (op.bias is not None and as_weight(op.bias, 1) is None):
         return "its weight or bias is computed"
-    return f"@{weight.name} has {len(weight.users)} users" if len(weight.users) > 1 else None
+    if is_alone(op.weight):
+        return None
+    shared = next((w for w in weights_of(op.weight) if len(w.users) > 1), None)
+    return f"@{shared.name} has {len(shared.users)} users" if shared else "its weight has another user"
 
 
 def join(rw: Rewriter, group: Sequence[ops.Linear]) -> None:
     """Replace the group by one layer, in the place of the first, and slices of its result."""
-    first = group[0]
-    weights = [w for op in group if (w := as_weight(op.weight, 2)) is not None]
-    rows = [int(w.shape[0]) for w in weights]
-    kind = TensorType((sum(rows), weights[0].shape[1]), first.weight.dtype)
-    weight = derive(rw.module, joined_name([w.name for w in weights]), kind, weights, concatenated)
-    whole = rw.before(first).add(ops.Linear(first.x, weight, joined_bias(rw.module, group, rows)))
-    for op, (start, stop) in zip(group, pairwise(accumulate(rows, initial=0))):
+    first, b = group[0], rw.before(group[0])
+    rows = [int(op.weight.shape[0]) for op in group]
+    weight = joined(b, rw.module, [op.weight for op in group])
+    whole = b.add(ops.Linear(first.x, weight, joined_bias(rw.module, group, rows)))
+    ends = narrowed(group)
+    whole = b.add(ops.Cast(whole, ends[0].result.dtype)) if ends[0] is not first else whole
+    for op, end, (start, stop) in zip(group, ends, pairwise(accumulate(rows, initial=0))):
         lead, rank = op.x.shape[:-1], len(op.x.shape)
         starts = (*(0,) * (rank - 1), start)
-        replace(rw, op, ops.Slice(whole, starts, (*lead, stop), (1,) * rank))
+        replace(rw, end, ops.Slice(whole, starts, (*lead, stop), (1,) * rank))
 
 
-def concatenated(*arrays: Any) -> Any:
-    return np.concatenate(arrays)
+def narrowed(group: Sequence[ops.Linear]) -> Sequence[Op]:
+    """The casts to one type that alone take the layers' results, as those with rounded inputs have; else the layers."""
+    users = [only_user(op.result) for op in group]
+    casts = [user for user in users if isinstance(user, ops.Cast)]
+    alike = len(casts) == len(group) and len({c.result.dtype for c in casts}) == 1
+    return casts if alike else group
 
 
 def joined_bias(module: Module, group: Sequence[ops.Linear], rows: Sequence[int]) -> Value | None:
