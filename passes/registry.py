@@ -8,6 +8,7 @@ from tilewright.ir import PassError
 from tilewright.passes.base import Pass
 
 PASSES: dict[str, str] = {
+    "awq": "awq:Awq",
     "canonicalize": "canonicalize:Canonicalize",
     "compress": "compress:Compress",
     "cse": "cse:Cse",
@@ -25,6 +26,7 @@ PASSES: dict[str, str] = {
     "outlier-columns": "outlier_columns:OutlierColumns",
     "plan-memory": "plan_memory:PlanMemory",
     "quantize": "quantize:Quantize",
+    "smooth": "smooth:Smooth",
 }
 """name -> ``file:class`` in this package."""
 

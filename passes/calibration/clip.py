@@ -40,6 +40,9 @@ def clipped(format: Format, weight: Array, importance: Array | None = None, name
 
 def search(format: Format, w: Array, importance: Array | None, shared: Params) -> Params:
     """The params of the groups ``w`` f32 ``[R, G, g]`` with the least error; ``importance`` is ``[G, g]``."""
+    whole = format.fit(w, 1.0, importance, shared)
+    if whole.keys() <= shared.keys():  # a table a row, which the importance made what it is
+        return whole
     best = np.full(w.shape[:2], np.inf, np.float32)
     shrink = np.ones(w.shape[:2], np.float32)
     for width in SHRINKS:

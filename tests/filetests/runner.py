@@ -25,7 +25,7 @@ from tilewright.ir import (
 )
 
 CASES, OUTPUT = "// ====\n", "// ----\n"
-_HEADER = re.compile(r"// (run|show|check): (.*)")
+_HEADER = re.compile(r"// (run|show|check|calibrate): (.*)")
 _EXPECT = re.compile(r"// expect: (.*)")
 
 
@@ -44,8 +44,18 @@ class Case:
     def header(self, key: str) -> str | None:
         return next((value for k, value in _HEADER.findall(self.input) if k == key), None)
 
+    def options(self, module: Module) -> dict[str, object]:
+        """What the compilation is given: ``// calibrate: B=4 S=32`` is random data of those sizes."""
+        sizes = self.header("calibrate")
+        if sizes is None:
+            return {}
+        dims = {name: int(size) for name, _, size in (item.partition("=") for item in sizes.split())}
+        rng = np.random.default_rng(1)
+        return {"calibration": [{a.name: numbers(a.tensor, dims, rng) for a in module.functions["forward"].args}]}
+
     def actual(self) -> str:
         """What the pipeline makes of the input: the module's text, or the error's as a comment."""
+        from tilewright.passes.base import PassContext
         from tilewright.passes.pipeline import Pipeline
 
         pipeline = self.header("run")
@@ -54,7 +64,7 @@ class Case:
         verify(module)
         before = sample_runs(module) if self.header("check") else []
         try:
-            report = Pipeline.parse(pipeline).run(module)
+            report = Pipeline.parse(pipeline).run(module, ctx=PassContext(self.options(module)))
         except TilewrightError as error:
             return "".join(f"// error: {line}\n" for line in str(error).splitlines())
         text = print_module(module)
