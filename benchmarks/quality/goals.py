@@ -1,0 +1,67 @@
+"""What the figures are to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.rows import BASE
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``needs``: rows without which nothing can be said; ``holds`` is asked with all rows."""
+
+    text: str
+    needs: tuple[str, ...]
+    holds: Callable[[Rows], bool]
+    shows: Callable[[Rows], str]
+
+    def verdict(self, rows: Rows) -> str:
+        """``hit``, ``missed`` or what is missing, with the figures."""
+        missing = [name for name in self.needs if "error" in rows.get(name, {"error": ""})]
+        if missing:
+            return f"not measured ({', '.join(missing)})"
+        return f"**{'hit' if self.holds(rows) else 'missed'}**: {self.shows(rows)}"
+
+
+def better(text: str, new: str, old: str) -> Goal:
+    """``new`` has both the lower perplexity and the lower divergence."""
+
+    def shows(rows: Rows) -> str:
+        return "; ".join(f"{n} perplexity {rows[n]['perplexity']:.3f}, KL {rows[n]['kl_mean']:.5f}" for n in (new, old))
+
+    return Goal(text, (new, old), lambda r: all(r[new][k] < r[old][k] for k in ("perplexity", "kl_mean")), shows)
+
+
+def within(text: str, name: str, share: float) -> Goal:
+    """The perplexity of ``name`` is at most ``share`` above that of bf16."""
+
+    def growth(rows: Rows) -> float:
+        return float(rows[name]["perplexity"] / rows[BASE]["perplexity"] - 1)
+
+    return Goal(text, (name, BASE), lambda r: growth(r) <= share, lambda r: f"{growth(r):+.2%}")
+
+
+def cosine(text: str, name: str, least: float) -> Goal:
+    return Goal(text, (name,), lambda r: r[name]["cosine_mean"] >= least, lambda r: f"{r[name]['cosine_mean']:.5f}")
+
+
+GOALS = (
+    within("w8a8 within 0.5 % of bf16", "w8a8", 0.005),
+    within("w4a8 g128 GPTQ within 3 % of bf16", "w4a8 g128 gptq", 0.03),
+    *(
+        better(f"{method.upper()} better than RTN at {scheme[:2]}", f"{scheme} g128 {method}", f"{scheme} g128 rtn")
+        for scheme in ("w4a16", "w3a16")
+        for method in ("gptq", "awq")
+    ),
+    better("SmoothQuant better than RTN with outlier channels", "outliers: w8a8 smooth", "outliers: w8a8 rtn"),
+    better("outlier columns better than plain at 3 bits", "w3a16 g128 outlier columns rtn", "w3a16 g128 rtn"),
+    better("outlier columns better than plain at 3 bits, GPTQ", "w3a16 g128 outlier columns gptq", "w3a16 g128 gptq"),
+    better("codebook better than plain at 3 bits", "codebook3", "w3a16 g128 rtn"),
+)
+ENCODER_GOALS = (cosine("w8a8: mean cosine at least 0.999", "w8a8", 0.999),
+                 cosine("w4: mean cosine at least 0.99", "w4a16 g32", 0.99))  # fmt: skip
