@@ -9,13 +9,14 @@ from importlib import import_module
 import numpy as np
 
 from tilewright.codegen.kernel import Emitter
-from tilewright.codegen.packing import Packing
+from tilewright.codegen.packing import parse_packing
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import CodegenError, DType, Function, TensorType, canonical
 
 FAMILIES: dict[str, str] = {
     "mlir.linear": "tilewright.codegen.mlir.linear_emitter:LinearEmitter",
     "mlir.attention": "tilewright.codegen.mlir.attention_emitter:AttentionEmitter",
+    "mlir.sparse": "tilewright.codegen.mlir.sparse_emitter:SparseEmitter",
     "mlir.loops": "tilewright.codegen.mlir.loops:LoopsEmitter",
     "tvm": "tilewright.codegen.tvm.emitter:TvmEmitter",
 }
@@ -61,14 +62,14 @@ def packed_spec(type: TensorType, packing: str) -> tuple[str, tuple[int, ...]]:
         return "u8", (-(-math.prod(map(int, type.shape)) // 2),)
     if not packing:
         return type.dtype.value, tuple(map(int, type.shape))
-    layout = Packing.parse(packing)
+    layout = parse_packing(packing)
     return layout.stored, layout.shape
 
 
 def pack(array: np.ndarray, packing: str) -> np.ndarray:
     """``array`` in the layout that ``packing`` names."""
     if packing:
-        return Packing.parse(packing).pack(array)
+        return parse_packing(packing).pack(array)
     if array.dtype in (DType.i4.np, DType.u4.np):
         return pack_nibbles(array)
     return np.ascontiguousarray(array)

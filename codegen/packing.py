@@ -26,7 +26,7 @@ from tilewright.ir import CodegenError, DType
 _FLOATS = ("f32", "f16", "bf16")
 _BIAS = {"i8": 128, "i4": 8, "i3": 4, "i2": 2}  # what makes a code unsigned
 _CODES = (*_BIAS, "u8", "u4", "u3", "u2", "f8e4m3", "f8e5m2", "f4e2m1")
-_KNOWN = (*_FLOATS, *_CODES, "f8e8m0")
+_KNOWN = (*_FLOATS, *_CODES, "f8e8m0", "i32", "i16")
 _UNITS = (1, 2, 4)  # bytes that can lie side by side
 
 
@@ -201,6 +201,95 @@ class Packing:
         if not self.split:
             return rows
         return np.ascontiguousarray(rows.reshape(len(rows), -1, 4)[:, :, [0, 2, 1, 3]]).reshape(len(rows), -1)
+
+
+@dataclass(frozen=True)
+class RowPacking:
+    """Layout of [n, k] codes row by row, of 4 bits or fewer, for rows that vectors run along.
+
+    A row is blocks of ``lanes`` words of four bytes, in which neighbouring k's lie in neighbouring words: the first codes
+    of all words, then the second, and so on; codes of 3 bits fill three times as many words, as in `Packing`. Rows past N,
+    up to a multiple of ``panel``, and k's past the end are zero.
+    """
+
+    dtype: str
+    n: int
+    k: int
+    panel: int
+    lanes: int
+
+    @property
+    def bits(self) -> int:
+        """Of one element."""
+        return DType(self.dtype).bits
+
+    @property
+    def stored(self) -> str:
+        """Element type of the packed array."""
+        return "u8"
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // self.panel)
+
+    @property
+    def block(self) -> int:
+        """k's of a block."""
+        return code_pair(self.bits) * self.lanes
+
+    @property
+    def row_size(self) -> int:
+        """Bytes from one row to the next."""
+        return -(-self.k // self.block) * self.block * self.bits // 8
+
+    @property
+    def panel_size(self) -> int:
+        """Bytes from one panel to the next."""
+        return self.panel * self.row_size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the packed array."""
+        return self.panels * self.panel, self.row_size
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels * self.panel_size
+
+    @property
+    def text(self) -> str:
+        """Canonical text; ``parse_packing`` gives an equal packing back."""
+        return format_call("rows", {field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        name, given = parse_call(text)
+        if name != "rows" or list(given) != [field.name for field in fields(cls)]:
+            raise ValueError(f"{text!r} is not a packing; expected rows{{dtype= n= k= panel= lanes=}}")
+        return cls(given["dtype"], *(int(given[key]) for key in ("n", "k", "panel", "lanes")))
+
+    def pack(self, weight: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The packed copy of ``weight`` [n, k], written to ``out`` (of ``shape``) when given."""
+        if weight.shape != (self.n, self.k) or weight.dtype != DType(self.dtype).np:
+            raise ValueError(f"{self.text} cannot pack {weight.dtype} {weight.shape}")
+        packed = np.zeros(self.shape, np.uint8) if out is None else out
+        packed[self.n:] = 0
+        pair, blocks = code_pair(self.bits), -(-self.k // self.block)
+        words = Packing(self.dtype, self.lanes, blocks * pair, self.lanes)  # a row is the panel of ``lanes`` features
+        for row, target in zip(weight, packed):
+            wide = np.zeros(blocks * self.block, weight.dtype)
+            wide[:self.k] = row
+            spread = wide.reshape(blocks, pair, self.lanes).transpose(2, 0, 1).reshape(self.lanes, -1)
+            words.pack(np.ascontiguousarray(spread), target.reshape(words.shape))
+        return packed
+
+
+AnyPacking = Packing | RowPacking
+
+
+def parse_packing(text: str) -> AnyPacking:
+    """The layout that ``text`` names. Raises ValueError."""
+    return (RowPacking if text.startswith("rows{") else Packing).parse(text)
 
 
 def _transpose(rows: np.ndarray, target: np.ndarray, block: int = 2048) -> None:

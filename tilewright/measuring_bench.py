@@ -21,7 +21,7 @@ import numpy as np
 
 from tilewright.codegen.emitters import pack
 from tilewright.codegen.kernel import KernelCode
-from tilewright.codegen.packing import Packing
+from tilewright.codegen.packing import parse_packing
 from tilewright.ir import DType, KVType, eval_dim
 from tilewright.ir.caches import origin
 from tilewright.measuring_inputs import Array, Operand, Subject, make_inputs
@@ -141,7 +141,7 @@ class Bench:
                 self.blocks.give(block)
 
     def _packed(self, index: int, packing: str) -> tuple[Array, Copies]:
-        layout = Packing.parse(packing)
+        layout = parse_packing(packing)
         block, parts = self.blocks.take([layout.nbytes] * self.copies)
         layout.pack(self.inputs[index], parts[0].view(DType(layout.stored).np).reshape(layout.shape))
         for other in parts[1:]:

@@ -42,14 +42,18 @@ class CodeFeed:
         return "u8"
 
     @property
-    def step(self) -> int:
+    def pair(self) -> int:
         """The codes of four bytes, or of three times four when codes are in two parts."""
         return code_pair(self.bits)
 
     @property
+    def step(self) -> int:
+        return self.pair
+
+    @property
     def words(self) -> int:
         """Vectors of one step."""
-        return self.step * self.bits // 32
+        return self.pair * self.bits // 32
 
     @property
     def stride(self) -> int:

@@ -16,7 +16,7 @@ from tilewright.codegen.mlir.linear_lossless import Compressed
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.value import Val, constant
-from tilewright.codegen.packing import Packing
+from tilewright.codegen.packing import AnyPacking
 from tilewright.codegen.schedule import LinearSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import Argument, CodegenError, Dim, DType, Function, Op, Value, as_dim, eval_dim, ops, product, same_dim
@@ -103,6 +103,7 @@ class Pattern:
             weight.scale.dtype.value if weight.scale else scale,
             compressed=bool(weight.compressed),
             table=weight.table.dtype.value if weight.table else None,
+            row_tables=weight.table is not None and weight.table.shape[0] != 1,
             expands=int(k) // weight.step.shape[-1] if weight.step else 0,
         )
 
@@ -158,8 +159,6 @@ def _number_refusal(p: Pattern) -> str | None:
             return f"no kernel for x {x.data.dtype.value} and weight {weight.data.dtype.value}"
     if x.table or x.step:
         return "activations come out of a table or expand"
-    if weight.table and weight.table.shape[0] != 1:
-        return "a table for each row"
     if x.scale and (x.data.dtype is not DType.i8 or x.scale.shape[-1] != 1 or x.scale.dtype is not DType.f32):
         return f"activations are {x.data.dtype.value} with scales {x.scale.type}, not i8 with one f32 scale a row"
     try:
@@ -220,13 +219,13 @@ def matched(kernel: Function) -> Pattern:
     return found
 
 
-def _texts(kernel: Function, packed: Mapping[Value, Packing]) -> dict[int, str]:
+def _texts(kernel: Function, packed: Mapping[Value, AnyPacking]) -> dict[int, str]:
     return {kernel.args.index(v): packing.text for v, packing in packed.items()}  # type: ignore[arg-type]
 
 
-def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target: CpuTarget) -> dict[Value, Packing]:
+def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target: CpuTarget) -> dict[Value, AnyPacking]:
     """The layouts in which weights and what belongs to them must come."""
-    layouts: dict[Value, Packing] = {}
+    layouts: dict[Value, AnyPacking] = {}
     for weight in (w for w in found.weights if not w.compressed):
         layouts[weight.data] = spec.packing(schedule, target)
         for value in (weight.scale, weight.zero):

@@ -45,7 +45,7 @@ class FloatFeed(CodeFeed):
         """Whether a bf16 holds each number."""
         return self.table in (None, "bf16")
 
-    def _place(self, i: int) -> tuple[int, int]:
+    def place(self, i: int) -> tuple[int, int]:
         """Which code of which byte of its word the i-th k has."""
         return i // 4, (0, 2, 1, 3)[i % 4]
 
@@ -113,21 +113,22 @@ class WidenFeed(FloatFeed):
         if self.table is None:
             return self
         (table,) = more
-        return replace(self, entries=self._widest(table.load(0, 1 << self.bits).to("f32")))
+        return replace(self, entries=self.widest(table.load(0, 1 << self.bits).to("f32")))
 
     def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         words = self.load(w, place)
-        count = self.rest if tail else self.step
+        count = self.rest if tail else self.pair
         if self.bits < 4 or self.entries or self.weight == "f4e2m1" or (self.bits == 4 and self.lanes == 16):
-            entries = self.entries or self._widest(literals(meanings(self.weight), "f32"))
-            return [_pick(self.codes(words, *self._place(i), 1, clean=False), entries) for i in range(count)]
+            entries = self.entries or self.widest(literals(meanings(self.weight), "f32"))
+            return [_pick(self.codes(words, *self.place(i), 1, clean=False), entries) for i in range(count)]
         if not is_integer(self.weight):
-            return [_from_f8(words[0], 8 * self._place(i)[1], self.weight) for i in range(count)]
+            return [_from_f8(words[0], 8 * self.place(i)[1], self.weight) for i in range(count)]
         signed, drop = words[0] ^ (-0x7F7F7F80 if self.bits == 8 else -0x77777778), 32 - self.bits  # the sign bits flip
-        bits = (8 * byte + self.bits * quad for quad, byte in map(self._place, range(count)))
+        bits = (8 * byte + self.bits * quad for quad, byte in map(self.place, range(count)))
         return [((signed << drop - bit) >> drop).to("f32") for bit in bits]
 
-    def _widest(self, table: Val) -> Val:
+    def widest(self, table: Val) -> Val:
+        """``table`` as often as fills a vector."""
         return _repeated(table, max(self.lanes, table.lanes))
 
     def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:

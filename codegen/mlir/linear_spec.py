@@ -11,7 +11,7 @@ from tilewright.codegen.mlir.linear_codes import CODES, is_integer
 from tilewright.codegen.mlir.linear_floats import FACTORS
 from tilewright.codegen.mlir.linear_groups import Groups
 from tilewright.codegen.mlir.value import Val, constant
-from tilewright.codegen.packing import Packing, code_pair
+from tilewright.codegen.packing import AnyPacking, Packing, RowPacking, code_pair
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
 
@@ -34,11 +34,11 @@ class LinearSpec:
 
     ``weight`` is f32, bf16, f16, or codes: i8, i4, i3, i2 (symmetric), u8, u4, u3, u2 (with a u8 zero point), f8e4m3,
     f8e5m2, f4e2m1, one ``scale`` (f32, f16 or f8e8m0) for each ``group`` of k's, 0 being a whole row. With a ``table`` (of
-    that element type) unsigned codes of four bits or fewer are places in it, and there may be no scale. ``x_dtype`` i8 are
-    codes too, with one f32 scale a row. ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see
-    linear_expand.py). ``gated``: two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in
-    elements, place x and y inside wider rows (0 = dense). ``compressed`` bf16 weights are decompressed a panel at a time
-    (see linear_lossless.py).
+    that element type) unsigned codes of four bits or fewer are places in it, and there may be no scale; ``row_tables``:
+    each row has a table of its own (see linear_rows.py). ``x_dtype`` i8 are codes too, with one f32 scale a row.
+    ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see linear_expand.py). ``gated``: two weights g
+    and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside wider rows (0 =
+    dense). ``compressed`` bf16 weights are decompressed a panel at a time (see linear_lossless.py).
     """
 
     n: int
@@ -57,6 +57,7 @@ class LinearSpec:
     y_offset: int = 0
     compressed: bool = False
     table: str | None = None
+    row_tables: bool = False
     expands: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +76,8 @@ class LinearSpec:
             return None if self.weight in _FLOATS else f"no kernel for {self.weight} weights"
         if self.table and (self.table not in _FLOATS or self.bits > 4):
             return f"no kernel for {self.weight} codes with a table of {self.table}"
+        if self.row_tables and self.groups.count > 1:
+            return "scales of groups beside a table for each row"
         if self.scale not in _SCALES and not (self.table and self.scale is None and self.groups.count == 1):
             return f"no kernel for {self.scale} scales"
         if self.expands:
@@ -153,8 +156,10 @@ class LinearSpec:
         """Output features of one panel."""
         return schedule.tile_v * target.lanes
 
-    def packing(self, schedule: LinearSchedule, target: CpuTarget) -> Packing:
+    def packing(self, schedule: LinearSchedule, target: CpuTarget) -> AnyPacking:
         """The layout in which each weight must come."""
+        if self.row_tables:
+            return RowPacking(self.weight, self.n, self.k, self.panel(schedule, target), target.lanes)
         pair = code_pair(self.bits) if self.coded else 0
         split = self.coded and not self.dynamic
         return Packing(self.weight, self.n, self.k, self.panel(schedule, target), pair, split)

@@ -101,6 +101,16 @@ def test_lookup_in_one_table(where: str, scale: list) -> None:
 
 
 @pytest.mark.parametrize("where", WHERE)
+def test_lookup_in_a_table_of_the_row(where: str) -> None:
+    def body(b: Builder, x: Value, *rest: Value) -> Value:
+        gate, up = b.add(ops.Lookup(*rest[:2])), b.add(ops.Lookup(*rest[2:]))
+        return b.add(ops.GatedLinear(x, gate, up))
+
+    weight = [((N, K), "u3"), ((N, 8), "f16")]
+    check(kernel_of(body, ((B, K), "bf16"), *weight, *weight), where, 2**-8)
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("zero", [[], [((N, 3), "u8")]])
 def test_two_levels_of_scales(where: str, zero: list) -> None:
     def body(b: Builder, x: Value, xs: Value, codes: Value, scale: Value, step: Value, *rest: Value) -> Value:
@@ -113,7 +123,7 @@ def test_two_levels_of_scales(where: str, zero: list) -> None:
 
 def test_steps_that_are_too_large() -> None:
     packing = LinearSpec(4, 64, "i8", "u4", expands=32).step_packing(LinearSchedule(), parse_target("x86-64-v3"), 17)
-    with pytest.raises(CodegenError, match="a step of 40 in .*at most 17"):
+    with pytest.raises(CodegenError, match=r"a step of 40 in .*at most 17"):
         packing.pack(np.full((4, 2), 40, np.uint8))
 
 

@@ -46,7 +46,8 @@ class Weight:
         steps = (spec.n, spec.steps.count) if spec.expands else groups
         self.zero = rng.integers(0, 1 << CODES[spec.weight], steps) if spec.has_zeros else np.zeros(steps, int)
         self.step = rng.integers(1, largest_step(spec.weight) + 1, steps) if spec.expands else None
-        self.table = rng.standard_normal((1, 1 << spec.bits)).astype(DType(spec.table or "f32").np)
+        tables = (spec.n if spec.row_tables else 1, 1 << spec.bits)
+        self.table = rng.standard_normal(tables).astype(DType(spec.table or "f32").np)
 
     @property
     def exact(self) -> np.ndarray:
@@ -54,7 +55,8 @@ class Weight:
             step, zero = (np.repeat(a, self.spec.expands, 1) for a in (self.step, self.zero))
             return np.clip((self.codes.astype(int) - zero) * step, -128, 127) * self.scale.astype(np.float64)
         spread = [np.repeat(a, self.spec.groups.size, 1) for a in (self.scale.astype(np.float64), self.zero)]
-        numbers = self.table[0, self.codes.astype(int)] if self.spec.table else self.codes
+        tables = np.broadcast_to(self.table, (self.spec.n, self.table.shape[1]))
+        numbers = np.take_along_axis(tables, self.codes.astype(int), 1) if self.spec.table else self.codes
         return (numbers.astype(np.float64) - spread[1]) * spread[0]
 
     def arrays(self, schedule: LinearSchedule, where: CpuTarget) -> list[np.ndarray]:
@@ -153,6 +155,19 @@ def test_tables(name: str, x: str, weight: str, table: str, scale: str | None, g
     """One table for all weights, as NormalFloat has it."""
     subject = Case(name, LinearSpec(70, 3 * group or 107, x, weight, "f32", group=group, scale=scale, table=table))
     for m in (1, 5, 29):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "f32")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize(("x", "weight", "table", "n", "k"), [
+    ("bf16", "u4", "f16", 70, 300), ("f32", "u3", "f16", 70, 700), ("bf16", "u2", "bf16", 33, 256),
+    ("f16", "u4", "f32", 1, 5)])
+def test_tables_of_rows(name: str, x: str, weight: str, table: str, n: int, k: int) -> None:
+    spec = LinearSpec(n, k, x, weight, "f32", "f32", scale=None, table=table, row_tables=True)
+    schedule = dataclasses.replace(LinearSchedule.default(named(name)), block_k=256)
+    subject = Case(name, spec, schedule)
+    for m in (1, 3, 5, 29):
         rows = subject.x(m)
         assert_close(subject.run(*rows), subject.expected(*rows), "f32")
 

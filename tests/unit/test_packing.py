@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tilewright.codegen.packing import Packing
+from tilewright.codegen.packing import Packing, RowPacking, parse_packing
 from tilewright.ir import DType
 
 NAMES = ("f32", "f16", "bf16", "i8", "u8", "i4", "u4", "i3", "u3", "i2", "u2", "f8e4m3", "f8e5m2", "f4e2m1")
@@ -68,6 +68,23 @@ def test_split_exchanges_two_of_four_bytes(dtype: str, k: int) -> None:
     assert np.array_equal(split.pack(weight), plain.pack(weight)[..., [0, 2, 1, 3]])
     assert np.array_equal(split.unpack(split.pack(weight)), weight)
     assert Packing.parse(split.text) == split
+
+
+@pytest.mark.parametrize(("dtype", "k"), [("u4", 16), ("u4", 40), ("u2", 70), ("u3", 64)])
+def test_rows(dtype: str, k: int) -> None:
+    """Neighbouring k's lie in neighbouring words, each of which has the codes that it has in panels."""
+    weight = np.random.default_rng(0).integers(*RANGES[dtype], (3, k)).astype(KINDS[dtype])
+    rows = RowPacking(dtype, 3, k, 4, 2)
+    packed = rows.pack(weight, np.full(rows.shape, 9, np.uint8))
+    assert packed.shape == (4, rows.row_size)
+    assert not packed[3].any()
+    assert rows.nbytes == packed.nbytes
+    for row, got in zip(weight, packed):
+        wide = np.pad(row, (0, -k % rows.block))
+        for lane in range(2):
+            word = Packing(dtype, 2, len(wide) // 2, 2).unpack(got)[lane]
+            np.testing.assert_array_equal(word, wide[lane::2])
+    assert parse_packing(rows.text) == rows
 
 
 def test_text_round_trips() -> None:
