@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from tilewright.ir.ops.lossless import ROWS, SPARE, WINDOW
 from tilewright.ir.sources import release
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.match import replace
+from tilewright.passes.selection import check_patterns, left_alone
 from tilewright.passes.weights import as_weight, derive_together
 
 _WORTH = 0.9
@@ -35,6 +35,7 @@ class Compress(Pass):
     skip: tuple[str, ...] = ()
 
     def run(self, module: Module, ctx: PassContext) -> bool:
+        check_patterns(self.name, module, self.skip, ())
         rw = Rewriter(module, pattern=self.name)
         layers = [op for f in module.entries() for op in f.walk(ops.Linear, ops.GatedLinear)]
         weights = dict.fromkeys(w for op in layers for w in weights_of(op).values() if self.unfit(w) is None)
@@ -65,12 +66,11 @@ class Compress(Pass):
 
     def unfit(self, weight: Weight | None) -> str | None:
         """Why a weight stays as it is, whatever its numbers are."""
-        if weight is None:
-            return "its weight is computed"
+        reason = left_alone(weight, self.skip, ())
+        if weight is None or reason is not None:
+            return reason
         if weight.dtype is not DType.bf16:
             return f"@{weight.name} is {weight.dtype.value}, not bf16"
-        if any(fnmatch(weight.name, pattern) for pattern in self.skip):
-            return f"the option skip names @{weight.name}"
         return f"@{weight.name} has no numbers" if weight.source is None else None
 
 

@@ -5,7 +5,7 @@ Columns that do harm when they are quantized become a small layer that is not (L
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -14,9 +14,7 @@ import numpy as np
 
 from tilewright.ir import Builder, DType, Module, Op, PassError, Rewriter, TensorType, Value, Weight, ops
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.calibration.data import OPTION, calibration
-from tilewright.passes.calibration.statistics import moments
-from tilewright.passes.calibration.stream import Layer, stream
+from tilewright.passes.calibration.channels import channel_statistics
 from tilewright.passes.match import replace
 from tilewright.passes.selection import check_patterns, left_alone
 from tilewright.passes.weights import as_weight, derive_together
@@ -70,17 +68,7 @@ class OutlierColumns(Pass):
     def statistics(self, module: Module, ctx: PassContext) -> Mapping[str, Any]:
         """The largest magnitudes of channels by name of weight, as far as they are known."""
         given = ctx.options.get("statistics")
-        if given is not None or ctx.options.get(OPTION) is None:
-            return given or {}
-        function, batches = calibration(module, ctx, self.name)
-        found: dict[str, Any] = {}
-
-        def visit(op: Layer, inputs: Sequence[Any]) -> None:
-            names = [value.name for value in op.operands if isinstance(value, Weight)]
-            found.update(dict.fromkeys(names, moments(inputs).top))
-
-        stream(function, batches, visit, list(function.walk(ops.Linear, ops.GatedLinear)))
-        return found
+        return channel_statistics(module, ctx, self.name, lambda found: found.top) if given is None else given
 
 
 @dataclass(frozen=True)
@@ -117,9 +105,7 @@ class _Work:
         b = self.rw.before(op)
         if isinstance(op, ops.GatedLinear):
             gate = self.product(b, op.x, first, op.gate_bias)
-            gate = b.add(_ACTIVATIONS[op.act](gate)) if op.act in _ACTIVATIONS else gate
-            up = self.product(b, op.x, second[0], op.up_bias)
-            return replace(self.rw, op, ops.Mul(gate, up))
+            return replace(self.rw, op, gated(b, op.act, gate, self.product(b, op.x, second[0], op.up_bias)))
         assert isinstance(op, ops.Linear)
         return replace(self.rw, op, self.product(b, op.x, first, op.bias))
 
@@ -171,6 +157,13 @@ class _Work:
             self.shared[x, parts.key] = others, b.add(ops.Gather(x, columns, axis=x.tensor.rank - 1))
         others, picked = self.shared[x, parts.key]
         return b.add(ops.Add(b.add(ops.Linear(others, rest, bias)), b.add(ops.Linear(picked, outliers))))
+
+
+def gated(b: Builder, act: str, gate: Value, up: Value) -> Op:
+    """What a gated layer does with its two products."""
+    active: Value = b.add(_ACTIVATIONS[act](gate)) if act in _ACTIVATIONS else gate
+    product: Op = ops.Mul(active, up)
+    return product
 
 
 def is_outliers(op: Op) -> bool:

@@ -24,6 +24,7 @@ PASSES: dict[str, str] = {
     "kv-layout": "kv_layout:KvLayout",
     "order-columns": "order_columns:OrderColumns",
     "outlier-columns": "outlier_columns:OutlierColumns",
+    "outlier-weights": "outlier_weights:OutlierWeights",
     "plan-memory": "plan_memory:PlanMemory",
     "quantize": "quantize:Quantize",
     "smooth": "smooth:Smooth",

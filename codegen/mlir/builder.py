@@ -220,6 +220,12 @@ class Buffer:
             value = Val(vector.maskedload(zero.ir.type, self.memory, place, mask.ir, zero.ir), stored, lanes)
         return value.ne(0) if self.dtype == "bool" else value
 
+    def gather(self, places: Val) -> Val:
+        """The elements at ``places``, a vector of i32."""
+        like, all_of_them = constant(0, self.dtype, places.lanes), constant(1, "bool", places.lanes)
+        found = vector.gather(like.ir.type, self.memory, [self._place(0).ir], places.ir, all_of_them.ir, like.ir)
+        return Val(found, self.dtype, places.lanes)
+
     def store(self, value: Val, index: Val | int, mask: Val | None = None, stream: bool = False) -> None:
         """Write a scalar or vector of this buffer's dtype; ``stream`` bypasses the caches (64-byte aligned only)."""
         if value.dtype != self.dtype:

@@ -33,6 +33,7 @@ from tilewright.ir.ops.nn import (
     Softmax,
 )
 from tilewright.ir.ops.quant import Dequantize, Expand, Lookup, Quantize
+from tilewright.ir.ops.sparse import SparseLinear
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -75,6 +76,7 @@ __all__ = [
     "Slice",
     "Softmax",
     "Sort",
+    "SparseLinear",
     "TakeAlong",
     "TopK",
     "Transpose",

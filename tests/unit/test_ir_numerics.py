@@ -2,11 +2,12 @@
 
 import pytest
 
-from tests.ir_cases import attention, core, elementwise, lossless, nn, quant, spatial
+from tests.ir_cases import attention, core, elementwise, lossless, nn, quant, sparse, spatial
 from tests.ir_cases.case import Case, check
 from tilewright.ir import DType, Op
 
-CASES = [*elementwise.CASES, *core.CASES, *nn.CASES, *lossless.CASES, *quant.CASES, *spatial.CASES, *attention.CASES]
+FAMILIES = (elementwise, core, nn, lossless, quant, sparse, spatial, attention)
+CASES = [case for family in FAMILIES for case in family.CASES]
 STRUCTURAL = {"return", "kernel.call", "kv.append", "kv.attend"}  # tested in test_ir_interpreter.py, test_ir_kv.py
 
 
@@ -26,4 +27,4 @@ def test_declaration_is_complete(kind: type[Op]) -> None:
     assert kind.infer is not Op.infer
     assert kind.evaluate is not Op.evaluate
     assert kind.__doc__
-    assert kind.name.startswith(("core.", "nn.", "kv.", "quant.", "moe.", "kernel.")) or kind.name == "return"
+    assert kind.name.startswith(("core.", "nn.", "kv.", "quant.", "sparse.", "moe.", "kernel.")) or kind.name == "return"
