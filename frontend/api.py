@@ -46,7 +46,7 @@ def trace(
 
 
 def trace_folder(path: str | os.PathLike[str], dtype: str | None = None, task: str | None = None) -> Module:
-    """The IR of the model in a Hugging Face folder (config.json and safetensors), without loading its weights.
+    """The IR of the model in a Hugging Face folder (config.json and safetensors) or a GGUF file, its weights not loaded.
 
     ``dtype`` (``"bf16"``, ``"f32"``, ...) is that of the weights and activations; by default what the config says.
     ``task`` (causal-lm, encoder, vision, seq2seq) is by default that of the config's architecture. Weights are read
@@ -55,11 +55,12 @@ def trace_folder(path: str | os.PathLike[str], dtype: str | None = None, task: s
     """
     from tilewright.frontend import skeleton
     from tilewright.frontend.checkpoint import Checkpoint
-    from tilewright.frontend.quantized.insert import insert_packed
-    from tilewright.frontend.quantized.packed import PackedCheckpoint, Reading
+    from tilewright.frontend.quantized.packed import Reading
     from tilewright.frontend.quantized.settings import unpacked
 
     folder = Path(path)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _trace_gguf(folder, dtype)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     config, settings = skeleton.load_config(folder)
@@ -70,14 +71,40 @@ def trace_folder(path: str | os.PathLike[str], dtype: str | None = None, task: s
         model = skeleton.build(config, kind, skeleton.torch_dtype(dtype, config))
         if settings is not None:
             checkpoint = unpacked(Reading(checkpoint, settings, skeleton.classes_of(model), notes))
-        binding = skeleton.bind(model, checkpoint)
-        skeleton.fake_parameters(model)
-        module = _trace(model, recipe(model, (), {}, None, task), binding.sources, binding.missing)
+        return _bound(model, checkpoint, task, notes, _generation(folder))
+
+
+def _trace_gguf(path: Path, dtype: str | None) -> Module:
+    """The IR of the model in a GGUF file."""
+    from tilewright.frontend import skeleton
+    from tilewright.frontend.quantized import gguf_model
+    from tilewright.frontend.quantized.gguf_file import GgufFile, opened
+
+    file = GgufFile(path)
+    config = gguf_model.config_of(file)
+    checkpoint = opened(file, gguf_model.heads_of(file, config))
+    with _LOCK:
+        kind = skeleton.model_class(config, "causal-lm")
+        chosen = gguf_model.dtype_of(file) if dtype is None else skeleton.torch_dtype(dtype, config)
+        model = skeleton.build(config, kind, chosen)
+        gguf_model.scale_frequencies(model, file)
+        return _bound(model, checkpoint, None, gguf_model.notes_of(file), {})
+
+
+def _bound(model: Any, checkpoint: Any, task: str | None, notes: Sequence[str], meta: Mapping[str, str]) -> Module:
+    """The IR of a model without memory, with the weights of a checkpoint."""
+    from tilewright.frontend import skeleton
+    from tilewright.frontend.quantized.insert import insert_packed
+    from tilewright.frontend.quantized.packed import PackedCheckpoint
+
+    binding = skeleton.bind(model, checkpoint)
+    skeleton.fake_parameters(model)
+    module = _trace(model, recipe(model, (), {}, None, task), binding.sources, binding.missing)
     if isinstance(checkpoint, PackedCheckpoint):
-        notes += insert_packed(module, checkpoint)
+        notes = [*notes, *insert_packed(module, checkpoint)]
         verify(module)
         module.meta |= {"notes": json.dumps(notes)} if notes else {}
-    module.meta |= _generation(folder)
+    module.meta |= meta
     if binding.unused:
         module.meta["unused_tensors"] = json.dumps(binding.unused)
     return module

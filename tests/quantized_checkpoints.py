@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
@@ -203,3 +204,91 @@ def awq(folder: Path, group: int = 32) -> Saved:
 
     settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
     return save(folder, pack, settings)
+
+
+# ---- GGUF --------------------------------------------------------------------------------------------------------------
+
+BLOCK_BYTES = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}
+_SUPER = {"Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}  # where in a block its f16 numbers lie
+GGUF_HIDDEN = 256  # blocks of K quants have 256 numbers
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+}  # fmt: skip
+
+
+def random_blocks(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
+    """Bytes ``[rows, B]`` of blocks with any codes, and f16 numbers that make weights of a usual size."""
+    size, octets = BLOCK_BYTES[kind]
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (rows * columns // size, octets), np.uint8)
+    most = {"Q4_0": 0.02, "Q8_0": 0.001, "Q4_K": 3e-4, "Q6_K": 2e-5}[kind]
+    for at in _SUPER[kind]:
+        numbers = rng.uniform(most / 2, most, len(blocks)).astype(np.float16)
+        blocks[:, at : at + 2] = numbers[:, None].view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
+def gguf_config(architecture: str = "llama") -> Any:
+    kinds = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "qwen3": hf.Qwen3Config}
+    return kinds[architecture](
+        vocab_size=VOCAB, hidden_size=GGUF_HIDDEN, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, rms_norm_eps=1e-5,
+    )  # fmt: skip
+
+
+def side_by_side(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of queries and keys in llama.cpp's order: the two of a pair that rotate together are neighbours."""
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def gguf_file(path: Path, kind: str = "Q4_0", architecture: str = "llama", add: Callable[[Any], Any] | None = None) -> Any:
+    """A file whose matrices have the type ``kind``, and a dense model with the same weights."""
+    import gguf
+
+    config = gguf_config(architecture)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    writer = gguf.GGUFWriter(path, architecture)
+    settings = {
+        "context_length": 128, "embedding_length": GGUF_HIDDEN, "block_count": 2, "feed_forward_length": 512,
+        "head_count": 4, "head_count_kv": 2, "key_length": 64, "value_length": 64, "layer_norm_rms_eps": 1e-5,
+        "rope_dimension_count": 64, "rope_freq_base": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    for name, value in settings.items():
+        getattr(writer, f"add_{name}")(value)
+    if add is not None:
+        add(writer)
+    rng = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for seed, (name, p) in enumerate(model.named_parameters()):
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.1 + (1 if "norm" in name else 0))
+            _add_tensor(writer, name, p, kind, seed, architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _add_tensor(writer: Any, name: str, p: Tensor, kind: str, seed: int, architecture: str) -> None:
+    import gguf
+
+    module, _, suffix = name.rpartition(".")
+    layer, _, inside = module.removeprefix("model.layers.").partition(".")
+    own = _GGUF_NAMES[module] if module in _GGUF_NAMES else f"blk.{layer}.{_GGUF_NAMES[inside]}"
+    heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(inside) if architecture == "llama" else None
+    order = side_by_side(torch.arange(len(p)), heads) if heads else torch.arange(len(p))
+    if p.dim() == 1 or kind in ("F32", "F16", "BF16"):
+        stored = "F32" if p.dim() == 1 else kind
+        p.copy_(p.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]))
+        octets = p[order].to({"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)).contiguous()
+        array = octets.view(torch.int16).numpy().view(np.uint8) if stored == "BF16" else octets.numpy()
+        writer.add_tensor(f"{own}.{suffix}", array, raw_dtype=gguf.GGMLQuantizationType[stored])
+        return
+    blocks = random_blocks(kind, *p.shape, seed)
+    numbers = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    p[order] = torch.from_numpy(numbers)
+    writer.add_tensor(f"{own}.{suffix}", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
