@@ -179,6 +179,7 @@ def _argmax(op: ops.ArgMax, slot: str, value: Value, part: Part, symbol: Any) ->
 
 @carry.register(ops.Linear)
 @carry.register(ops.GatedLinear)
+@carry.register(ops.SparseLinear)
 @carry.register(ops.LayerNorm)
 @carry.register(ops.RmsNorm)
 @carry.register(ops.Quantize)
