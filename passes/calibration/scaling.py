@@ -35,7 +35,8 @@ def scale_channels(module: Module, ctx: PassContext, name: str, skip: Sequence[s
     scales: dict[Layer, Array] = {}
 
     def visit(op: Layer, inputs: Sequence[Array]) -> None:
-        scales[op] = choose(sites[op], inputs).astype(np.float32)
+        with np.errstate(invalid="ignore"):  # what is not finite is refused below
+            scales[op] = choose(sites[op], inputs).astype(np.float32)
         if not np.isfinite(scales[op]).all():
             raise PassError(f"{name}: inputs or weights of the layer are NaN or infinite", op.loc)
 
