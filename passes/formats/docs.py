@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+
 from tilewright.passes.formats.base import Format
 from tilewright.passes.formats.schemes import SCHEMES, Scheme
 
@@ -30,8 +32,8 @@ def tables() -> str:
     kinds = dict.fromkeys(type(scheme.format) for scheme in SCHEMES.values())
     sections = "\n".join(f"### {kind.__name__}\n\n{_text(kind)}\n" for kind in kinds)
     return (
-        "\n| scheme | bits a weight | activations | stored for a weight `[N, K]` | options | what | paper |\n"
-        f"|---|---|---|---|---|---|---|\n{rows}\n\n{sections}\n"
+        "\n| scheme | bits a weight | error | activations | stored for a weight `[N, K]` | options | what | paper |\n"
+        f"|---|---|---|---|---|---|---|---|\n{rows}\n\n{sections}\n"
     )
 
 
@@ -39,7 +41,8 @@ def _row(name: str, scheme: Scheme) -> str:
     format = scheme.format
     activations = f"{scheme.activations} bits" if scheme.activations else "as they are"
     stored = "<br>".join(_parts(format))
-    cells = [_bits(scheme), activations, stored, "<br>".join(_options(format)), scheme.summary, _paper(scheme.paper)]
+    options = "<br>".join(_options(format))
+    cells = [_bits(scheme), _error(format), activations, stored, options, scheme.summary, _paper(scheme.paper)]
     return f"| `{name}` | {' | '.join(cells)} |"
 
 
@@ -50,6 +53,14 @@ def _bits(scheme: Scheme) -> str:
     sum = f" ({size.element} + {size.group}/{format.group})" if format.group and size.group else ""
     more = (f", {a_row} a row" if a_row else "") + (f", {size.once} once" if size.once else "")
     return f"{scheme.bits:g}{sum}{more}"
+
+
+def _error(format: Format) -> str:
+    """The root mean square error of normal numbers in rows of 4096, which are rounded to the nearest."""
+    w = np.random.default_rng(0).standard_normal((16, 4096)).astype(np.float32).reshape(16, format.groups(4096), -1)
+    params = format.fit(w)
+    error = float(np.sqrt(np.square(format.decode(format.encode(w, params), params) - w).mean()))
+    return f"{error:.1%}"
 
 
 def _parts(format: Format) -> Iterator[str]:
