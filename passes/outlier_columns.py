@@ -5,7 +5,7 @@ Columns that do harm when they are quantized become a small layer that is not (L
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +17,10 @@ from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.calibration.channels import channel_statistics
 from tilewright.passes.match import replace
 from tilewright.passes.selection import check_patterns, left_alone
-from tilewright.passes.weights import as_weight, derive_together
+from tilewright.passes.weights import as_weight, derive, derive_together
+
+Choose = Callable[[Any], Any]
+"""Weight ``[N, K]`` -> the columns to take, ascending."""
 
 _ROWS_AT_ONCE = 1 << 22  # elements that are widened to f32 at a time
 _ACTIVATIONS: dict[str, type[ops.Unary]] = {
@@ -35,8 +38,10 @@ class OutlierColumns(Pass):
     ``fraction`` of a layer's inputs, at least one, are taken: those of the largest magnitude, when the compilation has
     calibration data, or ``statistics`` (weight name -> largest magnitude a channel, ``[K]``) among its options; else
     those whose columns of the weight have the largest norm. Known magnitudes below ``threshold`` stay (LLM.int8() has 6).
-    ``inputs`` sets what is taken to zero among the layer's other inputs too, for schemes that round activations; else
-    its columns of the weight alone are zero. Gated layers come apart into their two products.
+
+    ``inputs`` is for schemes that round activations: what is taken becomes zero among the layer's other inputs too.
+    Without it columns of the weight alone become zero, and what counts is magnitude times norm. Gated layers come apart
+    into their two products.
     """
 
     name: ClassVar[str] = "outlier-columns"
@@ -73,7 +78,10 @@ class OutlierColumns(Pass):
 
 @dataclass(frozen=True)
 class Parts:
-    """A weight ``[N, K]`` as what :func:`split` gives; ``key`` is equal for weights known to have equal columns."""
+    """A weight ``[N, K]`` as what :func:`without` and :func:`outliers` give.
+
+    ``key`` is equal for weights that are known to have equal columns.
+    """
 
     weights: tuple[Weight, ...]
     key: object
@@ -116,47 +124,49 @@ class _Work:
             return f"@{weight.name} is {weight.type}, its inputs are {op.operands[0].type}"
         if is_outliers(op):
             return f"@{weight.name} holds outliers already"
-        chosen = self.columns(weight)
-        if chosen is not None and not len(chosen):
+        if self.count(weight) == 0:
             return f"no input of @{weight.name} reaches {self.options.threshold} in calibration"
         return None
 
-    def columns(self, weight: Weight) -> Any:
-        """The columns of a weight that calibration chooses, ascending; None without statistics of it."""
+    def sizes(self, weight: Weight) -> Any:
+        """Calibrated magnitudes f32 ``[K]`` of the layer's inputs, 0 for those below the threshold; None if unknown."""
         given = self.statistics.get(weight.name)
         if given is None:
             return None
-        size = np.asarray(given, np.float32)
-        k = int(weight.shape[1])
+        size, k = np.asarray(given, np.float32), int(weight.shape[1])
         if size.shape != (k,) or not np.isfinite(size).all():
             raise PassError(f"the statistics of @{weight.name} are not {k} finite numbers, but {size.shape}")
-        found = largest(size, count_of(k, self.options.fraction))
-        return found[size[found] >= self.options.threshold]
+        return np.where(size >= self.options.threshold, size, 0)
+
+    def count(self, weight: Weight) -> int:
+        """How many columns are taken."""
+        most, sizes = max(1, round(int(weight.shape[1]) * self.options.fraction)), self.sizes(weight)
+        return most if sizes is None else min(most, int(np.count_nonzero(sizes)))
 
     def parts(self, weight: Weight) -> Parts:
         if weight in self.done:
             return self.done[weight]
-        n, k = map(int, weight.shape)
-        chosen = self.columns(weight)
-        count = count_of(k, self.options.fraction) if chosen is None else len(chosen)
+        (n, k), count, sizes = map(int, weight.shape), self.count(weight), self.sizes(weight)
+        by_inputs = sizes is not None and self.options.inputs
+        choose: Choose = partial(by_size if by_inputs else by_norm, count=count, sizes=sizes)
         types = {
-            f"{weight.name}.rest": weight.tensor,
             f"{weight.name}.outliers": TensorType((n, count), weight.dtype),
             f"{weight.name}.columns": TensorType((count,), DType.i64),
             f"{weight.name}.keep": TensorType((k,), weight.dtype),
         }
-        made = derive_together(self.rw.module, types, weight, partial(split, count=count, columns=chosen))
-        self.done[weight] = Parts(made, weight if chosen is None else chosen.tobytes())
+        rest = derive(self.rw.module, f"{weight.name}.rest", weight.tensor, [weight], partial(without, choose=choose))
+        taken = derive_together(self.rw.module, types, weight, partial(outliers, choose=choose))
+        self.done[weight] = Parts((rest, *taken), largest(sizes, count).tobytes() if by_inputs else weight)
         return self.done[weight]
 
     def product(self, b: Builder, x: Value, parts: Parts, bias: Value | None) -> Value:
         """The layer as the sum of two."""
-        rest, outliers, columns, keep = parts.weights
+        rest, small, columns, keep = parts.weights
         if (x, parts.key) not in self.shared:
             others = b.add(ops.Mul(x, keep)) if self.options.inputs else x
             self.shared[x, parts.key] = others, b.add(ops.Gather(x, columns, axis=x.tensor.rank - 1))
         others, picked = self.shared[x, parts.key]
-        return b.add(ops.Add(b.add(ops.Linear(others, rest, bias)), b.add(ops.Linear(picked, outliers))))
+        return b.add(ops.Add(b.add(ops.Linear(others, rest, bias)), b.add(ops.Linear(picked, small))))
 
 
 def gated(b: Builder, act: str, gate: Value, up: Value) -> Op:
@@ -172,25 +182,34 @@ def is_outliers(op: Op) -> bool:
     return isinstance(made, ops.Gather) and isinstance(made.indices, Weight) and made.axis == made.x.tensor.rank - 1
 
 
-def count_of(k: int, fraction: float) -> int:
-    """How many of ``k`` columns are taken."""
-    return max(1, round(k * fraction))
-
-
 def largest(sizes: Any, count: int) -> Any:
     """The indices of the ``count`` largest of ``sizes``, ascending; of equal ones the first."""
     return np.sort(np.argsort(-sizes, kind="stable")[:count]).astype(np.int64)
 
 
-def split(weight: Any, count: int, columns: Any = None) -> tuple[Any, Any, Any, Any]:
-    """``weight`` ``[N, K]`` with 0 in ``count`` columns; these ``[N, count]``; which they are; ``[K]``: 0 there, else 1."""
-    if columns is None:
-        columns = largest(squares(weight), count)
-    rest, outliers = weight.copy(), np.ascontiguousarray(weight[:, columns])
-    rest[:, columns] = 0
+def by_size(weight: Any, count: int, sizes: Any) -> Any:
+    """The columns of ``weight`` ``[N, K]`` whose inputs have the largest ``sizes`` ``[K]``."""
+    return largest(sizes, count)
+
+
+def by_norm(weight: Any, count: int, sizes: Any = None) -> Any:
+    """The columns of the largest norm, times the ``sizes`` of their inputs where these are known."""
+    return largest(squares(weight) * (1 if sizes is None else np.square(sizes)), count)
+
+
+def without(weight: Any, choose: Choose) -> Any:
+    """``weight`` ``[N, K]`` with zeros in the columns that are chosen."""
+    rest = weight.copy()
+    rest[:, choose(weight)] = 0
+    return rest
+
+
+def outliers(weight: Any, choose: Choose) -> tuple[Any, Any, Any]:
+    """The columns of ``weight`` ``[N, K]`` that are chosen, which they are, and ``[K]``: 0 for them, 1 for the others."""
+    columns = choose(weight)
     keep = np.ones(weight.shape[1], weight.dtype)
     keep[columns] = 0
-    return rest, outliers, columns, keep
+    return np.ascontiguousarray(weight[:, columns]), columns, keep
 
 
 def squares(weight: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from tilewright.ir import ArraySource, Module, PassError, interpret, ops, parse_module
 from tilewright.passes.base import PassContext
-from tilewright.passes.outlier_columns import largest, split, squares
+from tilewright.passes.outlier_columns import by_norm, largest, outliers, squares, without
 from tilewright.passes.pipeline import Pipeline
 
 TEXT = """
@@ -92,12 +94,21 @@ def test_quantization_loses_less(scheme: str, gain: float) -> None:
 def test_without_data_the_largest_columns_are_taken() -> None:
     weight = np.random.default_rng(2).standard_normal((30, 20)).astype(np.float32)
     weight[:, [3, 11]] *= 4
-    rest, outliers, columns, keep = split(weight, 2)
+    choose = partial(by_norm, count=2)
+    small, columns, keep = outliers(weight, choose)
     assert columns.tolist() == [3, 11]
-    np.testing.assert_array_equal(outliers, weight[:, [3, 11]])
-    np.testing.assert_array_equal(rest, weight * keep)
+    np.testing.assert_array_equal(small, weight[:, [3, 11]])
+    np.testing.assert_array_equal(without(weight, choose), weight * keep)
     np.testing.assert_allclose(squares(weight), np.square(weight).sum(0), rtol=1e-5)
     assert largest(np.array([1.0, 5.0, 5.0, 5.0]), 2).tolist() == [1, 2]
+
+
+def test_what_counts_for_weights_alone_is_magnitude_times_norm() -> None:
+    given = {"a": np.where(np.arange(64) < 32, 3, 1)}
+    weight = model().weights["a"].load()
+    sizes = np.linalg.norm(weight, axis=0) * given["a"]
+    module, _ = run("outlier-columns{fraction=0.1 inputs=false only=a}", statistics=given)
+    assert set(module.weights["a.columns"].load()) == set(np.argsort(sizes)[-6:])
 
 
 @pytest.mark.parametrize(("text", "message"), [
