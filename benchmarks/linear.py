@@ -31,6 +31,7 @@ from tilewright.codegen.mlir.native import NativeKernel, aligned
 from tilewright.codegen.mlir.value import Val, intrinsic
 from tilewright.codegen.schedule import LinearSchedule, parse_schedule
 from tilewright.codegen.target import CpuTarget, parse_target
+from tilewright.ir import DType
 
 RUNTIME = Path(tilewright.runtime.__file__).parent
 COLD = 160 << 20  # bytes of weights to cycle through, several times the caches
@@ -166,19 +167,25 @@ class Layer:
         self.machine, self.spec, self.target = machine, spec, machine.target
         self.schedule = machine.schedule or spec.schedule(machine.target)
         self.kernel = NativeKernel(linear_kernel("k", machine.target, spec, self.schedule))
-        weight = spec.packing(self.schedule, self.target)
-        scale = [spec.group_packing(spec.scale, self.schedule, self.target)] if spec.scale and spec.coded else []
-        zero = [spec.group_packing("u8", self.schedule, self.target)] if spec.asymmetric else []
-        self.layouts = [layout for layout in (weight, *scale, *zero) for _ in range(spec.parts)]
+        sizes = [spec.packing(self.schedule, self.target).nbytes]
+        if spec.scale and spec.coded:
+            sizes.append(spec.group_packing(spec.scale, self.schedule, self.target).nbytes)
+        if spec.expands:
+            sizes += [spec.step_packing(self.schedule, self.target).nbytes] * (1 + spec.has_zeros)
+        elif spec.has_zeros:
+            sizes.append(spec.group_packing("u8", self.schedule, self.target).nbytes)
+        if spec.table:
+            sizes.append((spec.n if spec.row_tables else 1) * (1 << spec.bits) * DType(spec.table).size)
+        self.sizes = [size for size in sizes for _ in range(spec.parts)]
 
     @property
     def bytes(self) -> int:
         """Of the weights and all that belongs to them."""
-        return sum(layout.nbytes for layout in self.layouts)
+        return sum(self.sizes)
 
     def calls(self, m: int, count: int) -> list[tuple[NativeKernel, int, int, Sequence]]:
         """Calls for ``m`` rows, each with weights of its own."""
-        memory = large_pages(count * (self.bytes + 64 * len(self.layouts)))
+        memory = large_pages(count * (self.bytes + 64 * len(self.sizes)))
         return [self._call(m, memory) for memory in np.split(memory, count)]
 
     def _call(self, m: int, memory: np.ndarray) -> tuple[NativeKernel, int, int, Sequence]:
@@ -186,9 +193,9 @@ class Layer:
         x, y = aligned((m, spec.k), spec.x_dtype, 1), aligned((m, spec.n), spec.out_dtype)
         scale = [aligned(m, "f32", 1)] if spec.dynamic else []
         weights = []
-        for layout in self.layouts:
-            weights.append(memory[at:at + layout.nbytes])
-            at += -(-layout.nbytes // 64) * 64
+        for size in self.sizes:
+            weights.append(memory[at:at + size])
+            at += -(-size // 64) * 64
         tasks = spec.tasks(self.schedule, self.target, m)
         return self.kernel, tasks, 1, (m, x, *scale, *weights, y)
 
@@ -200,16 +207,31 @@ class Format:
     x: str
     weight: str
     group: int = 0
+    table: str | None = None
+    scale: str | None = ""
+    steps: bool = False
 
     def spec(self, n: int, k: int, **more: object) -> LinearSpec:
         out = "f32" if self.x in ("i8", "f32") else self.x
-        return LinearSpec(n, k, self.x, self.weight, out, group=self.group, scale="f16" if self.group else "f32", **more)
+        scale = ("f16" if self.group and not self.steps else "f32") if self.scale == "" else self.scale
+        group, expands = (0, self.group) if self.steps else (self.group, 0)
+        return LinearSpec(n, k, self.x, self.weight, out, group=group, scale=scale, table=self.table,
+                          row_tables=bool(self.table) and not self.group, expands=expands, **more)
 
     def __str__(self) -> str:
-        return f"{self.x} x {self.weight}" + (f" g{self.group}" if self.group else "")
+        grouped = f" g{self.group}" if self.group else ""
+        table = f", tables of {self.table}" if self.table else ""
+        return f"{self.x} x {self.weight}{grouped}{table}{', steps' if self.steps else ''}"
 
 
 CODED = [Format("i8", "i8"), Format("i8", "i4", 32), Format("i8", "i4", 128), Format("i8", "u4", 32)]
+NARROW = [
+    Format("i8", "u2", 64), Format("i8", "u2", 128), Format("i8", "i2"), Format("i8", "i3", 128),
+    Format("i8", "i4", 128), Format("i8", "u4", 128, steps=True), Format("bf16", "u2", 64), Format("bf16", "i3", 128),
+    Format("bf16", "i4", 128), Format("bf16", "f8e4m3"), Format("bf16", "f8e5m2"),
+    Format("bf16", "f4e2m1", 32, scale="f8e8m0"),
+    Format("bf16", "u4", 64, "f32"), Format("bf16", "u4", 0, "f16", None), Format("bf16", "u3", 0, "f16", None),
+]
 WEIGHT_ONLY = [Format("bf16", "i8"), Format("bf16", "i4", 32), Format("bf16", "i4", 128), Format("f32", "i4", 128)]
 FLOATS = [Format("bf16", "bf16"), Format("f32", "f32")]
 SMALL = [(576, 576), (576, 1536), (1536, 576), (896, 4864), (4864, 896)]
@@ -231,6 +253,33 @@ def gemv(machine: Machine) -> None:
     streams(machine, [*CODED, *WEIGHT_ONLY, *FLOATS], [(5632, 2048)], (1,))
 
 
+def narrow(machine: Machine) -> None:
+    """Formats of few bits beside four bits in groups of 32: a decode step each, then many rows."""
+    usual = Format("i8", "i4", 32)
+    for m, (n, k), count in ((1, (5632, 2048), 0), (512, (5632, 2048), 1)):
+        first = Layer(machine, usual.spec(n, k))
+        count = count or COLD // first.bytes
+        base = machine.calls(first.calls(m, count))
+        for kind in NARROW:
+            layer = Layer(machine, kind.spec(n, k))
+            relative(f"{m} x {n} x {k}, {kind}", count * layer.bytes, base, machine.calls(layer.calls(m, count)))
+
+
+def relative(title: str, size: int, base: Run, own: Run, rounds: int = 7) -> None:
+    """Print how much faster ``own``, which reads ``size`` bytes, is than ``base``."""
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds + 1):
+        marks = [time.perf_counter()]
+        for run in (base, own):
+            run()
+            marks.append(time.perf_counter())
+        times.append((marks[1] - marks[0], marks[2] - marks[1]))
+    bases, owns = np.array(times[1:]).T
+    low, middle, high = np.percentile(bases / owns, (25, 50, 75))
+    print(f"{title:46s} {1e3 * np.median(owns):8.2f} ms {size / np.median(owns) / 1e9:6.1f} GB/s, "
+          f"{middle:.2f} ({low:.2f}-{high:.2f}) times the speed; best {bases.min() / owns.min():.2f}", flush=True)
+
+
 def small(machine: Machine) -> None:
     streams(machine, [CODED[0], CODED[1], FLOATS[0]], SMALL, (1,))
 
@@ -250,7 +299,7 @@ def gemm(machine: Machine) -> None:
             compare(f"{m} x {n} x {k}, {kind}", repeat * work, "GOP/s", peak, own, 5)
 
 
-SECTIONS = {"gemv": gemv, "small": small, "few": few, "gemm": gemm}
+SECTIONS = {"gemv": gemv, "narrow": narrow, "small": small, "few": few, "gemm": gemm}
 
 
 def main() -> None:

@@ -51,6 +51,11 @@ class CodeFeed:
         return self.pair
 
     @property
+    def factors(self) -> int:
+        """k's of one feature that a step consumes in one lane."""
+        return self.pair
+
+    @property
     def words(self) -> int:
         """Vectors of one step."""
         return self.pair * self.bits // 32
@@ -75,14 +80,14 @@ class CodeFeed:
     def codes(self, words: Sequence[Val], quad: int, byte: int, mask: int, clean: bool = True) -> Val:
         """The ``quad``-th code of byte ``byte`` of each word, in the lowest bits of every lane of ``words``.
 
-        ``mask`` has the lowest bit of each code wanted. Not ``clean``: anything may be above codes in one part.
+        ``mask`` has the lowest bit of each code wanted. Not ``clean``: anything may be above a code.
         """
         low, *high = code_planes(self.bits)
         apart = 8 // low
-        first = shifted(words[quad // apart], 8 * byte + low * (quad % apart))
+        first, own = shifted(words[quad // apart], 8 * byte + low * (quad % apart)), mask * ((1 << low) - 1)
         if not high:
-            return first & mask * ((1 << low) - 1) if clean else first
-        return first & mask * ((1 << low) - 1) | shifted(words[-1], 8 * byte + quad - low) & (mask << low)
+            return first & own if clean else first
+        return first & own | shifted(words[-1], 8 * byte + quad - low) & (mask << low if clean else ~own)
 
     def bound(self, more: Sequence[Buffer]) -> CodeFeed:
         """The feed inside of a function that has ``more`` buffers."""

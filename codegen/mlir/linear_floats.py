@@ -54,17 +54,13 @@ class FloatFeed(CodeFeed):
 class PairFeed(FloatFeed):
     """x in bf16, multiplied in pairs by vdpbf16ps: codes become bf16 in one instruction, vpermw.
 
-    Integers of 8 bits are taken as 16 times one half plus the other. All of it is exact: products are summed in f32.
+    Integers of 8 bits are taken as 16 times one half plus the other, floats of 8 bits are picked from four vectors. All of
+    it is exact: products are summed in f32.
     """
-
-    @staticmethod
-    def takes(weight: str, table: str | None) -> bool:
-        """Whether the codes become bf16."""
-        return table in (None, "bf16") and not weight.startswith("f8")
 
     @property
     def parts(self) -> int:
-        return 4 if self.bits == 8 else self.step // 2
+        return 4 if self.weight in ("i8", "u8") else self.step // 2
 
     def bound(self, more: Sequence[Buffer]) -> PairFeed:
         if self.table is None:
@@ -74,6 +70,8 @@ class PairFeed(FloatFeed):
 
     def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         words = [word.bitcast("i16") for word in self.load(w, place)]
+        if self.weight.startswith("f8"):
+            return [_pick_magnitudes(shifted(words[0], bit), self.weight) for bit in (0, 8)]
         if self.bits == 8:
             low, high = (literals(2 * list(numbers), "bf16") for numbers in (range(16), range(-128, 128, 16)))
             return [_pick_pairs(words[0].shift_right_logical(4 * i), high if i % 2 else low) for i in range(4)]
@@ -83,7 +81,7 @@ class PairFeed(FloatFeed):
         return [_pick_pairs(code, entries) for code in codes]
 
     def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
-        starts = (0, 0, 2, 2) if self.bits == 8 else range(0, self.step, 2)
+        starts = (0, 0, 2, 2) if self.weight in ("i8", "u8") else range(0, self.step, 2)
         pairs = {start: self._pair(x, place + start, self.rest - start if tail else 2) for start in starts}
         return [pairs[start] for start in starts]
 
@@ -117,15 +115,18 @@ class WidenFeed(FloatFeed):
 
     def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         words = self.load(w, place)
-        count = self.rest if tail else self.pair
+        return [self.number(words, i) for i in range(self.rest if tail else self.pair)]
+
+    def number(self, words: Sequence[Val], i: int) -> Val:
+        """What the ``i``-th codes of ``words`` stand for."""
+        quad, byte = self.place(i)
         if self.bits < 4 or self.entries or self.weight == "f4e2m1" or (self.bits == 4 and self.lanes == 16):
             entries = self.entries or self.widest(literals(meanings(self.weight), "f32"))
-            return [_pick(self.codes(words, *self.place(i), 1, clean=False), entries) for i in range(count)]
+            return _pick(self.codes(words, quad, byte, 1, clean=False), entries)
         if not is_integer(self.weight):
-            return [_from_f8(words[0], 8 * self.place(i)[1], self.weight) for i in range(count)]
+            return _from_f8(words[0], 8 * byte, self.weight)
         signed, drop = words[0] ^ (-0x7F7F7F80 if self.bits == 8 else -0x77777778), 32 - self.bits  # the sign bits flip
-        bits = (8 * byte + self.bits * quad for quad, byte in map(self.place, range(count)))
-        return [((signed << drop - bit) >> drop).to("f32") for bit in bits]
+        return ((signed << drop - 8 * byte - self.bits * quad) >> drop).to("f32")
 
     def widest(self, table: Val) -> Val:
         """``table`` as often as fills a vector."""
@@ -168,6 +169,15 @@ def _pick(indices: Val, table: Val) -> Val:
 def _pick_pairs(indices: Val, table: Val) -> Val:
     """vpermw: of 32 bf16 the one that the low five bits of each 16 name."""
     return intrinsic("llvm.x86.avx512.permvar.hi.512", "i16", 32, table.bitcast("i16"), indices).bitcast("bf16")
+
+
+def _pick_magnitudes(codes: Val, weight: str) -> Val:
+    """The floats of 8 bits in the lower halves of 16, as bf16: two of vpermi2w pick among 128, the sign is copied."""
+    numbers = [float(v) for v in np.arange(128, dtype=np.uint8).view(DType(weight).np)]
+    tables = [literals(numbers[i:i + 32], "bf16").bitcast("i16") for i in range(0, 128, 32)]
+    pick = partial(intrinsic, "llvm.x86.avx512.vpermi2var.hi.512", "i16", 32)
+    small, large = pick(tables[0], codes, tables[1]), pick(tables[2], codes, tables[3])
+    return ((codes & 0x40).ne(0).select(large, small) | ((codes << 8) & -0x8000)).bitcast("bf16")
 
 
 def _from_f8(words: Val, bit: int, weight: str) -> Val:

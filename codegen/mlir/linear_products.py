@@ -101,7 +101,7 @@ class Products:
             return self._direct(DotFeed(*codes, target.has_vnni), tile_m), None
         if spec.coded:
             feed = WidenFeed(*codes, spec.x_dtype, spec.table)
-            if target.has_bf16_dot and spec.x_dtype == "bf16" and PairFeed.takes(spec.weight, spec.table):
+            if target.has_bf16_dot and spec.x_dtype == "bf16" and feed.in_bf16:
                 return self._direct(PairFeed(*codes, spec.x_dtype, spec.table), tile_m), self._wide(feed)
             return self._direct(feed, _FEW), self._wide(feed)
         dot = target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
@@ -146,13 +146,14 @@ class Products:
               stored: Feed | WidenFeed | ExpandFeed | RowFeed | None = None) -> _Path:
         kernel, schedule, tiles = self.kernel, self.schedule, {}
         for rows in range(1, tallest + 1):
-            # A tall tile is long enough by itself, and so is a step of many k's.
-            unroll = max(1, min(schedule.unroll, 8 // rows) // max(feed.step // 8, 1))
+            # A tall tile is long enough by itself, and so is a step of many factors.
+            unroll = max(1, min(schedule.unroll, 8 // rows) // (4 if feed.factors > 16 else 1))
             columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
             tile = Tile(rows, columns, x_stride, self.panel, unroll, told=self._fetches(rows))
             if isinstance(feed, RowFeed):
+                tile = replace(tile, unroll=-(-_FEW // rows))
                 buffers = (x, w, self.sums[0], self.buffers.tables[0])
-                tiles[rows] = emit_row_kernel(kernel, f"{name}{rows}", feed, replace(tile, columns=(0,)), buffers)
+                tiles[rows] = emit_row_kernel(kernel, f"{name}{rows}", feed, tile, buffers)
             elif isinstance(feed, ExpandFeed):
                 buffers = (x, w, self.sums[0], *self._levels())
                 tiles[rows] = emit_expand_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.steps, buffers)

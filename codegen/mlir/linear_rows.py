@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.linear_floats import WidenFeed
-from tilewright.codegen.mlir.microkernel import Tile, sum_steps
-from tilewright.codegen.mlir.value import Val, constant, shuffle
+from tilewright.codegen.mlir.microkernel import Tile
+from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,22 @@ class RowFeed(WidenFeed):
         count = 1 << self.bits
         return replace(self, entries=self.widest(table.load(row * count, count).to("f32")))
 
-    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
-        return super().weights(w, place)[:-(-self.rest // self.lanes) if tail else None]
-
-    def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
-        count = self.rest if tail else self.step
-        vectors = [x.load(place + i, self.lanes) for i in range(0, count - self.lanes + 1, self.lanes)]
-        if beyond := count % self.lanes:
-            mask = Kernel.current().mask(constant(beyond), self.lanes)
-            vectors.append(x.load(place + (count - beyond), self.lanes, mask))
-        return vectors
+    def add_step(self, totals: Sequence[Val], x: Buffer, w: Buffer, step: Val, tile: Tile, tail: bool = False) -> list[Val]:
+        """``totals`` plus one step; those of a row of x take turns. One vector after the other, since there are many."""
+        words, sums, count = self.load(w, step * self.stride), list(totals), self.rest if tail else self.step
+        for i, start in enumerate(range(0, count, self.lanes)):
+            weight, beyond = self.number(words, i), count - start
+            mask = Kernel.current().mask(constant(beyond), self.lanes) if beyond < self.lanes else None
+            for r in range(tile.rows):
+                at = r * tile.unroll + i % tile.unroll
+                sums[at] = fma(weight, x.load(step * self.step + (start + r * tile.x_stride), self.lanes, mask), sums[at])
+        return sums
 
 
 def emit_row_kernel(kernel: Kernel, name: str, feed: RowFeed, tile: Tile, buffers: Sequence[Buffer]) -> Function:
     """``sums[rows][features] = x[rows] @ features.T``, feature by feature over all of K, as the inner function ``name``.
+
+    ``tile.unroll`` sums of a row take turns, for the time that an addition takes.
 
     ``buffers`` are x (f32), the codes, the sums and the tables. Numbers of a call: first element of x, of the codes and of
     the sums, the first feature, and their count.
@@ -59,18 +62,17 @@ def emit_row_kernel(kernel: Kernel, name: str, feed: RowFeed, tile: Tile, buffer
         x_at, w_at, sums_at, first, count = micro.numbers
         x, steps = x.at(x_at), feed.k // feed.step
         size = -(-feed.k // feed.step) * feed.stride
-        chains = max(tile.unroll, 1)
         with kernel.loop(0, count) as loop:
             row, codes = feed.looking_up(tables, first + loop.index), w.at(w_at + loop.index * size)
-            totals = [constant(0.0, "f32", feed.lanes)] * tile.rows
-            totals = sum_steps(kernel, row, tile, (x, codes), constant(steps), totals, chains)
+            zero = constant(0.0, "f32", feed.lanes)
+            with kernel.loop(0, steps, carry=[zero] * (tile.rows * tile.unroll)) as inner:
+                inner.next(*row.add_step(inner.values, x, codes, inner.index, tile))
+            totals = inner.results
             if feed.rest:
-                weights = row.weights(codes, steps * feed.stride, tail=True)
-                for r in range(tile.rows):
-                    inputs = row.inputs(x, steps * feed.step + r * tile.x_stride, tail=True)
-                    totals[r] = row.accumulate(totals[r], weights, inputs)
-            for r, total in enumerate(totals):
-                sums.store(total.reduce("sum"), sums_at + loop.index + r * tile.sums_stride)
+                totals = row.add_step(totals, x, codes, constant(steps), tile, tail=True)
+            for r in range(tile.rows):
+                own = totals[r * tile.unroll:(r + 1) * tile.unroll]
+                sums.store(reduce(Val.__add__, own).reduce("sum"), sums_at + loop.index + r * tile.sums_stride)
     return micro
 
 

@@ -48,6 +48,10 @@ class AnyFeed(Protocol):
         """k's that one step consumes."""
 
     @property
+    def factors(self) -> int:
+        """k's that one lane consumes in a step."""
+
+    @property
     def stride(self) -> int:
         """Elements of the weights from one step to the next."""
 
@@ -86,6 +90,10 @@ class Feed:
     def step(self) -> int:
         """k's that one step consumes: 2 when either side comes in bf16 pairs."""
         return 2 if "bf16" in (self.x_dtype, self.w_dtype) else 1
+
+    @property
+    def factors(self) -> int:
+        return self.step
 
     @property
     def pair(self) -> int:
