@@ -123,7 +123,8 @@ class Quantize(Pass):
         n, k = map(int, weight.shape)
         reason = self.format.unfit(n, k)
         if reason is not None:
-            raise PassError(f"{self}: @{weight.name}: {reason}; choose another group or scheme, or skip={weight.name}", op.loc)
+            remedy = f"choose another group or scheme, or skip={weight.name}"
+            raise PassError(f"{self}: @{weight.name}: {reason}; {remedy}", op.loc)
         for array in in_memory(weight.source):
             check_finite(array, weight.name)
 
