@@ -116,10 +116,11 @@ def evaluate(
         if each.longest is not None and window > each.longest:
             raise TextError(f"{each.name} takes at most {each.longest} tokens; give a window of at most that")
     if subject.task == "causal-lm":
-        rows = windows(token_ids(text, folder), window, stride or max(1, window // 2), max_tokens)
+        ids, step = token_ids(text, folder), max(1, window // 2) if stride is None else stride
+        rows = windows(ids, window, step, max_tokens)
         for each in (subject, *([] if other is None else [other])):
-            check_vocabulary(rows, each.vocabulary, each.name)
-        return evaluate_windows(subject, other, rows, stride or max(1, window // 2), show)
+            check_vocabulary(ids, each.vocabulary, each.name)
+        return evaluate_windows(subject, other, rows, step, show)
     if other is None:
         raise TextError(f"{subject.name} is a model of the task {subject.task}: it has no perplexity; give a reference")
     if not isinstance(text, (str, os.PathLike)):

@@ -20,8 +20,8 @@ class Row:
 
     @property
     def pipeline(self) -> str:
-        """Without a cache: the logits of all positions are wanted."""
-        return ",".join(filter(None, ["clean", "fusions", self.passes, "kernels"]))
+        """Up to the cutting of kernels, and without a cache: the logits of all positions are wanted."""
+        return ",".join(filter(None, ["clean", "fusions", self.passes]))
 
 
 def methods(scheme: str, group: int) -> list[Row]:
@@ -52,8 +52,8 @@ def integers() -> list[Row]:
 
 
 def outliers() -> list[Row]:
-    """Three bits, one column in a hundred apart; and codebooks, which need no groups."""
-    columns = "outlier-columns{fraction=0.01 inputs=false}"
+    """Three bits, one column in a hundred apart but in the head; and codebooks, which need no groups."""
+    columns = "outlier-columns{fraction=0.01 inputs=false skip=*embed_tokens*}"
     body = f"{HEAD16},quantize{{scheme=w3a16 group=128 layers=body"
     return [
         Row("w3a16 g128 outlier columns rtn", f"{columns},{body}}}"),
@@ -75,7 +75,7 @@ def smoothing() -> list[Row]:
         Row("outliers: f32", "", model=OUTLIERS),
         Row("outliers: w8a8 rtn", w8a8, model=OUTLIERS),
         Row("outliers: w8a8 smooth", f"smooth,{w8a8}", model=OUTLIERS),
-        Row("outliers: w8a8 outlier columns", f"outlier-columns{{fraction=0.02}},{w8a8}", model=OUTLIERS),
+        Row("outliers: w8a8 outlier columns", f"outlier-columns{{fraction=0.02 skip=*embed_tokens*}},{w8a8}", model=OUTLIERS),
     ]
 
 

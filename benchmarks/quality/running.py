@@ -20,7 +20,7 @@ from tilewright.codegen.target import parse_target
 from tilewright.compiler import lower, trace
 from tilewright.eval_subjects import CompiledRun, InterpretedRun, Run
 from tilewright.evaluation import batches, cosines, figures, padded, scores
-from tilewright.ir import CodegenError, Module
+from tilewright.ir import CodegenError, DType, Module, Weight, ops
 from tilewright.passes.base import PassContext
 from tilewright.passes.pipeline import Pipeline
 from tilewright.runtime import Tokenizer
@@ -35,7 +35,7 @@ class Settings:
     """What all rows share; figures with other settings do not belong into one table."""
 
     model: Path
-    tokens: int = 16384
+    tokens: int = 8192
     window: int = 256
     stride: int = 128
     calibration_tokens: int = 8192
@@ -56,14 +56,17 @@ def prepared(row: Row, folder: Path, calibration: Calibration | None) -> tuple[R
     total = sum(int(w.tensor.elements) for w in module.weights.values() if w.dtype.is_float)
     options = {} if calibration is None else {"calibration": calibration.inputs(module)}
     Pipeline.parse(row.pipeline).run(module, ctx=PassContext(options))
-    size = sum(int(w.tensor.bytes) for w in used(module))
+    size = sum(stored(w) for w in module.weights.values() if w.users)
+    Pipeline.parse("kernels").run(module)
     run, kernels = started(module)
     return run, {"bytes": size, "bits": round(8 * size / total, 3), "kernels": kernels}
 
 
-def used(module: Module) -> list[Any]:
-    """The weights that some operation reads."""
-    return [w for w in module.weights.values() if w.users]
+def stored(weight: Weight) -> int:
+    """Bytes of a weight: parts of a format as they are, all else as the bf16 that they are in the checkpoint."""
+    is_part = any(isinstance(op, (ops.Dequantize, ops.Lookup, ops.Expand)) for op in weight.users)
+    narrowed = weight.dtype is DType.f32 and not is_part
+    return int(weight.tensor.bytes) // (2 if narrowed else 1)
 
 
 def started(module: Module) -> tuple[Run, str]:
@@ -71,7 +74,8 @@ def started(module: Module) -> tuple[Run, str]:
     try:
         done = lower(module, Pipeline(()), parse_target("native"))
     except CodegenError as error:
-        return InterpretedRun(module), f"interpreter: {error.message}"[:200]
+        reasons = [line.strip() for line in error.message.splitlines() if "mlir.l" in line]
+        return InterpretedRun(module), f"interpreter: {'; '.join(reasons) or error.message.splitlines()[0]}"
     return CompiledRun(done.program, keep=done), "compiled"
 
 
