@@ -172,8 +172,9 @@ def _pick_pairs(indices: Val, table: Val) -> Val:
 
 
 def _pick_magnitudes(codes: Val, weight: str) -> Val:
-    """The floats of 8 bits in the lower halves of 16, as bf16: two of vpermi2w pick among 128, the sign is copied."""
-    numbers = [float(v) for v in np.arange(128, dtype=np.uint8).view(DType(weight).np)]
+    """The floats of 8 bits in the lower halves of 16, as bf16 divided by `FACTORS`: two of vpermi2w pick."""
+    factor = FACTORS.get(weight, 1.0)
+    numbers = [float(v) / factor for v in np.arange(128, dtype=np.uint8).view(DType(weight).np)]
     tables = [literals(numbers[i:i + 32], "bf16").bitcast("i16") for i in range(0, 128, 32)]
     pick = partial(intrinsic, "llvm.x86.avx512.vpermi2var.hi.512", "i16", 32)
     small, large = pick(tables[0], codes, tables[1]), pick(tables[2], codes, tables[3])

@@ -206,15 +206,16 @@ def test_scales_that_are_powers_of_two(name: str) -> None:
 
 @pytest.mark.parametrize("name", CODED_TARGETS)
 @pytest.mark.parametrize("weight", NARROW_FLOATS)
-def test_every_code_of_a_narrow_float(name: str, weight: str) -> None:
+@pytest.mark.parametrize("x", ["f32", "bf16"])
+def test_every_code_of_a_narrow_float(name: str, weight: str, x: str) -> None:
     """One k, a scale and x of 1: the results are the numbers themselves, subnormal ones too, infinities and NaNs."""
     count = 1 << DType(weight).bits
-    subject = Case(name, LinearSpec(count, 1, "f32", weight, "f32"), whole=True)
+    subject = Case(name, LinearSpec(count, 1, x, weight, "f32"), whole=True)
     codes = np.arange(count, dtype=np.uint8)[:, None].view(DType(weight).np)
     packing = subject.spec.packing(subject.schedule, subject.target)
     packing.pack(codes, subject.packed[0])
     for m in (1, 13):
-        got = subject.run(np.ones((m, 1), np.float32), np.ones(m, np.float32))
+        got = subject.run(np.ones((m, 1), DType(x).np), np.ones(m, np.float32))
         np.testing.assert_array_equal(got, np.broadcast_to(codes.T.astype(np.float32), got.shape))
 
 
