@@ -59,8 +59,15 @@ GOALS = (
         for method in ("gptq", "awq")
     ),
     better("SmoothQuant better than RTN with outlier channels", "outliers: w8a8 smooth", "outliers: w8a8 rtn"),
-    better("outlier columns better than plain at 3 bits", "w3a16 g128 outlier columns rtn", "w3a16 g128 rtn"),
-    better("outlier columns better than plain at 3 bits, GPTQ", "w3a16 g128 outlier columns gptq", "w3a16 g128 gptq"),
+    *(
+        better(f"outlier {kind} better than plain at 3 bits, {method.upper()}",
+               f"w3a16 g128 outlier {kind} {method}", f"w3a16 g128 {method}")
+        for kind in ("columns", "weights")
+        for method in ("rtn", "gptq")
+    ),
+    better("mixed precision better than uniform at equal bytes", "mixed 3.125 bits greedy rtn", "w3a16 g128 rtn"),
+    better("mixed precision better than uniform at equal bytes, evolved", "mixed 3.125 bits evolve rtn", "w3a16 g128 rtn"),
+    better("mixed precision better than uniform at equal bytes, GPTQ", "mixed 3.125 bits greedy gptq", "w3a16 g128 gptq"),
     better("codebook better than plain at 3 bits", "codebook3", "w3a16 g128 rtn"),
 )
 ENCODER_GOALS = (cosine("w8a8: mean cosine at least 0.999", "w8a8", 0.999),

@@ -55,11 +55,25 @@ def outliers() -> list[Row]:
     """Three bits, one column in a hundred apart but in the head; and codebooks, which need no groups."""
     columns = "outlier-columns{fraction=0.01 inputs=false skip=*embed_tokens*}"
     body = f"{HEAD16},quantize{{scheme=w3a16 group=128 layers=body"
+    weights = "outlier-weights{fraction=0.01 skip=*embed_tokens*}"
     return [
+        Row("w3a16 g128 outlier weights rtn", f"{weights},{body}}}"),
+        Row("w3a16 g128 outlier weights gptq", f"{weights},{body} method=gptq}}"),
         Row("w3a16 g128 outlier columns rtn", f"{columns},{body}}}"),
         Row("w3a16 g128 outlier columns gptq", f"{columns},{body} method=gptq}}"),
         Row("codebook3", f"{HEAD16},quantize{{scheme=codebook3 layers=body}}"),
-        Row("codebook3 outlier columns", f"{columns},{HEAD16},quantize{{scheme=codebook3 layers=body}}"),
+        Row("codebook3 outlier weights", f"{weights},{HEAD16},quantize{{scheme=codebook3 layers=body}}"),
+    ]
+
+
+def mixed() -> list[Row]:
+    """Schemes chosen layer by layer, in the bytes that three bits in groups of 128 take."""
+    candidates = ", ".join(f'"{scheme} group=128"' for scheme in ("w4a16", "w3a16", "w2a16"))
+    head = f"{HEAD16},quantize-mixed{{bits=3.125 candidates=[{candidates}]"
+    return [
+        Row("mixed 3.125 bits greedy rtn", f"{head}}}"),
+        Row("mixed 3.125 bits greedy gptq", f"{head} method=gptq}}"),
+        Row("mixed 3.125 bits evolve rtn", f"{head} search=evolve}}"),
     ]
 
 
@@ -70,12 +84,12 @@ def other_formats() -> list[Row]:
 
 def smoothing() -> list[Row]:
     """Eight-bit activations where a few channels are 32 times as large."""
-    w8a8 = "quantize{scheme=w8a8}"
+    w8a8, columns = "quantize{scheme=w8a8}", "outlier-columns{fraction=0.02 skip=*embed_tokens*}"
     return [
         Row("outliers: f32", "", model=OUTLIERS),
         Row("outliers: w8a8 rtn", w8a8, model=OUTLIERS),
         Row("outliers: w8a8 smooth", f"smooth,{w8a8}", model=OUTLIERS),
-        Row("outliers: w8a8 outlier columns", f"outlier-columns{{fraction=0.02 skip=*embed_tokens*}},{w8a8}", model=OUTLIERS),
+        Row("outliers: w8a8 outlier columns", f"{columns},{w8a8}", model=OUTLIERS),
     ]
 
 
@@ -88,6 +102,7 @@ ROWS: tuple[Row, ...] = (
     *methods("w3a16", 128),
     *outliers(),
     *smoothing(),
+    *mixed(),
     *other_formats(),
     *methods("w2a16", 64),
     *methods("w4a16", 64),
