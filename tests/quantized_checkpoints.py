@@ -231,10 +231,10 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
     return blocks.reshape(rows, -1)
 
 
-def gguf_config(architecture: str = "llama") -> Any:
+def gguf_config(architecture: str = "llama", vocabulary: int = VOCAB) -> Any:
     kinds = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "qwen3": hf.Qwen3Config}
     return kinds[architecture](
-        vocab_size=VOCAB, hidden_size=GGUF_HIDDEN, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=GGUF_HIDDEN, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=False, rms_norm_eps=1e-5,
     )  # fmt: skip
@@ -245,11 +245,12 @@ def side_by_side(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
-def gguf_file(path: Path, kind: str = "Q4_0", architecture: str = "llama", add: Callable[[Any], Any] | None = None) -> Any:
+def gguf_file(path: Path, kind: str = "Q4_0", architecture: str = "llama", add: Callable[[Any], Any] | None = None,
+              vocabulary: int = VOCAB) -> Any:  # fmt: skip
     """A file whose matrices have the type ``kind``, and a dense model with the same weights."""
     import gguf
 
-    config = gguf_config(architecture)
+    config = gguf_config(architecture, vocabulary)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     writer = gguf.GGUFWriter(path, architecture)
     settings = {

@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 CULPRIT = 3
 
-ModelArg = Annotated[Path, typer.Argument(help="A Hugging Face folder or a compiled artifact.")]
+ModelArg = Annotated[Path, typer.Argument(help="A Hugging Face folder, a GGUF file or a compiled artifact.")]
 PassesOption = Annotated[str, typer.Option("--passes", "-p", help="A pipeline: O0..O3, w8a16, or a comma list of passes.")]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="native, x86-64-v3, cpu{arch=znver5}, ...")]
 LengthOption = Annotated[int | None, typer.Option("--max-length", help="Capacity of the KV cache in tokens.")]
@@ -114,7 +114,7 @@ def compile(
     calibration_window: WindowOption = CALIBRATION_WINDOW,
     sensitivity: SensitivityOption = False,
 ) -> None:
-    """Compile a Hugging Face folder to an artifact."""
+    """Compile a Hugging Face folder or a GGUF file to an artifact."""
     import tilewright
     from tilewright.inspection import sensitivity_table
 
@@ -221,7 +221,7 @@ def read_module(source: Path) -> Module:
     from tilewright.ir import parse_module
     from tilewright.ir import verify as check
 
-    if source.is_dir():
+    if source.is_dir() or source.suffix == ".gguf":
         from tilewright.frontend import trace_folder
 
         return trace_folder(source)

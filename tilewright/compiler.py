@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,15 +16,13 @@ import numpy as np
 from tilewright.bisect import copy_of, random_inputs
 from tilewright.calibration_data import Calibration
 from tilewright.codegen.build import Build
-from tilewright.codegen.emitters import FAMILIES, refusals
 from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import CpuTarget, parse_target
-from tilewright.ir import CheckpointError, Module, PassError, TilewrightError, ops, verify
+from tilewright.fallbacks import lower_refused
+from tilewright.ir import CheckpointError, Module, PassError, TilewrightError
 from tilewright.layer_errors import layer_errors, sample_of
 from tilewright.passes.base import PassContext
-from tilewright.passes.fuse import unfuse
 from tilewright.passes.pipeline import Pipeline, PipelineReport
-from tilewright.passes.plan_memory import PlanMemory
 from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter, refuse_foreign
@@ -59,7 +58,7 @@ def compile(
     """Compile a model.
 
     ``model`` is an ``nn.Module`` (with example ``args`` and ``kwargs``, and ``dynamic`` axes such as
-    ``{"x": {0: "B"}}``), the path of a Hugging Face folder, or a module of our IR. ``passes`` is a pipeline
+    ``{"x": {0: "B"}}``), the path of a Hugging Face folder or a GGUF file, or a module of our IR. ``passes`` is a pipeline
     (``"O2"``, ``"w8a16"``, or a list of passes), ``target`` a CPU (``"native"``, ``"cpu{arch=x86-64-v3}"``).
     ``max_length`` is the capacity of the KV cache in tokens, ``dtype`` the element type to load a folder's weights in.
     ``task="causal-lm"`` says that a module of your own maps token ids ``[B, S]`` to logits ``[B, S, V]`` causally, so that
@@ -102,9 +101,9 @@ def calibration_of(given: Any, folder: Path | None) -> Calibration | None:
 
 def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Any, dtype: str | None
           ) -> tuple[Module, Path | None]:  # fmt: skip
-    """The IR of ``model``, and the folder it came from if it came from one."""
-    if isinstance(model, (str, os.PathLike)) and not Path(model).is_dir():  # asked before torch is imported
-        raise CheckpointError(f"{os.fspath(model)} is not a folder")
+    """The IR of ``model``, and the folder or file it came from if it came from one."""
+    if isinstance(model, (str, os.PathLike)) and not (Path(model).is_dir() or is_gguf(model)):  # before torch is imported
+        raise CheckpointError(f"{os.fspath(model)} is not a folder, and no GGUF file")
     from tilewright import frontend
 
     if isinstance(model, Module):
@@ -112,6 +111,11 @@ def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dyn
     if isinstance(model, (str, os.PathLike)):
         return frontend.trace_folder(os.fspath(model), dtype=dtype), Path(model)
     return frontend.trace(model, tuple(args), dict(kwargs or {}), dynamic=dynamic), None
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a GGUF file, by its name."""
+    return Path(path).suffix == ".gguf" and Path(path).is_file()
 
 
 def with_length(pipeline: Pipeline, length: int | None) -> Pipeline:
@@ -166,7 +170,7 @@ def lower(
         store = KernelStore(default_folder())
         build = Build(module, target, schedules.chosen, schedules.origins, progress=stages.progress, store=store)
         manifest = build.write(writer, {**module.meta, "pipeline": str(pipeline)})
-        carry(source, writer)
+        report.notes += carry(source, writer)
         report.kernels = [asdict(k) for k in build.report.kernels]
         report.weight_bytes = build.report.weight_bytes
         report.cache_bytes = sum(s.k_bytes + s.v_bytes for s in manifest.states)
@@ -181,30 +185,27 @@ def prepare(module: Module, pipeline: Pipeline, target: CpuTarget, options: Mapp
             ) -> tuple[PipelineReport, list[str]]:  # fmt: skip
     """Run the passes on ``module`` (in place), take apart what no kernel can do; gives what they did, and the fallbacks."""
     done = pipeline.run(module, ctx=PassContext(options or {}))
-    return done, unfuse_refused(module, target)
+    return done, lower_refused(module, target)
 
 
-def unfuse_refused(module: Module, target: CpuTarget) -> list[str]:
-    """Take apart the fused kernels that no kernel family lowers whole; gives a line for the report on each."""
-    lines = []
-    for kernel in module.kernels():
-        operations = [op.name for op in kernel.body[:-1] if not isinstance(op, ops.Reshape)]
-        reasons = refusals(kernel, target)
-        if len(operations) > 1 and len(reasons) == len(FAMILIES):
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            lines.append(f"{' '.join(operations)} ({kernel.body[0].loc.describe()}) run one by one: {why}")
-            unfuse(module, kernel.name)
-    if lines:
-        PlanMemory().run(module, PassContext())
-        verify(module)
-    return lines
+def carry(source: Path | None, writer: ArtifactWriter) -> list[str]:
+    """Copy the tokenizer and configuration of the model's folder as they are; those of a GGUF file are made of it.
 
+    Gives what could not be made, for the report.
+    """
+    if source is None:
+        return []
+    with tempfile.TemporaryDirectory(prefix="tilewright-") as made:
+        notes, folder = [], source
+        if is_gguf(source):
+            from tilewright.frontend.quantized.gguf_model import write_files
 
-def carry(source: Path | None, writer: ArtifactWriter) -> None:
-    """Copy the tokenizer and configuration of the model's folder as they are."""
-    for name in _CARRIED if source is not None else ():
-        if (source / name).is_file():  # type: ignore[operator]
-            writer.copy(name, source / name)  # type: ignore[operator]
+            folder = Path(made)
+            notes = [f"import: {line}" for line in write_files(source, folder)]
+        for name in _CARRIED:
+            if (folder / name).is_file():
+                writer.copy(name, folder / name)
+    return notes
 
 
 @dataclass
