@@ -71,9 +71,9 @@ class Dequantize(Op):
     """``(codes - zero) * scale`` or ``codes * scale + offset``: codes ``[..., K]``, the others ``[..., G]``.
 
     Each scale, zero and offset is for K / G neighbours. Codes i8, i4, i3, i2 and floats of 8 and 4 bits are symmetric;
-    u8, u4, u3, u2 have a ``zero`` (u8) or an ``offset`` (f32, as GGUF's Q4_K has). The scale is f32, f16, or f8e8m0, a power
-    of two. ``G = 1`` with rows of weights is a scale an output channel, with activations a scale a token. The result is
-    ``dtype``, rounded once. With f4e2m1, f8e8m0 and groups of 32 that is MXFP4 (OCP Microscaling Formats 1.0).
+    u8, u4, u3, u2 have a ``zero`` (u8) or an ``offset`` (f32, as GGUF's Q4_K has). The scale is f32, f16, or f8e8m0, a
+    power of two. ``G = 1`` with rows of weights is a scale an output channel, with activations a scale a token. The result
+    is ``dtype``, rounded once. With f4e2m1, f8e8m0 and groups of 32 that is MXFP4 (OCP Microscaling Formats 1.0).
     """
 
     name = "quant.dequantize"
