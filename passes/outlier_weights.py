@@ -19,7 +19,7 @@ from tilewright.passes.calibration.channels import channel_statistics
 from tilewright.passes.match import replace
 from tilewright.passes.outlier_columns import gated
 from tilewright.passes.selection import check_patterns, left_alone
-from tilewright.passes.weights import as_weight, derive_together
+from tilewright.passes.weights import as_weight, derive, derive_together
 
 _ROWS_AT_ONCE = 1 << 22  # elements that are looked at at a time
 Parts = tuple[Weight, ...]
@@ -85,12 +85,13 @@ class _Work:
             n, k = map(int, weight.shape)
             count = max(1, round(k * self.options.fraction))
             types = {
-                f"{weight.name}.rest": weight.tensor,
                 f"{weight.name}.values": TensorType((n, count), weight.dtype),
                 f"{weight.name}.columns": TensorType((n, count), DType.i16 if k <= 1 << 15 else DType.i32),
             }
-            make = partial(split, count=count, sizes=self.sizes.get(weight.name))
-            self.done[weight] = derive_together(self.rw.module, types, weight, make)
+            options = {"count": count, "sizes": self.sizes.get(weight.name)}
+            # apart, so that nothing keeps the large one while the small ones are asked for
+            rest = derive(self.rw.module, f"{weight.name}.rest", weight.tensor, [weight], partial(without, **options))
+            self.done[weight] = (rest, *derive_together(self.rw.module, types, weight, partial(outliers, **options)))
         return self.done[weight]
 
     def product(self, b: Builder, x: Value, parts: Parts, bias: Value | None) -> Value:
@@ -99,19 +100,26 @@ class _Work:
         return b.add(ops.Add(b.add(ops.Linear(x, rest, bias)), b.add(ops.SparseLinear(x, values, columns))))
 
 
-def split(weight: Any, count: int, sizes: Any = None) -> tuple[Any, Any, Any]:
-    """``weight`` ``[N, K]`` with 0 for the ``count`` largest of each row; these, and their columns, ``[N, count]``.
-
-    ``sizes`` f32 ``[K]``: what magnitudes are multiplied with before they are compared. Columns ascend.
-    """
-    n, k = weight.shape
+def without(weight: Any, count: int, sizes: Any = None) -> Any:
+    """``weight`` ``[N, K]`` with 0 for what :func:`outliers` takes."""
     rest = weight.copy()
-    columns = np.empty((n, count), np.int16 if k <= 1 << 15 else np.int32)
+    np.put_along_axis(rest, columns_of(weight, count, sizes), 0, 1)
+    return rest
+
+
+def outliers(weight: Any, count: int, sizes: Any = None) -> tuple[Any, Any]:
+    """The ``count`` largest of each row of ``weight`` ``[N, K]``, and their columns in ascending order: ``[N, count]``."""
+    columns = columns_of(weight, count, sizes)
+    return np.take_along_axis(weight, columns, 1), columns.astype(np.int16 if weight.shape[1] <= 1 << 15 else np.int32)
+
+
+def columns_of(weight: Any, count: int, sizes: Any = None) -> Any:
+    """The columns of the ``count`` largest of each row; ``sizes`` f32 ``[K]`` multiply magnitudes before that."""
+    n, k = weight.shape
+    found = np.empty((n, count), np.int64)
     step = max(1, _ROWS_AT_ONCE // k)
     for start in range(0, n, step):
         block = np.abs(weight[start : start + step].astype(np.float32))
         block *= 1 if sizes is None else sizes
-        columns[start : start + step] = np.sort(np.argpartition(block, k - count, axis=1)[:, k - count :], axis=1)
-    values = np.take_along_axis(weight, columns.astype(np.int64), 1)
-    np.put_along_axis(rest, columns.astype(np.int64), 0, 1)
-    return rest, values, columns
+        found[start : start + step] = np.sort(np.argpartition(block, k - count, axis=1)[:, k - count :], axis=1)
+    return found

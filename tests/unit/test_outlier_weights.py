@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tilewright.ir import ArraySource, Module, PassError, interpret, ops, parse_module
-from tilewright.passes.outlier_weights import split
+from tilewright.passes.outlier_weights import outliers, without
 from tilewright.passes.pipeline import Pipeline
 
 TEXT = """
@@ -59,7 +59,7 @@ def test_three_bits_lose_less_without_outliers() -> None:
 
 def test_the_largest_of_each_row_are_taken() -> None:
     weight = np.random.default_rng(1).standard_normal((5, 40)).astype(np.float32)
-    rest, values, columns = split(weight, 3)
+    rest, (values, columns) = without(weight, 3), outliers(weight, 3)
     for row, left, taken, at in zip(weight, rest, values, columns):
         assert set(at) == set(np.argsort(np.abs(row))[-3:])
         assert (np.diff(at) > 0).all()
@@ -69,7 +69,7 @@ def test_the_largest_of_each_row_are_taken() -> None:
 
 def test_inputs_decide_with_them() -> None:
     weight, sizes = np.ones((2, 4), np.float32), np.array([1, 9, 2, 3], np.float32)
-    assert split(weight, 2, sizes)[2].tolist() == [[1, 3]] * 2
+    assert outliers(weight, 2, sizes)[1].tolist() == [[1, 3]] * 2
 
 
 def test_wrong_options_and_names() -> None:
