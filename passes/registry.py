@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "outlier-weights": "outlier_weights:OutlierWeights",
     "plan-memory": "plan_memory:PlanMemory",
     "quantize": "quantize:Quantize",
+    "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
 }
 """name -> ``file:class`` in this package."""

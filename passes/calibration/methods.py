@@ -52,6 +52,10 @@ class Method(ABC):
     def make(self, name: str) -> Make:
         """How the arrays of a weight that no calibration reached are computed, when the artifact is written."""
 
+    def arrays(self, weight: Array, inputs: Sequence[Array], name: str) -> Sequence[Array]:
+        """The arrays of one weight ``[N, K]`` whose layer gets ``inputs``, now."""
+        return self.make(name)(weight)
+
     def sources(self, module: Module, ctx: PassContext, layers: Layers) -> Sources:
         """Where the arrays of each weight come from that calibration reached. Raises PassError for missing data."""
         return {}
@@ -71,6 +75,9 @@ class Clip(Method):
 
     def make(self, name: str) -> Make:
         return partial(clipped, self.format, name=name)
+
+    def arrays(self, weight: Array, inputs: Sequence[Array], name: str) -> Sequence[Array]:
+        return clipped(self.format, weight, moments(inputs).square, name)
 
     def sources(self, module: Module, ctx: PassContext, layers: Layers) -> Sources:
         if ctx.options.get(OPTION) is None:
@@ -104,10 +111,16 @@ class Compensated(Method):
     def make(self, name: str) -> Make:
         return partial(round_to_nearest, self.format, name=name)
 
+    @property
+    def gptq(self) -> Gptq:
+        return Gptq(self.format, self.settings.damping, self.settings.order, self.settings.clip)
+
+    def arrays(self, weight: Array, inputs: Sequence[Array], name: str) -> Sequence[Array]:
+        return self.gptq.round(weight, hessian(inputs), name)[0]
+
     def sources(self, module: Module, ctx: PassContext, layers: Layers) -> Sources:
         function, batches = calibration(module, ctx, "gptq")
-        settings = self.settings
-        work = _Compensation(Gptq(self.format, settings.damping, settings.order, settings.clip), layers)
+        work = _Compensation(self.gptq, layers)
         stream(function, batches, work.visit, [op for op in layers if op.parent is function])
         if work.errors:
             worst = max(work.errors, key=lambda name: work.errors[name])

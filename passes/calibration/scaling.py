@@ -46,4 +46,9 @@ def scale_channels(module: Module, ctx: PassContext, name: str, skip: Sequence[s
         fold(module, site, scales[op])
         rw.changed += 1
     ctx.take(rw)
+    reasons: dict[str, list[str]] = {}
+    for left in rw.skips:
+        reasons.setdefault(left.reason, []).append(left.loc.module or left.op)
+    for reason, places in reasons.items():
+        ctx.note(f"{len(places)} stay as they are, {places[0]} first: {reason}")
     return len(sites)

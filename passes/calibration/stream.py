@@ -20,6 +20,8 @@ Layer = ops.Linear | ops.GatedLinear
 LAYERS = (ops.Linear, ops.GatedLinear)
 Visit = Callable[[Layer, Sequence[Array]], Mapping[Value, Array] | None]
 """Sees a linear layer and its inputs, an array a micro-batch; may give values to go on with in place of its weights."""
+Replaced = Mapping[Value, Callable[[], Array]]
+"""What makes the numbers, f32, that linear layers take in place of a weight's."""
 
 
 def stream(function: Function, batches: Sequence[Batch], visit: Visit, wanted: Collection[Op]) -> None:
@@ -32,13 +34,17 @@ def stream(function: Function, batches: Sequence[Batch], visit: Visit, wanted: C
 class Stream:
     """A run of ``function`` over ``batches`` that stops in front of each layer among ``wanted``.
 
-    Without ``wanted`` the whole function runs, stops nowhere, and :meth:`results` gives what it returns.
+    Without ``wanted``, or with the return among them, the whole function runs, and :meth:`results` gives what it returns.
+    Linear layers take what ``replaced`` gives in place of their weights.
     """
 
-    def __init__(self, function: Function, batches: Sequence[Batch], wanted: Collection[Op] = ()) -> None:
+    def __init__(
+        self, function: Function, batches: Sequence[Batch], wanted: Collection[Op] = (), replaced: Replaced | None = None
+    ) -> None:
         self.wanted = frozenset(wanted)
+        self.replaced = dict(replaced or {})
         self.body = _needed(function, self.wanted)
-        self.returns = function.returns if not wanted else ()
+        self.returns = function.returns if not wanted or function.terminator in self.wanted else ()
         self.at = 0
         args = [[batch[a.name or ""] for a in function.args] for batch in batches]
         self.envs = [Env(bind_dims(function.args, values)) for values in args]
@@ -46,10 +52,11 @@ class Stream:
         self.left = _uses(self.body, self.returns)
         self.constants = _constants(self.body)
 
-    def fork(self) -> Stream:
-        """A run that stands where this one stands and goes its own way; the arrays are shared."""
+    def fork(self, replaced: Replaced) -> Stream:
+        """A run that stands where this one stands and goes on with ``replaced``, stopping nowhere; arrays are shared."""
         twin = object.__new__(Stream)
         twin.__dict__ |= self.__dict__
+        twin.wanted, twin.replaced = frozenset(), dict(replaced)
         twin.known = {value: list(arrays) for value, arrays in self.known.items()}
         twin.left = dict(self.left)
         return twin
@@ -79,7 +86,8 @@ class Stream:
         """Run the operation that the run stands in front of; ``changes`` replace its weights."""
         op = self.body[self.at]
         self.at += 1
-        fixed = _loaded(op, changes or {})
+        found = {v: make() for v, make in self.replaced.items() if v in op.operands and isinstance(op, LAYERS)}
+        fixed = _loaded(op, found | dict(changes or {}))
         dying = self.dying(op)
         if op.results and any(self.left.get(r) for r in op.results):
             self.run(op, fixed, dying)
@@ -109,8 +117,8 @@ class Stream:
 
 
 def _needed(function: Function, wanted: frozenset[Op]) -> list[Op]:
-    """The operations that the wanted ones depend on and they themselves; all when none is wanted."""
-    if not wanted:
+    """The operations that the wanted ones depend on and they themselves; all when none is wanted, or a return is."""
+    if not wanted or function.terminator in wanted:
         return [op for op in function.body if not isinstance(op, Return)]
     found: list[Op] = []
     values: set[Value] = set()

@@ -127,19 +127,21 @@ def test_a_value_goes_after_its_last_use() -> None:
 
 
 def test_forks_go_their_own_way() -> None:
-    module, batches = decoder(), ids((2, 5))
+    module, batches = decoder(), ids((2, 5), (1, 4))
     function = module.functions["forward"]
-    want = interpret(module, "forward", batches[0])[0]
-    run = Stream(function, batches)
-    run.wanted = frozenset(layers_of(module))
+    layers = layers_of(module)
+    want = [interpret(module, "forward", batch)[0] for batch in batches]
+    zeros = {layers[2].weight: lambda: np.zeros(layers[2].weight.shape, np.float32)}
+    run = Stream(function, batches, [*layers, function.terminator])
+    changed: list[Array] = []
     for layer in run:
-        if layer is layers_of(module)[2]:
-            twin = run.fork()
-            twin.wanted = frozenset()
-            twin.step({layer.weight: np.zeros(layer.weight.shape, np.float32)})
-            assert np.abs(twin.results()[0][0] - want).max() > 1e-3
-        run.step()
-    np.testing.assert_array_equal(run.results()[0][0], want)
+        if layer is layers[2]:
+            changed = run.fork(zeros).results()[0]
+    for got, plain, other in zip(run.results()[0], want, Stream(function, batches, replaced=zeros).results()[0]):
+        np.testing.assert_array_equal(got, plain)
+        assert np.abs(other - plain).max() > 1e-3
+    for got, other in zip(changed, Stream(function, batches, replaced=zeros).results()[0], strict=True):
+        np.testing.assert_array_equal(got, other)
 
 
 # ---- what is recorded --------------------------------------------------------------------------------------------
