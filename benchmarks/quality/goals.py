@@ -70,5 +70,10 @@ GOALS = (
     better("mixed precision better than uniform at equal bytes, GPTQ", "mixed 3.125 bits greedy gptq", "w3a16 g128 gptq"),
     better("codebook better than plain at 3 bits", "codebook3", "w3a16 g128 rtn"),
 )
-ENCODER_GOALS = (cosine("w8a8: mean cosine at least 0.999", "w8a8", 0.999),
-                 cosine("w4: mean cosine at least 0.99", "w4a16 g32", 0.99))  # fmt: skip
+ENCODER_GOALS = (
+    cosine("w8a8: mean cosine at least 0.999", "w8a8", 0.999),
+    cosine("w8a8 with outlier columns: at least 0.999", "w8a8 outlier columns", 0.999),
+    cosine("w4: mean cosine at least 0.99", "w4a16 g32", 0.99),
+    cosine("w4 with GPTQ: at least 0.99", "w4a16 g32 gptq", 0.99),
+    cosine("w4 and eight-bit activations, smoothed, GPTQ: at least 0.99", "w4a8 g32 smooth, gptq", 0.99),
+)

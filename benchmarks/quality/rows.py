@@ -114,10 +114,15 @@ REFERENCE, BASE = ROWS[0].name, ROWS[1].name
 
 ENCODER: tuple[Row, ...] = (
     Row("w8a8", "quantize{scheme=w8a8}"),
+    Row("w8a8 smooth", "smooth,quantize{scheme=w8a8}"),
+    Row("w8a8 outlier columns", "outlier-columns{fraction=0.01},quantize{scheme=w8a8}"),
+    Row("w8a8 smooth, outlier columns", "smooth,outlier-columns{fraction=0.01},quantize{scheme=w8a8}"),
+    Row("w8a8 smooth, outlier columns, gptq", "smooth,outlier-columns{fraction=0.01},quantize{scheme=w8a8 method=gptq}"),
     Row("w8a16", "quantize{scheme=w8a16}"),
     Row("w4a16 g32", f"{HEAD16},quantize{{scheme=w4a16 group=32 layers=body}}"),
     Row("w4a16 g32 gptq", f"{HEAD16},quantize{{scheme=w4a16 group=32 layers=body method=gptq}}"),
     Row("w4a16 g128", f"{HEAD16},quantize{{scheme=w4a16 group=128 layers=body}}"),
     Row("w4a8 g32", f"{HEAD8},quantize{{scheme=w4a8 group=32 layers=body}}"),
+    Row("w4a8 g32 smooth, gptq", f"smooth,{HEAD8},quantize{{scheme=w4a8 group=32 layers=body method=gptq}}"),
 )
 """Rows of MiniLM, against f32."""
