@@ -146,7 +146,7 @@ class Build:
         with out.weights(plan) as stream:
             for i, ((weight, packing), spec) in enumerate(zip(wanted, specs)):
                 self.progress("weights", i, len(wanted))
-                stream.write(spec.name, pack(weight.load(), packing))
+                stream.write(spec.name, pack(weight.load(), packing, weight.dtype))
                 weight.release()
                 kind = packing.split("{")[0] or "plain"
                 self.report.weight_bytes[kind] = self.report.weight_bytes.get(kind, 0) + spec.size

@@ -9,7 +9,7 @@ from importlib import import_module
 import numpy as np
 
 from tilewright.codegen.kernel import Emitter
-from tilewright.codegen.packing import parse_packing
+from tilewright.codegen.packing import code_planes, parse_packing
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import CodegenError, DType, Function, TensorType, canonical
 
@@ -56,29 +56,33 @@ def choose(kernel: Function, target: CpuTarget) -> Emitter:
 def packed_spec(type: TensorType, packing: str) -> tuple[str, tuple[int, ...]]:
     """Element type and shape that a weight of ``type`` is stored with under ``packing``.
 
-    ``""`` is row-major; integers of four bits lie two a byte there, the first of a pair in the low half.
+    ``""`` is row-major, several codes of few bits a byte (see `pack_codes`).
     """
     if not packing and type.dtype.bits < 8:
-        return "u8", (-(-math.prod(map(int, type.shape)) // 2),)
+        count = math.prod(map(int, type.shape))
+        return "u8", (sum(-(-count // (8 // bits)) for bits in code_planes(type.dtype.bits)),)
     if not packing:
         return type.dtype.value, tuple(map(int, type.shape))
     layout = parse_packing(packing)
     return layout.stored, layout.shape
 
 
-def pack(array: np.ndarray, packing: str) -> np.ndarray:
-    """``array`` in the layout that ``packing`` names."""
+def pack(array: np.ndarray, packing: str, dtype: DType) -> np.ndarray:
+    """``array`` of ``dtype`` in the layout that ``packing`` names."""
     if packing:
         return parse_packing(packing).pack(array)
-    if array.dtype in (DType.i4.np, DType.u4.np):
-        return pack_nibbles(array)
-    return np.ascontiguousarray(array)
+    return pack_codes(array, dtype.bits) if dtype.bits < 8 else np.ascontiguousarray(array)
 
 
-def pack_nibbles(array: np.ndarray) -> np.ndarray:
-    """Integers of four bits, row-major, two a byte: the first of a pair in the low half."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8) & 15
-    low, high = flat[::2], flat[1::2]
-    packed = low.copy()
-    packed[: len(high)] |= high << 4
-    return packed
+def pack_codes(array: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of ``bits``, row-major, as many as fit in a byte, the first in the lowest bits.
+
+    Of codes of 3 bits come first the lower two of all, four a byte, and then the highest, eight a byte.
+    """
+    flat, parts, shift = np.ascontiguousarray(array).reshape(-1).view(np.uint8), [], 0
+    for plane in code_planes(bits):
+        apart = 8 // plane
+        part = np.pad((flat >> np.uint8(shift)) & np.uint8((1 << plane) - 1), (0, -len(flat) % apart))
+        parts.append(np.bitwise_or.reduce([part[i::apart] << np.uint8(plane * i) for i in range(apart)]))
+        shift += plane
+    return np.concatenate(parts)

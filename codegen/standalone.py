@@ -67,7 +67,7 @@ class StandaloneKernel:
                 caches[arg] = tuple(map(aligned_copy, cache_layout(arg.type, self.target).write(*value)))  # type: ignore[assignment]
                 buffers += caches[arg]
             else:
-                buffers.append(aligned_copy(pack(value, self.code.packing.get(i, ""))))
+                buffers.append(aligned_copy(pack(value, self.code.packing.get(i, ""), arg.dtype)))
         outputs = {v: aligned([eval_dim(d, dims) for d in v.shape], v.dtype.np)
                    for v in self.kernel.returns if not isinstance(v.type, KVType)}  # fmt: skip
         scratch = [aligned([eval_dim(size, dims)], np.dtype(np.uint8)) for size in self.code.scratch]

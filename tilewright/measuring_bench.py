@@ -152,7 +152,7 @@ class Bench:
         arg = self.subject.kernel.args[index]
         if isinstance(arg.type, KVType):
             return self._copied(self.cache_before(index))
-        array = as_aligned(pack(self.inputs[index], ""))
+        array = as_aligned(pack(self.inputs[index], "", arg.dtype))
         once = self.copies == 1 or not self.subject.is_constant(index)
         return [(array,)] * self.copies if once else self._copied([array])
 

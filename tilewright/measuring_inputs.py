@@ -28,7 +28,13 @@ _POSITIVE = (ops.Log, ops.Log1p, ops.Sqrt, ops.Rsqrt, ops.Reciprocal)
 _DIVIDES = (ops.Div, ops.FloorDiv, ops.Mod)
 _WEIGHTS = ("weight", "bias", "gate", "up", "table", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias")
 _FAN_IN = ("weight", "gate", "up", "gate_up", "down")
-_CODES = {DType.i8: (-127, 128), DType.u8: (0, 256), DType.i4: (-8, 8), DType.u4: (0, 16)}
+_CODES = {
+    **{d: (0, 1 << d.bits) for d in (DType.u8, DType.u4, DType.u3, DType.u2)},
+    **{d: (-(1 << d.bits - 1), 1 << d.bits - 1) for d in (DType.i4, DType.i3, DType.i2)},
+    DType.i8: (-127, 128),
+}
+_DECODING = (ops.Dequantize, ops.Lookup, ops.Expand)
+_MOST_STEP = 16  # of codes that expand to i8
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def roles(value: Value) -> Iterator[Role]:
             for at, operand in enumerate(given if isinstance(given, tuple) else (given,)):
                 if operand is value:
                     yield Role(op, field.name, at)
-                    if isinstance(op, (*_MOVES, ops.Dequantize)):
+                    if isinstance(op, (*_MOVES, *_DECODING)):
                         yield from roles(op.result)
 
 
@@ -128,17 +134,15 @@ def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
     if arg.dtype is DType.bool:
         share = 0.875 if any(r.field in ("mask", "padding") for r in found) else 0.5
         return tiled(rng.random, shape, lambda numbers: numbers < share)
-    if arg.dtype.is_float:
+    if arg.dtype.is_float or arg.dtype.is_narrow_float:
         return _floats(subject, arg, shape, found, rng)
     low, high = _range(subject, arg, shape, found)
     return tiled(lambda count: rng.integers(low, high, count), shape, lambda numbers: numbers.astype(arg.dtype.np))
 
 
 def _floats(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role], rng: np.random.Generator) -> Array:
-    if scale := next((r for r in found if isinstance(r.op, ops.Dequantize) and r.field == "scale"), None):
-        low, high = _CODES[scale.op.codes.dtype]  # type: ignore[attr-defined]
-        fan = math.sqrt(subject.shape(scale.op.codes)[-1])  # type: ignore[attr-defined]
-        return uniform(rng, shape, arg.dtype, 2 / ((high - low) * fan))
+    if part := next((r for r in found if isinstance(r.op, _DECODING)), None):
+        return _decoded(subject, arg, shape, part, rng)
     if any(isinstance(r.op, _POSITIVE) or (isinstance(r.op, _DIVIDES) and r.field == "b")
            or (isinstance(r.op, ops.Pow) and r.field == "a") for r in found):  # fmt: skip
         return uniform(rng, shape, arg.dtype, 1.0)
@@ -148,13 +152,28 @@ def _floats(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role
     return normal(rng, shape, arg.dtype, 1 / math.sqrt(max(fan, 1)))
 
 
+def _decoded(subject: Subject, arg: Value, shape: Sequence[int], part: Role, rng: np.random.Generator) -> Array:
+    """Part of a quantized tensor whose numbers are to be about one over the root of their count in a row."""
+    op = part.op
+    codes: Value = op.codes  # type: ignore[attr-defined]
+    spread = 1 / math.sqrt(subject.shape(codes)[-1])
+    if part.field == "codes":
+        return normal(rng, shape, arg.dtype)
+    if part.field == "table":
+        return normal(rng, shape, arg.dtype, spread if op.scale is None else 1.0)  # type: ignore[attr-defined]
+    low, high = _CODES.get(codes.dtype, (-1, 1)) if isinstance(op, ops.Dequantize) else (-1, 1)
+    return uniform(rng, shape, arg.dtype, 2 * spread / (high - low))
+
+
 def _range(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role]) -> tuple[int, int]:
     """The range of an integer argument, without its end."""
     for role in found:
-        if isinstance(role.op, ops.Dequantize) and role.field == "codes":
+        if isinstance(role.op, _DECODING) and role.field == "codes":
             return _CODES[arg.dtype]
-        if isinstance(role.op, ops.Dequantize) and role.field == "zero":
+        if isinstance(role.op, (ops.Dequantize, ops.Expand)) and role.field == "zero":
             return _CODES[role.op.codes.dtype]
+        if isinstance(role.op, ops.Expand) and role.field == "scale":
+            return 1, _MOST_STEP + 1
         if isinstance(role.op, (ops.Append, ops.Attend)) and role.field == "start":
             return positions(subject, role.op)
         if isinstance(role.op, _DIVIDES) and role.field == "b":

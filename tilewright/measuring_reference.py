@@ -29,7 +29,8 @@ _ROUNDED_OTHERWISE = {DType.f64: 0.001, DType.f32: 0.01, DType.f16: 0.1, DType.b
 def narrowest(kernel: Function) -> DType:
     """The narrowest float that the kernel computes with; scales of codes are only read."""
     values = [*kernel.args, *(r for op in kernel.body for r in op.results)]
-    scales = {op.scale for op in kernel.body if isinstance(op, ops.Dequantize)}
+    scales = {op.scale for op in kernel.body if isinstance(op, (ops.Dequantize, ops.Lookup))}
+    scales |= {op.table for op in kernel.body if isinstance(op, ops.Lookup)}
     found = {v.dtype for v in values if v not in scales}
     return next((d for d in _WIDEST if d in found), DType.f32)
 
@@ -118,5 +119,5 @@ def _all(subject: Subject, results: Sequence[Any]) -> list[tuple[Expected, ...]]
         if isinstance(value.type, KVType):
             found.append(tuple(Expected.of(a, narrow) for a in subject.layout(value).write(*result)))
         else:
-            found.append((Expected.of(pack(result, ""), narrow, codes and value.dtype is DType.i8),))
+            found.append((Expected.of(pack(result, "", value.dtype), narrow, codes and value.dtype is DType.i8),))
     return found

@@ -21,6 +21,7 @@ from tilewright.measuring_inputs import Array, Operand, Subject
 _LARGE = 1 << 25
 """Elements of weights up to which all features are computed."""
 _ENDS, _DRAWN = 256, 2048
+_DECODING = (ops.Dequantize, ops.Lookup, ops.Expand)
 _FEATURES = ("weight", "gate", "up", "bias", "gate_bias", "up_bias")
 
 
@@ -64,11 +65,11 @@ def feature_axes(kernel: Function, made: Value) -> dict[int, int] | None:
     for op in reversed(kernel.body[:-1]):  # back from the layer to the arguments its weights come from
         if op is made.owner:
             carrying |= {v: 0 for f in _FEATURES if (v := getattr(op, f, None)) is not None}
-        elif isinstance(op, ops.Dequantize) and op.result in carrying:
-            carrying |= {v: 0 for v in op.operands}
+        elif isinstance(op, _DECODING) and op.result in carrying:
+            carrying |= {v: 0 for v in op.operands if v.shape[0] != 1}  # a table may be one for all
     for op in kernel.body[:-1]:
         behind = [v for v in op.operands if carrying.get(v) == -1]
-        if op is made.owner or (isinstance(op, ops.Dequantize) and not behind):
+        if op is made.owner or (isinstance(op, _DECODING) and not behind):
             continue
         if not isinstance(op, Elementwise) or not behind:
             return None

@@ -73,8 +73,10 @@ BINARY: dict[type[Op], Callable[[Val, Val], Val]] = {
 
 
 def compute_dtype(dtype: DType) -> str:
-    """The element type that kernels compute in: narrow floats widen to f32, integers of four bits take eight."""
-    return {"bf16": "f32", "f16": "f32", "i4": "i8", "u4": "u8"}.get(dtype.value, dtype.value)
+    """The element type that kernels compute in: narrow floats widen to f32, integers of four bits or fewer take eight."""
+    if dtype in (DType.bf16, DType.f16) or dtype.is_narrow_float:
+        return "f32"
+    return f"{dtype.value[0]}8" if dtype.bits < 8 else dtype.value
 
 
 def lowers(op: Op) -> bool:

@@ -16,11 +16,9 @@ import numpy as np
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.linear_codes import CODES, CodeFeed, is_integer, shifted
 from tilewright.codegen.mlir.microkernel import split_bf16
+from tilewright.codegen.mlir.narrow import F8_FACTORS, widen_f8
 from tilewright.codegen.mlir.value import Val, constant, fma, intrinsic, literals, shuffle
 from tilewright.ir.types import DType
-
-FACTORS = {"f8e4m3": 256.0}
-"""What numbers are too small by, for scales to make up for: the exponent of f16 is larger than that of the code."""
 
 
 def meanings(weight: str) -> list[float]:
@@ -124,7 +122,7 @@ class WidenFeed(FloatFeed):
             entries = self.entries or self.widest(literals(meanings(self.weight), "f32"))
             return _pick(self.codes(words, quad, byte, 1, clean=False), entries)
         if not is_integer(self.weight):
-            return _from_f8(words[0], 8 * byte, self.weight)
+            return widen_f8(shifted(words[0], 8 * byte).to("i16"), self.weight)
         signed, drop = words[0] ^ (-0x7F7F7F80 if self.bits == 8 else -0x77777778), 32 - self.bits  # the sign bits flip
         return ((signed << drop - 8 * byte - self.bits * quad) >> drop).to("f32")
 
@@ -172,20 +170,10 @@ def _pick_pairs(indices: Val, table: Val) -> Val:
 
 
 def _pick_magnitudes(codes: Val, weight: str) -> Val:
-    """The floats of 8 bits in the lower halves of 16, as bf16 divided by `FACTORS`: two of vpermi2w pick."""
-    factor = FACTORS.get(weight, 1.0)
+    """The floats of 8 bits in the lower halves of 16, as bf16 divided by `F8_FACTORS`: two of vpermi2w pick."""
+    factor = F8_FACTORS[weight]
     numbers = [float(v) / factor for v in np.arange(128, dtype=np.uint8).view(DType(weight).np)]
     tables = [literals(numbers[i:i + 32], "bf16").bitcast("i16") for i in range(0, 128, 32)]
     pick = partial(intrinsic, "llvm.x86.avx512.vpermi2var.hi.512", "i16", 32)
     small, large = pick(tables[0], codes, tables[1]), pick(tables[2], codes, tables[3])
     return ((codes & 0x40).ne(0).select(large, small) | ((codes << 8) & -0x8000)).bitcast("bf16")
-
-
-def _from_f8(words: Val, bit: int, weight: str) -> Val:
-    """The float of 8 bits at ``bit`` of each word, as f32 divided by `FACTORS`: its bits are also those of an f16."""
-    if weight == "f8e5m2":
-        return (shifted(words, bit - 8).to("i16") & -0x100).bitcast("f16").to("f32")
-    byte = shifted(words, bit).to("i16")
-    number = (byte << 7) & 0x3F80
-    nan = (number + 0x80) & 0x4000  # only the largest code reaches this bit, which makes it a NaN of f16
-    return (number | nan | (byte << 8) & -0x8000).bitcast("f16").to("f32")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.linear_codes import quad_sums
 from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, sum_steps
+from tilewright.codegen.mlir.narrow import widen_f8e8m0
 from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
 from tilewright.codegen.schedule import registers
 from tilewright.codegen.target import CpuTarget
@@ -127,13 +128,10 @@ def keeps_totals(rows: int, vectors: int, target: CpuTarget) -> bool:
 
 
 def load_scales(scales: Buffer, at: Val, lanes: int, factor: float) -> Val:
-    """Scales of a vector of features, as f32 and times ``factor``. Bytes are exponents of two, 255 is no number."""
+    """Scales of a vector of features, as f32 and times ``factor``. Bytes are exponents of two."""
     loaded = scales.load(at, lanes)
-    if scales.dtype == "u8":
-        exponent = loaded.to("i32")
-        bits = (exponent << 23).max(1 << 22)  # the least is no normal number: 2**-127
-        loaded = exponent.eq(255).select(constant(0x7FC00000, "i32", lanes), bits).bitcast("f32")
-    return loaded.to("f32") * factor if factor != 1 else loaded.to("f32")
+    wide = widen_f8e8m0(loaded) if scales.dtype == "u8" else loaded.to("f32")
+    return wide * factor if factor != 1 else wide
 
 
 def load_zeros(zeros: Buffer, at: Val, feed: AnyFeed, bits: int) -> Val:

@@ -8,8 +8,8 @@ from typing import Any
 
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.linear_codes import CODES, is_integer
-from tilewright.codegen.mlir.linear_floats import FACTORS
 from tilewright.codegen.mlir.linear_groups import Groups
+from tilewright.codegen.mlir.narrow import F8_FACTORS
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.packing import AnyPacking, Packing, RowPacking, code_pair
 from tilewright.codegen.schedule import LinearSchedule
@@ -133,7 +133,7 @@ class LinearSpec:
         if self.expands:
             return Groups(self.k, 1, 8)
         size = self.group or self.k
-        return Groups(size, self.k // size if size else 1, self.bits, FACTORS.get(self.weight, 1.0))
+        return Groups(size, self.k // size if size else 1, self.bits, F8_FACTORS.get(self.weight, 1.0))
 
     def schedule(self, target: CpuTarget) -> LinearSchedule:
         """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly.

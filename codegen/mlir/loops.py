@@ -48,14 +48,12 @@ class LoopsEmitter:
         """None when this emitter can lower ``kernel``, else why not."""
         if any(isinstance(value.type, KVType) for value in kernel.args):
             return "a cache is no plain tensor"
-        if unread := [v for v in kernel.args if v.dtype.is_narrow_float or v.dtype.bits < 4]:
-            return f"an argument of {unread[0].dtype.value}"
         for op in kernel.body[:-1]:
             if reason := _op_refusal(op):
                 return reason
         if reason := _foreign(kernel):
             return reason
-        if narrow := [v for v in kernel.returns if v.dtype.bits < 8]:
+        if narrow := [v for v in kernel.returns if v.dtype.bits < 8 or v.dtype.is_narrow_float]:
             return f"a result of {narrow[0].dtype.value}"
         if len({0 in value.shape for value in kernel.returns}) > 1:
             return "some results are empty and some are not"

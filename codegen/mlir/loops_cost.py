@@ -15,7 +15,7 @@ _DEAR = {
     ops.Exp: 8, ops.Log: 8, ops.Log1p: 12, ops.Sin: 10, ops.Cos: 10, ops.Tanh: 12, ops.Sigmoid: 10, ops.Silu: 10,
     ops.Erf: 14, ops.Gelu: 14, ops.GeluTanh: 12, ops.Softplus: 20, ops.Pow: 30, ops.Div: 2, ops.Sqrt: 2, ops.Rsqrt: 4,
     ops.Mod: 20, ops.FloorDiv: 20, ops.Softmax: 14, ops.LayerNorm: 4, ops.RmsNorm: 3, ops.GroupNorm: 4, ops.Rope: 2,
-    ops.Quantize: 4, ops.Dequantize: 3,
+    ops.Quantize: 4, ops.Dequantize: 3, ops.Lookup: 8, ops.Expand: 4,
 }  # fmt: skip
 _DEARER_THAN_A_LOAD = 8
 
@@ -119,6 +119,5 @@ def grain(kernel: Function, tasks: Dim) -> Dim:
 
 def _is_table(value: Value) -> bool:
     """Only some rows are read."""
-    return any(
-        value in rd.tables(user) or (isinstance(user, ops.Dequantize) and _is_table(user.result)) for user in value.users
-    )
+    decoding = (ops.Dequantize, ops.Lookup)
+    return any(value in rd.tables(user) or (isinstance(user, decoding) and _is_table(user.result)) for user in value.users)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.builder import Kernel
 from tilewright.codegen.mlir.loops_eval import Evaluator
-from tilewright.codegen.mlir.loops_index import Index, Poly, Var
+from tilewright.codegen.mlir.loops_index import MOST_KNOWN, Index, Poly, Var
 from tilewright.codegen.mlir.loops_plan import TILE, Group, Plan
+from tilewright.codegen.mlir.loops_quant import stored
 from tilewright.codegen.mlir.loops_shapes import delinear, linear
 from tilewright.codegen.mlir.value import Val
 from tilewright.codegen.target import CpuTarget
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 def build(kernel: Function, plan: Plan, schedule: LoopsSchedule, target: CpuTarget, symbol: str) -> Kernel:
     """The kernel in MLIR, ready to compile."""
     values = [*kernel.args, *kernel.returns]
-    specs = [(f"b{i}", "u8" if value.dtype.bits < 8 else value.dtype.value) for i, value in enumerate(values)]
+    specs = [(f"b{i}", stored(value.dtype)) for i, value in enumerate(values)]
     with Kernel(symbol, target, tuple(kernel.symbols()), specs) as k:
         arguments = dict(zip(kernel.args, k.buffers))
         outputs = dict(zip(kernel.returns, k.buffers[len(kernel.args):]))
@@ -54,7 +56,7 @@ class _Writer:
         count = group.dims[0]
         block = self.plan.block
         last = (k.end * block).min(self.ev.number(count))
-        start = Poly.of(self.ev.variable(0, count, k.begin * block, even=block % 2 == 0))
+        start = Poly.of(self.ev.variable(0, count, k.begin * block, multiple=math.gcd(block, MOST_KNOWN)))
         stop = Poly.of(self.ev.variable(0, count, last))
         self._vectors(group, self.spaces[0], (), group.order, {}, start, stop)
 

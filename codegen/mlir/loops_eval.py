@@ -14,11 +14,11 @@ from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.loops_compute import compute, compute_dtype
 from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, at_most, lane_form, less, substitute_all
-from tilewright.codegen.mlir.loops_quant import Quantized, dequantize
+from tilewright.codegen.mlir.loops_quant import Quantized, decoded
 from tilewright.codegen.mlir.loops_scope import Nest
 from tilewright.codegen.mlir.loops_shapes import linear, size
 from tilewright.codegen.mlir.value import Val, constant, iota, mlir_type, shuffle
-from tilewright.ir import Dim, DType, Value, ops
+from tilewright.ir import Dim, Value, ops
 
 Place = tuple[Value, Index]
 
@@ -60,8 +60,8 @@ class Evaluator(Quantized, Nest):
         if rd.is_plain(op):
             places = rd.reads(op, index, self._pick)
             values = [self.value(*place) for place in places]
-            if isinstance(op, ops.Dequantize):
-                return dequantize(op, values).to(self.dtype(v))
+            if isinstance(op, rd.DECODING):
+                return decoded(op, values).to(self.dtype(v))
             return values[0] if rd.is_move(op) else compute(op, values)
         dtype = self.dtype(op.result)
         match op:
@@ -83,8 +83,8 @@ class Evaluator(Quantized, Nest):
 
     def _load(self, v: Value, index: Index) -> Val:
         buffer = self.buffers[v]
-        if v.dtype.bits < 8:
-            return self.load_nibbles(buffer, linear(index, v.shape), signed=v.dtype is DType.i4)
+        if v.dtype.bits < 8 or v.dtype.is_narrow_float:
+            return self.load_narrow(v, buffer, linear(index, v.shape))
         return self.load(buffer, linear(index, v.shape)).to(self.dtype(v))
 
     def load(self, buffer: Buffer, place: Poly) -> Val:

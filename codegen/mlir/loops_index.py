@@ -7,6 +7,7 @@ linear index of one shape, take it apart by the other"; what cancels, cancels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,7 +66,7 @@ class Var(Atom):
     lanes: int = field(default=0, compare=False)
     mask: Any = field(default=None, compare=False)
     remaining: Any = field(default=None, compare=False)
-    even: bool = field(default=False, compare=False)
+    multiple: int = field(default=1, compare=False)
 
     @property
     def depth(self) -> int:
@@ -344,9 +345,14 @@ def expand(poly: Poly) -> Poly:
     return other if len(other.quotients()) < len(poly.quotients()) else poly
 
 
-def is_even(poly: Poly) -> bool:
-    """Whether the value (at lane 0) can be seen to be even."""
-    return all(factor % 2 == 0 or any(isinstance(a, Var) and a.even for a in atoms) for atoms, factor in poly.terms)
+MOST_KNOWN = 8
+"""The largest divisor that is looked for."""
+
+
+def divisor(poly: Poly) -> int:
+    """The largest power of two, up to `MOST_KNOWN`, that can be seen to divide the value (at lane 0)."""
+    known = [math.prod([factor, *(a.multiple for a in atoms if isinstance(a, Var))]) for atoms, factor in poly.terms]
+    return math.gcd(MOST_KNOWN, *known)
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.builder import Buffer
-from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, is_even, lane_form
+from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, divisor, floor_div, lane_form
 from tilewright.codegen.mlir.loops_rows import Rows, fits_stack, whole
 from tilewright.codegen.mlir.loops_scope import Group
-from tilewright.codegen.mlir.loops_shapes import linear
-from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
-from tilewright.ir import DType, Value, ops
+from tilewright.codegen.mlir.loops_shapes import linear, size
+from tilewright.codegen.mlir.narrow import F8_FACTORS, widen_f4e2m1, widen_f8, widen_f8e8m0
+from tilewright.codegen.mlir.value import Val, constant, fma, literals, shuffle
+from tilewright.codegen.packing import code_planes
+from tilewright.ir import DType, Value, ops, product
 
 _LEVELS = 127.0
 _LARGEST = 2.0**127
@@ -29,18 +31,28 @@ def keeps_row(op: ops.Quantize) -> bool:
     return op.x.owner is not None and fits_stack(op.x)
 
 
-def dequantize(op: ops.Dequantize, values: Sequence[Val]) -> Val:
-    """(codes - zero) * scale, or codes * scale + offset, in f32."""
-    codes, scale, *shift = values
-    number = codes.to("i32")
+def decoded(op: ops.Dequantize | ops.Lookup | ops.Expand, values: Sequence[Val]) -> Val:
+    """What ``op`` makes of codes (or of what they are looked up as), scale and zero or offset: f32, or an i32."""
+    number, *rest = values
+    if isinstance(op, ops.Lookup):
+        return number * rest[0].splat(number.lanes) if rest else number
+    number = number if number.is_float else number.to("i32")
+    scale, *shift = rest
     if op.zero is not None:
         number = number - shift[0].to("i32").splat(number.lanes)
+    if isinstance(op, ops.Expand):
+        return (number * scale.to("i32").splat(number.lanes)).max(-128).min(127)
     product = number.to("f32") * scale.splat(number.lanes)
     return product if op.offset is None else product + shift[0].splat(number.lanes)
 
 
+def stored(dtype: DType) -> str:
+    """Element type of the memory of a tensor: bytes, where the builder has no such type."""
+    return "u8" if dtype.bits < 8 or dtype.is_narrow_float else dtype.value
+
+
 class Quantized(Rows):
-    """The part of the evaluator that quantizes rows, and reads numbers of four bits."""
+    """The part of the evaluator that quantizes rows, and reads numbers of few bits."""
 
     def quantized(self, v: Value, index: Index) -> Val:
         """A code or a scale: ``v`` is one of the results of a `Quantize`."""
@@ -114,26 +126,45 @@ class Quantized(Rows):
         size = whole(op.x.shape[-1], self.lanes) + self.lanes  # the last vector of a group may reach beyond it
         return self.memo((op, "kept", row), depth, lambda: self.kernel.scratch(size, "f32"))
 
-    # --- four bits ----------------------------------------------------------------------------------------------------
+    # --- few bits -----------------------------------------------------------------------------------------------------
 
-    def load_nibbles(self, buffer: Buffer, place: Poly, signed: bool) -> Val:
-        """The number of four bits at ``place``, or a vector of them: as i8 or u8. Two share a byte, the low one first."""
-        var, lanes = place.lane, 0 if place.lane is None else place.lane.lanes
+    def load_narrow(self, v: Value, buffer: Buffer, place: Poly) -> Val:
+        """The number at ``place``, or a vector of them: f32 of floats, i8 or u8 of integers."""
+        dtype, code = v.dtype, self._code(v, buffer, place)
+        if dtype is DType.f4e2m1:
+            return widen_f4e2m1(code)
+        if dtype is DType.f8e8m0:
+            return widen_f8e8m0(code)
+        if dtype.is_narrow_float:
+            return widen_f8(code.to("i16"), dtype.value) * F8_FACTORS[dtype.value]
+        if dtype.value.startswith("u"):
+            return code
+        half = 1 << (dtype.bits - 1)
+        return Val(((code ^ half) - half).ir, "i8", code.lanes)
+
+    def _code(self, v: Value, buffer: Buffer, place: Poly) -> Val:
+        """Its bits, as u8. What codes of 3 bits have above two bits lies behind all of what is below, see `pack_codes`."""
+        if v.dtype.bits == 8:
+            return self.load(buffer, place)
+        low, *high = code_planes(v.dtype.bits)
+        code = self._bits(buffer, place, low)
+        if not high:
+            return code
+        behind = self.number(floor_div(size(product(v.shape)) + (8 // low - 1), 8 // low))
+        return code | self._bits(buffer.at(behind), place, *high) << low
+
+    def _bits(self, buffer: Buffer, place: Poly, bits: int) -> Val:
+        """So many bits for each element, neighbours from the lowest bits of a byte to the highest."""
+        var, apart = place.lane, 8 // bits
         if var is None:
             start = self.number(place)
-            byte, high = buffer.load(start // 2), (start % 2).ne(0)
-            nibbles = high.select(byte >> 4, byte & 15)
+            byte, shift = buffer.load(start // apart).to("i32"), (start % apart).to("i32") * bits
         else:
-            if lane_form(place)[1].constant != 1 or not is_even(place):
+            if lane_form(place)[1].constant != 1 or divisor(place) % apart:
                 raise Complex
-            remaining = None if var.remaining is None else (var.remaining + 1) // 2
-            mask = None if remaining is None else self.kernel.mask(remaining, lanes // 2)
-            pairs = buffer.load(self.number(place) // 2, lanes // 2, mask)
-            nibbles = _interleave(pairs & 15, pairs >> 4)
-        if not signed:
-            return nibbles
-        return Val(((nibbles ^ 8) - 8).ir, "i8", lanes)
-
-
-def _interleave(a: Val, b: Val) -> Val:
-    return shuffle(a, b, [lane // 2 + (a.lanes if lane % 2 else 0) for lane in range(2 * a.lanes)])
+            remaining = None if var.remaining is None else (var.remaining + (apart - 1)) // apart
+            mask = None if remaining is None else self.kernel.mask(remaining, var.lanes // apart)
+            loaded = buffer.load(self.number(place) // apart, var.lanes // apart, mask)
+            byte = shuffle(loaded, loaded, [lane // apart for lane in range(var.lanes)]).to("i32")
+            shift = literals([bits * (lane % apart) for lane in range(var.lanes)], "i32")
+        return (byte.shift_right_logical(shift) & ((1 << bits) - 1)).to("u8")

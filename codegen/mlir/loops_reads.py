@@ -20,6 +20,7 @@ ROWS = (ops.Softmax, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
 FOLDS = (ops.Reduce, ops.ArgMax)
 CREATION = (ops.Full, ops.Iota, ops.SizeOf)
 PIECES = (ops.Concat, ops.Pad)
+DECODING = (ops.Dequantize, ops.Lookup, ops.Expand)
 
 
 def broadcast_index(index: Index, shape: Shape) -> Index:
@@ -66,10 +67,21 @@ def _embedding(op: ops.Embedding, index: Index, pick: Pick) -> list[Read]:
     return [(op.table, (pick(op.indices, index[:-1], op.table.shape[0]), index[-1]))]
 
 
-def _dequantize(op: ops.Dequantize, index: Index, pick: Pick) -> list[Read]:
+def _dequantize(op: ops.Dequantize | ops.Expand, index: Index, pick: Pick) -> list[Read]:
+    return [(op.codes, index), *((v, _group(op.codes, v, index)) for v in op.operands[1:])]
+
+
+def _lookup(op: ops.Lookup, index: Index, pick: Pick) -> list[Read]:
+    row = Poly() if op.table.shape[0] == 1 else index[-2]
+    found = [(op.table, (row, pick(op.codes, index, op.table.shape[1])))]
+    return found if op.scale is None else [*found, (op.scale, _group(op.codes, op.scale, index))]
+
+
+def _group(codes: Value, scale: Value, index: Index) -> Index:
+    """Where the scale of an element is."""
     *lead, at = index
-    group = Poly() if op.scale.shape[-1] == 1 else floor_div(at, int(op.group))
-    return [(op.codes, index), *((v, (*lead, group)) for v in op.operands[1:])]
+    groups = scale.shape[-1]
+    return (*lead, Poly() if groups == 1 else floor_div(at, int(codes.shape[-1]) // int(groups)))
 
 
 _RULES: dict[type[Op], Callable[..., list[Read]]] = {
@@ -82,12 +94,14 @@ _RULES: dict[type[Op], Callable[..., list[Read]]] = {
     ops.GatherND: _gather_nd,
     ops.Embedding: _embedding,
     ops.Dequantize: _dequantize,
+    ops.Expand: _dequantize,
+    ops.Lookup: _lookup,
 }
 
 
 def is_move(op: Op) -> bool:
     """Whether the op hands on one element of one operand."""
-    return type(op) in _RULES and not isinstance(op, ops.Dequantize)
+    return type(op) in _RULES and not isinstance(op, DECODING)
 
 
 def only_moves(kernel: Function) -> bool:

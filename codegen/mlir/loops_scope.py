@@ -6,6 +6,7 @@ what was computed there. ``memo`` asks for the level a value belongs to, and reu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from torch_mlir import ir
 
 from tilewright.codegen.mlir.builder import Kernel, Loop
-from tilewright.codegen.mlir.loops_index import Floor, Mod, Poly, Size, Var, bounds, floor_div, is_even, nonnegative
+from tilewright.codegen.mlir.loops_index import Floor, Mod, Poly, Size, Var, bounds, divisor, floor_div, nonnegative
 from tilewright.codegen.mlir.value import Val, constant
 
 T = TypeVar("T")
@@ -135,14 +136,14 @@ class Nest:
         carry = [value for group in groups for value in group]
         size = len(groups[0])
         end = None if limit is None else self.number(limit)
-        even = is_even(start)
+        multiple = math.gcd(divisor(start), self.lanes)
         with self.loop(self.bound(start), self.bound(stop), self.lanes * len(groups), carry) as loop:
             after: Group = []
             for i in range(len(groups)):
                 at = loop.index + i * self.lanes
                 remaining = None if end is None else end - at
                 mask = None if remaining is None else self.kernel.mask(remaining, self.lanes)
-                var = self.variable(*span, at, self.lanes, mask=mask, remaining=remaining, even=even)
+                var = self.variable(*span, at, self.lanes, mask=mask, remaining=remaining, multiple=multiple)
                 after += body(var, loop.values[i * size:(i + 1) * size])
             if carry:
                 loop.next(*after)

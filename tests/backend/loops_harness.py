@@ -45,7 +45,7 @@ class Native:
                  ) -> list[np.ndarray]:  # fmt: skip
         """The results; ``dims`` are sizes that no input tells."""
         dims = {**(dims or {}), **bind_dims(self.kernel.args, inputs)}
-        args = [_aligned(a) for a in inputs]
+        args = [_aligned(a, v.dtype) for a, v in zip(inputs, self.kernel.args)]
         outs = [_Guarded(v, dims) for v in self.kernel.returns]
         guards = [o.surroundings() for o in outs]
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*args, *(o.array for o in outs))]
@@ -75,9 +75,9 @@ class _Guarded:
         return self.raw[:self.start].tobytes() + self.raw[self.stop:].tobytes()
 
 
-def _aligned(a: np.ndarray) -> np.ndarray:
-    """A copy as the program passes it: 64-byte aligned, integers of four bits two a byte."""
-    a = pack(a, "")
+def _aligned(a: np.ndarray, dtype: DType) -> np.ndarray:
+    """A copy as the program passes it: 64-byte aligned, codes of few bits several a byte."""
+    a = pack(a, "", dtype)
     raw = np.empty(a.nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     out = raw[start:start + a.nbytes].view(a.dtype).reshape(a.shape)
@@ -116,6 +116,10 @@ def random_array(rng: np.random.Generator, shape: Sequence[int], dtype: str, low
         return rng.random(shape) < 0.5
     if kind.is_float:
         return rng.uniform(low, high, shape).astype(kind.np)
+    if kind.is_narrow_float:
+        codes = rng.integers(0, 1 << kind.bits, shape).astype(np.uint8)
+        return (codes % 16 + 118 if kind is DType.f8e8m0 else codes).astype(np.uint8).view(kind.np)
     if kind.bits < 8:
-        return rng.integers(-8 if kind is DType.i4 else 0, 8 if kind is DType.i4 else 16, shape).astype(kind.np)
+        low = -(1 << (kind.bits - 1)) if dtype.startswith("i") else 0
+        return rng.integers(low, low + (1 << kind.bits), shape).astype(kind.np)
     return rng.integers(0 if kind is DType.u8 else int(low) * 3, int(high) * 3 + 1, shape).astype(kind.np)

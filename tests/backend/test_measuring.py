@@ -248,6 +248,24 @@ FAMILIES = {
       %2 = nn.gated_linear(%x, %0, %1) : tensor<Bx48xf32>
       return([%2])
     }""", B=2),
+    "table": workload("""(%x: tensor<Bx64xf32>, %c: tensor<48x64xu4>, %t: tensor<48x16xf16>) {
+      %0 = quant.lookup(%c, %t) : tensor<48x64xf32>
+      %1 = nn.linear(%x, %0) : tensor<Bx48xf32>
+      return([%1])
+    }""", B=2),
+    "two levels": workload("""(%x: tensor<Bx64xi8>, %s: tensor<Bx1xf32>, %c: tensor<48x64xu4>, %g: tensor<48x2xu8>,
+        %z: tensor<48x2xu8>, %t: tensor<48x1xf32>) {
+      %0 = quant.dequantize(%x, %s) : tensor<Bx64xf32>
+      %1 = quant.expand(%c, %g, %z) : tensor<48x64xi8>
+      %2 = quant.dequantize(%1, %t) : tensor<48x64xf32>
+      %3 = nn.linear(%0, %2) : tensor<Bx48xf32>
+      return([%3])
+    }""", B=2),
+    "mxfp4": workload("""(%x: tensor<Bx64xf32>, %c: tensor<48x64xf4e2m1>, %t: tensor<48x2xf8e8m0>) {
+      %0 = quant.dequantize(%c, %t) : tensor<48x64xf32>
+      %1 = nn.linear(%x, %0) : tensor<Bx48xf32>
+      return([%1])
+    }""", B=2),
     "append": workload(f"""(%k: tensor<BxSx2x16xf32>, %v: tensor<BxSx2x16xf32>, %c: {KV.format("f32")},
         %at: tensor<Bxi64>) {{
       %0 = kv.append(%c, %k, %v, %at) : {KV.format("f32")}

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tilewright.codegen.mlir.loops_index import Floor, Mod, Poly, Size, Var, floor_div, is_even, modulo
+from tilewright.codegen.mlir.loops_index import Floor, Mod, Poly, Size, Var, divisor, floor_div, modulo
 
 
 def var(name: str, low: int, high: int) -> Var:
@@ -48,8 +48,10 @@ def test_agrees_with_integers(den):
             assert evaluate(modulo(num, den), values) == number % den
 
 
-def test_even():
-    n, even = Poly.of(Size("N")), Var("v", Poly(), Poly.of(9), even=True)
-    assert is_even(n * 2 + Poly.of(even) * n + 4)
-    assert not is_even(n + Poly.of(even))
-    assert not is_even(Poly.of(even) + 1)
+def test_divisor():
+    n, even = Poly.of(Size("N")), Var("v", Poly(), Poly.of(9), multiple=2)
+    assert divisor(n * 2 + Poly.of(even) * n + 4) == 2
+    assert divisor(n + Poly.of(even)) == 1
+    assert divisor(Poly.of(even) + 1) == 1
+    assert divisor(n * 12 + Poly.of(even) * 4) == 4
+    assert divisor(Poly.of(48)) == divisor(Poly()) == 8
