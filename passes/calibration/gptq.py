@@ -8,7 +8,8 @@ With ``order`` columns go by falling ``H[j, j]`` (act-order), while groups stay 
 beforehand (static groups). Without it a group is fitted when its first column comes, to what the errors so far made of it.
 Columns that no input reached are rounded to the nearest.
 
-Memory: H and its factor in f64, 16 K^2 bytes, and a block of rows of the weight: rows do not know of each other.
+Memory: H, and what factoring it takes, in f64: 40 K^2 bytes at most. Of the weight a block of rows is in work: rows do not
+know of each other.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ _AT_ONCE = 1 << 22  # elements of the weight in work at a time
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """The factor of the inverse of H in the order of columns, f32; the order; the diagonal of H as it was, f32."""
+
+    factor: Array
+    order: Array
+    importance: Array
+
+
+@dataclass(frozen=True)
 class Gptq:
     """The method with its settings, for weights of any format.
 
@@ -41,25 +51,32 @@ class Gptq:
     order: bool = True
     clip: bool = False
 
-    def round(self, weight: Array, hessian: Array, name: str = "weight") -> tuple[tuple[Array, ...], Array]:
-        """The arrays of ``format.parts`` for ``weight`` ``[N, K]``, and the weight that they mean, f32.
+    def prepare(self, hessian: Array, name: str = "weight") -> Prepared:
+        """What weights that share their inputs need of ``hessian`` f64 ``[K, K]``.
 
-        ``hessian`` is f64 ``[K, K]``. Raises PassError that names the weight when either has numbers that are not finite.
+        Raises PassError that names the weight when it has numbers that are not finite, or cannot be factored.
         """
-        k = weight.shape[1]
         if not np.isfinite(hessian).all():
             raise PassError(f"the inputs of the layer with @{name} became NaN or infinite during calibration")
-        order = np.argsort(-np.diag(hessian), kind="stable") if self.order else np.arange(k)
-        factor = inverse_factor(damped(hessian, self.damping)[np.ix_(order, order)], name).astype(np.float32)
-        importance = np.diag(hessian).astype(np.float32).reshape(self.format.groups(k), -1)
+        diagonal = np.diag(hessian).copy()
+        order = np.argsort(-diagonal, kind="stable") if self.order else np.arange(len(diagonal))
+        h = hessian[np.ix_(order, order)]
+        h[np.diag_indices_from(h)] += added(diagonal, self.damping)[order]
+        return Prepared(inverse_factor(h, name), order, diagonal.astype(np.float32))
+
+    def round(self, weight: Array, prepared: Prepared, name: str = "weight") -> tuple[tuple[Array, ...], Array]:
+        """The arrays of ``format.parts`` for ``weight`` ``[N, K]``, and the weight that they mean, f32.
+
+        Raises PassError that names the weight when it has numbers that are not finite.
+        """
         decoded = np.empty(weight.shape, np.float32)
-        parts = list(self.blocks(weight, factor, order, importance, decoded, name))
+        parts = list(self.blocks(weight, prepared, decoded, name))
         codes = np.concatenate([c for c, _ in parts])
         params = {key: np.concatenate([p[key] for _, p in parts]) for key in parts[0][1]}
         return self.format.store(codes, params), decoded
 
     def blocks(
-        self, weight: Array, factor: Array, order: Array, importance: Array, decoded: Array, name: str
+        self, weight: Array, prepared: Prepared, decoded: Array, name: str
     ) -> Iterator[tuple[Array, Params]]:
         """Codes ``[R, K]`` and params of some rows after the other; fills ``decoded``."""
         n, k = weight.shape
@@ -67,7 +84,7 @@ class Gptq:
         for start in range(0, n, step):
             rows = weight[start : start + step].astype(np.float32)
             check_finite(rows, name, start)
-            work = _Rows(self, rows, factor, order, importance)
+            work = _Rows(self, rows, prepared)
             work.run()
             decoded[start : start + step] = work.decoded.T
             params = work.params()
@@ -78,19 +95,20 @@ class Gptq:
 class _Rows:
     """Some rows of a weight in work, transposed: ``[K, R]``, so that a column is contiguous."""
 
-    def __init__(self, method: Gptq, rows: Array, factor: Array, order: Array, importance: Array) -> None:
-        self.method, self.format, self.importance = method, method.format, importance
-        self.factor, self.order = factor, order
+    def __init__(self, method: Gptq, rows: Array, prepared: Prepared) -> None:
+        self.method, self.format = method, method.format
+        self.factor, order = prepared.factor, prepared.order
         self.groups = self.format.groups(rows.shape[1])
         self.size = rows.shape[1] // self.groups
         grouped = rows.reshape(len(rows), self.groups, self.size)
-        self.shared = self.format.shared(grouped, importance)
-        self.left = np.ascontiguousarray(rows.T[order])
+        self.importance = prepared.importance.reshape(self.groups, self.size)
+        self.shared = self.format.shared(grouped, self.importance)
+        self.order, self.left = order, np.ascontiguousarray(rows.T[order])
         self.decoded = np.empty_like(rows.T, order="C")
         self.codes: Array = np.empty(0)
         self.fitted: list[Params | None] = [None] * self.groups
         if method.order:
-            whole = self.fit(grouped, importance)
+            whole = self.fit(grouped, self.importance)
             self.fitted = [_group(whole, g) for g in range(self.groups)]
 
     def fit(self, w: Array, importance: Array) -> Params:
@@ -150,23 +168,20 @@ def _group(params: Params, g: int) -> Params:
     return {key: array[:, g : g + 1] if array.shape[1] > 1 else array for key, array in params.items()}
 
 
-def damped(hessian: Array, damping: float) -> Array:
-    """H with a fraction of its mean diagonal added; a channel that was always 0 stands for itself."""
-    diagonal = np.diag(hessian)
-    dead = diagonal == 0
+def added(diagonal: Array, damping: float) -> Array:
+    """What the diagonal of H gets: a fraction of its mean; a channel that was always 0 stands for itself."""
     mean = diagonal.mean() or 1.0
-    out: Array = hessian + np.diag(np.where(dead, mean, damping * mean))
-    return out
+    return np.where(diagonal == 0, mean, damping * mean)
 
 
 def inverse_factor(hessian: Array, name: str) -> Array:
-    """The upper U with ``inv(H) = U^T U``: with H reversed ``L L^T``, it is ``inv(L)`` reversed."""
+    """The upper U, f32, with ``inv(H) = U^T U``: with H reversed ``L L^T``, it is ``inv(L)`` reversed."""
     try:
         lower = np.linalg.cholesky(hessian[::-1, ::-1])
     except np.linalg.LinAlgError:
         raise PassError(f"@{name}: the Hessian of its inputs is not positive definite; raise damping, or give more "
                         "calibration data") from None  # fmt: skip
-    return np.ascontiguousarray(inverse_lower(lower)[::-1, ::-1])
+    return np.ascontiguousarray(inverse_lower(lower)[::-1, ::-1], np.float32)
 
 
 def inverse_lower(lower: Array) -> Array:

@@ -116,7 +116,7 @@ class Compensated(Method):
         return Gptq(self.format, self.settings.damping, self.settings.order, self.settings.clip)
 
     def arrays(self, weight: Array, inputs: Sequence[Array], name: str) -> Sequence[Array]:
-        return self.gptq.round(weight, hessian(inputs), name)[0]
+        return self.gptq.round(weight, self.gptq.prepare(hessian(inputs), name), name)[0]
 
     def sources(self, module: Module, ctx: PassContext, layers: Layers) -> Sources:
         function, batches = calibration(module, ctx, "gptq")
@@ -141,13 +141,13 @@ class _Compensation:
 
     def visit(self, op: Layer, inputs: Sequence[Array]) -> dict[Value, Array]:
         weights = [w for w in self.layers[op] if w not in self.found]  # one that layers share is the first one's
-        squares = hessian(inputs) if weights else None
+        prepared = self.method.prepare(hessian(inputs), weights[0].name) if weights else None
         changes: dict[Value, Array] = {}
         for weight in weights:
-            assert squares is not None
+            assert prepared is not None
             n, k = map(int, weight.shape)
             array = weight.load()
-            arrays, changes[weight] = self.method.round(array, squares, weight.name)
+            arrays, changes[weight] = self.method.round(array, prepared, weight.name)
             self.errors[weight.name] = relative_error(array, changes[weight], sample(inputs, 256))
             types = list(self.method.format.parts(weight.name, n, k).values())
             self.found[weight] = list(self.spill.put_all(arrays, types))

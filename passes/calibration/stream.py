@@ -26,6 +26,8 @@ Replaced = Mapping[Value, Callable[[], Array]]
 
 def stream(function: Function, batches: Sequence[Batch], visit: Visit, wanted: Collection[Op]) -> None:
     """Visit the linear layers among ``wanted`` in the order of ``function``, each with its inputs over ``batches``."""
+    if not wanted:
+        return
     run = Stream(function, batches, wanted)
     for layer in run:
         run.step(visit(layer, run.values(layer.x)))
