@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,12 +25,16 @@ class HelperError(Exception):
 
 
 class Helper:
-    """Runs ``command``, or ``python -m module``, when it is first needed, and again after ``jobs`` requests."""
+    """Runs ``command``, or ``python -m module``, when it is first needed, and again after ``jobs`` requests.
+
+    The process is ended by force. Its temporary files are in a folder of its own, which goes with it.
+    """
 
     def __init__(self, module: str, jobs: int | None = None, command: Sequence[str] = ()) -> None:
         self.command = list(command) or [sys.executable, "-m", module]
         self.jobs, self.done = jobs, 0
         self.process: subprocess.Popen[bytes] | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
     def ask(self, head: Mapping[str, Any], data: bytes = b"", seconds: float = 60.0) -> tuple[dict[str, Any], bytes]:
         """The answer. Raises HelperError when there is none within ``seconds``."""
@@ -66,7 +71,9 @@ class Helper:
         return HelperError(f"the process ended with {process.returncode}", False)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self.folder = tempfile.TemporaryDirectory(prefix="tilewright-helper-", ignore_cleanup_errors=True)
+        path = os.pathsep.join(p for p in sys.path if p)
+        environment = os.environ | {"PYTHONPATH": path, "TMPDIR": self.folder.name}
         self.done = 0
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
@@ -82,6 +89,8 @@ class Helper:
         process.kill()
         with suppress(OSError):
             process.communicate()
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 def serve(answer: Answer) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tilewright.costmodel.measurement import AbandonedError, Effort, compare, inliers, isolated, spread
+from tilewright.measuring_helper import Helper
 
 # --- isolation --------------------------------------------------------------------------------------------------------
 
@@ -193,3 +194,13 @@ def test_inliers_and_spread() -> None:
     assert inliers(values).tolist() == [True, True, True, True, False]
     assert inliers([2.0, 2.0, 2.0]).all()
     assert spread(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.5)
+
+
+def test_a_helper_takes_its_temporary_files_along() -> None:
+    script = ("import sys, tempfile; from tilewright.measuring_helper import serve; "
+              "serve(lambda head, data: ({'folder': tempfile.mkdtemp()}, b''))")  # fmt: skip
+    helper = Helper("", command=[sys.executable, "-c", script])
+    folder = Path(helper.ask({})[0]["folder"])
+    assert folder.is_dir()
+    helper.close()
+    assert not folder.exists()
