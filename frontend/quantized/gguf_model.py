@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from tilewright.frontend.quantized.gguf_file import FREQUENCIES, GgufFile
+from tilewright.frontend.skeleton import model_class
 from tilewright.ir.errors import UnsupportedError
 
 _MODELS = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}  # architecture -> model_type
@@ -99,8 +100,9 @@ def scale_frequencies(model: Any, file: GgufFile) -> None:
 def write_files(path: Path, folder: Path) -> list[str]:
     """Write config.json and the tokenizer's files for a GGUF file into ``folder``; gives what could not be, in words."""
     file = GgufFile(path)
-    config = config_of(file).to_dict()
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    config = config_of(file)
+    config.architectures = [model_class(config, "causal-lm").__name__]
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         tokenizer.save_pretrained(folder)
