@@ -20,7 +20,6 @@ from benchmarks.quality.rows import ENCODER, ROWS, Row
 from benchmarks.quality.running import Encoder, LanguageModel, Measure, Settings
 from benchmarks.quality.sentences import sentences
 from benchmarks.quality.table import page
-from tilewright.ir import TilewrightError
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 SENTENCES = 200
@@ -72,8 +71,8 @@ def measure(rows: Sequence[Row], one: Measure, known: dict[str, Any], results: d
     for row in rows:
         try:
             figures = one(row)
-        except TilewrightError as error:
-            figures = {"error": str(error).partition("\n")[0][:200]}
+        except Exception as error:  # a row that fails is tried again by the next run; the others need not wait
+            figures = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
         known[row.name] = {"row": asdict(row), "commit": commit(), **figures}
         write(out, results)
         shown = figures.get("error") or ", ".join(f"{k} {v}" for k, v in figures.items())
