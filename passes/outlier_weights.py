@@ -88,10 +88,11 @@ class _Work:
                 f"{weight.name}.values": TensorType((n, count), weight.dtype),
                 f"{weight.name}.columns": TensorType((n, count), DType.i16 if k <= 1 << 15 else DType.i32),
             }
-            options = {"count": count, "sizes": self.sizes.get(weight.name)}
+            sizes = self.sizes.get(weight.name)
             # apart, so that nothing keeps the large one while the small ones are asked for
-            rest = derive(self.rw.module, f"{weight.name}.rest", weight.tensor, [weight], partial(without, **options))
-            self.done[weight] = (rest, *derive_together(self.rw.module, types, weight, partial(outliers, **options)))
+            less, taken = (partial(make, count=count, sizes=sizes) for make in (without, outliers))
+            rest = derive(self.rw.module, f"{weight.name}.rest", weight.tensor, [weight], less)
+            self.done[weight] = (rest, *derive_together(self.rw.module, types, weight, taken))
         return self.done[weight]
 
     def product(self, b: Builder, x: Value, parts: Parts, bias: Value | None) -> Value:

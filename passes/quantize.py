@@ -12,7 +12,7 @@ from tilewright.passes.formats import Format, Scheme, check_finite, find_scheme
 from tilewright.passes.match import replace
 from tilewright.passes.outlier_columns import is_outliers
 from tilewright.passes.selection import check_patterns, left_alone
-from tilewright.passes.weights import as_weight, derive_together, in_memory, place
+from tilewright.passes.weights import as_weight, derive_together, given, place
 
 Parts = tuple[Weight, ...]
 
@@ -119,13 +119,13 @@ class Quantize(Pass):
         replace(rw, op, op.clone({}, table=self.format.value(rw.before(op).add, parts, table.dtype)))
 
     def check(self, weight: Weight, op: Op) -> None:
-        """Raise PassError for a weight that the format cannot hold, or whose numbers are in memory and not finite."""
+        """Raise PassError for a weight that the format cannot hold, or whose numbers are not finite; this reads them."""
         n, k = map(int, weight.shape)
         reason = self.format.unfit(n, k)
         if reason is not None:
             remedy = f"choose another group or scheme, or skip={weight.name}"
             raise PassError(f"{self}: @{weight.name}: {reason}; {remedy}", op.loc)
-        for array in in_memory(weight.source):
+        for array in given(weight.source):
             check_finite(array, weight.name)
 
     def parts(self, module: Module, weight: Weight, numbers: Sources, done: dict[Weight, Parts]) -> Parts:

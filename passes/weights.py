@@ -1,4 +1,4 @@
-"""Weights made from weights. Nothing is loaded: the numbers are computed when the artifact is written."""
+"""Weights made from weights. Their numbers are computed when the artifact is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from tilewright.ir import (
-    ArraySource,
     Computation,
     ComputedSource,
     Module,
@@ -18,6 +17,7 @@ from tilewright.ir import (
     Weight,
     WeightSource,
 )
+from tilewright.ir.sources import release
 
 
 def derive(module: Module, name: str, type: TensorType, parts: Sequence[Weight], make: Callable[..., Any]) -> Weight:
@@ -43,15 +43,16 @@ def place(module: Module, names: Mapping[str, TensorType], sources: Sequence[Wei
     return tuple(module.weight(free_name(module, n), t, s) for (n, t), s in zip(names.items(), sources, strict=True))
 
 
-def in_memory(source: WeightSource | None) -> Iterator[np.ndarray[Any, Any]]:
-    """The arrays that are in memory already among those that ``source`` computes its numbers from."""
-    if isinstance(source, ArraySource):
-        yield source.array
+def given(source: WeightSource | None) -> Iterator[np.ndarray[Any, Any]]:
+    """The arrays that ``source`` computes its numbers from, one at a time: what is in files is read and let go."""
     if isinstance(source, ComputedSource):
         for part in source.parts:
-            yield from in_memory(part)
-    if isinstance(source, PartSource):
-        yield from in_memory(source.computation.part)
+            yield from given(part)
+    elif isinstance(source, PartSource):
+        yield from given(source.computation.part)
+    elif source is not None:
+        yield source.load()
+        release(source)
 
 
 def free_name(module: Module, name: str) -> str:

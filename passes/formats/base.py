@@ -16,6 +16,7 @@ Params: TypeAlias = "dict[str, Array]"
 """What a format knows of groups besides their codes (``scale``, ``zero``, ``table``): arrays ``[R, G, ...]``."""
 
 _ROWS_AT_ONCE = 1 << 22  # elements that are widened to f32 at a time
+_EXPONENTS = {DType.f32: np.uint32(0x7F800000), DType.bf16: np.uint16(0x7F80), DType.f16: np.uint16(0x7C00)}
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,22 @@ def check_finite(array: Array, name: str, first: int = 0) -> None:
     """Raise PassError when rows of the weight ``name``, from row ``first`` on, have NaN or infinity among them."""
     step = max(1, _ROWS_AT_ONCE // max(array[:1].size, 1))
     for start in range(0, len(array), step):
-        finite = np.isfinite(array[start : start + step]).reshape(len(array[start : start + step]), -1).all(1)
-        if not finite.all():
-            row = first + start + int(np.argmin(finite))
+        rows = array[start : start + step]
+        if not is_finite(rows):
+            row = first + start + int(np.argmin(np.isfinite(rows).reshape(len(rows), -1).all(1)))
             raise PassError(
                 f"@{name} has numbers that are NaN or infinite, first in row {row}; such a weight cannot be quantized: "
                 f"repair the checkpoint, or skip={name}"
             )
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no number is NaN or infinite: whether no exponent has all its bits, which is faster asked of the bits."""
+    mask = _EXPONENTS.get(DType.of(array.dtype))
+    if mask is None:
+        return bool(np.isfinite(array).all())
+    bits = np.ascontiguousarray(array).view(f"u{array.itemsize}")
+    return not (bits & mask == mask).any()
 
 
 def check_params(params: Params, w: Array, name: str) -> None:

@@ -88,14 +88,14 @@ def test_results_stay_and_nothing_is_loaded(text: str, pipeline: str) -> None:
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
-def test_quantized_weights_are_close_and_loaded_one_at_a_time() -> None:
+def test_quantized_weights_are_close_and_looked_through_once() -> None:
     m, sources = module(QKV)
     x = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
     want = interpret(m, "forward", [x])
     for s in sources.values():
         s.loads = 0
     report = Pipeline.parse("quantize,dce").run(m)
-    assert sources["q"].loads == sources["k"].loads == 0
+    assert sources["q"].loads == sources["k"].loads == 1  # to see that all numbers are finite
     assert report.ctx.notes == [("quantize", "2 weights of 14400 bytes became 7200 bytes")]
     assert {w.name: w.dtype.value for w in m.weights.values()} == {
         "bias": "f32",
