@@ -34,11 +34,12 @@ Sink = Callable[[Val, Place], None]
 
 
 def linear_kernel(name: str, target: CpuTarget, spec: LinearSpec, schedule: LinearSchedule) -> Kernel:
-    """The whole kernel: dim M, buffers x, x_scale, weights, scales, zeros, steps, tables, biases, y if there are such."""
+    """The whole kernel with dim M and, as far as there are such, the buffers in the order of ``roles``, then y."""
     names = ("gate", "up")[:spec.parts]
     scales = spec.group_packing(spec.scale, schedule, target).stored if spec.coded and spec.scale else None
     roles = {"weights": "u8" if spec.coded else spec.weight, "scales": scales, "zeros": "u8" if spec.has_zeros else None,
-             "steps": "u8" if spec.expands else None, "tables": spec.table, "biases": spec.bias}
+             "steps": "u8" if spec.expands else None, "tables": spec.table, "offsets": "f32" if spec.offset else None,
+             "biases": spec.bias}
     given = [("x", spec.x_dtype)] + ([("x_scale", "f32")] if spec.dynamic else [])
     given += [(f"{part}_{role}", dtype) for role, dtype in roles.items() if dtype for part in names]
     with Kernel(name, target, ("M",), [*given, ("y", spec.out_dtype)]) as kernel:
@@ -91,8 +92,8 @@ class _Linear(Products):
             tasks.next(row)
 
     def _correct(self, row: Val, rows: Val) -> None:
-        """What sums of products start with: minus the zero point times the sum of x."""
-        factor = -1 if self.spec.asymmetric else -(1 << self.groups.bits - 1)
+        """What sums of products start with, minus the zero point times the sum of x, or the sums that offsets take."""
+        factor = 1 if self.spec.offset else -1 if self.spec.asymmetric else -(1 << self.groups.bits - 1)
         x = self.buffers.x.at(row * self.x_stride + self.spec.x_offset)
         emit_row_sums(self.kernel, x, self.x_stride, rows, self.spec.k, self.groups, factor, self.corrections)
 

@@ -37,6 +37,7 @@ class Tensor:
     compressed: tuple[Value, ...] = ()
     table: Value | None = None
     step: Value | None = None
+    offset: Value | None = None
 
     @classmethod
     def of(cls, value: Value) -> Tensor:
@@ -50,12 +51,12 @@ class Tensor:
         inner = op.codes.owner
         if isinstance(inner, ops.Expand):
             return cls(inner.codes, op.scale, inner.zero, step=inner.scale)
-        return cls(op.codes, op.scale, op.zero)
+        return cls(op.codes, op.scale, op.zero, offset=op.offset)
 
     @property
     def values(self) -> tuple[Value, ...]:
         """What of it the kernel is given."""
-        parts = (self.data, self.scale, self.zero, self.table, self.step)
+        parts = (self.data, self.scale, self.zero, self.table, self.step, self.offset)
         return self.compressed or tuple(v for v in parts if v is not None)
 
     @property
@@ -104,6 +105,7 @@ class Pattern:
             compressed=bool(weight.compressed),
             table=weight.table.dtype.value if weight.table else None,
             row_tables=weight.table is not None and weight.table.shape[0] != 1,
+            offset=weight.offset is not None,
             expands=int(k) // weight.step.shape[-1] if weight.step else 0,
         )
 
@@ -151,8 +153,6 @@ def _number_refusal(p: Pattern) -> str | None:
     for value in p.anchor.operands:
         if isinstance(value.owner, (ops.Dequantize, ops.Lookup)) and value.dtype is not DType.f32:
             return f"dequantized to {value.dtype.value}: sums are made of unrounded numbers"
-        if isinstance(value.owner, ops.Dequantize) and value.owner.offset is not None:
-            return "codes with an offset beside their scale"
     x, weight = p.x, p.weights[0]
     for tensor in (x, weight):
         if tensor.scale is None and tensor.table is None and tensor.data.dtype.value not in _FLOATS:
@@ -228,7 +228,7 @@ def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target:
     layouts: dict[Value, AnyPacking] = {}
     for weight in (w for w in found.weights if not w.compressed):
         layouts[weight.data] = spec.packing(schedule, target)
-        for value in (weight.scale, weight.zero):
+        for value in (weight.scale, weight.zero, weight.offset):
             if value is not None and (value is weight.scale or not spec.expands):
                 layouts[value] = spec.group_packing(value.dtype.value, schedule, target)
         if weight.step is not None:
@@ -254,6 +254,7 @@ def roles(found: Pattern, buffers: dict[Value, Buffer], y: Buffer) -> LinearBuff
         [compressed(weight, buffers) for weight in found.weights if weight.compressed],
         every([weight.table for weight in found.weights]),
         every([weight.step for weight in found.weights]),
+        every([weight.offset for weight in found.weights]),
     )
 
 

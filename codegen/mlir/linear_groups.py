@@ -2,7 +2,8 @@
 
 The sums of a group are kept apart, in i32 for int8 activations, and scaled into f32 totals when the group ends. A zero
 point costs nothing in the inner loop: ``sum (w - zero) * x = sum w * x - zero * sum x``, so a group's sums start at the
-correction ``-zero * sum x``. The same holds for a scale a channel, where all of K is one group.
+correction ``-zero * sum x``. The same holds for a scale a channel, where all of K is one group. Of weights with an offset,
+``scale * w + offset``, a group adds ``offset * sum x`` to the totals.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Streams:
-    """What a panel brings along K, and what x does: buffers, not offset. The last three may be missing."""
+    """What a panel brings along K, and what x does: buffers, not offset. The last four may be missing."""
 
     x: Buffer
     codes: Buffer
@@ -40,16 +41,17 @@ class Streams:
     zeros: Buffer | None = None
     corrections: Buffer | None = None
     table: Buffer | None = None
+    offsets: Buffer | None = None
 
     @property
     def buffers(self) -> list[Buffer]:
-        given = (self.x, self.codes, self.scales, self.sums, self.zeros, self.corrections, self.table)
+        given = (self.x, self.codes, self.scales, self.sums, self.zeros, self.corrections, self.table, self.offsets)
         return [buffer for buffer in given if buffer is not None]
 
     def like(self, buffers: Sequence[Buffer]) -> Streams:
         """The same roles for other buffers, in the order of ``buffers``."""
         x, codes, scales, sums, *rest = buffers
-        given = [rest.pop(0) if mine else None for mine in (self.zeros, self.corrections, self.table)]
+        given = [rest.pop(0) if mine else None for mine in (self.zeros, self.corrections, self.table, self.offsets)]
         return Streams(x, codes, scales, sums, *given)
 
 
@@ -85,16 +87,35 @@ class _GroupKernel:
             return
         totals = [sums.load(place, self.feed.lanes) for place in at]
         with self.kernel.loop(0, count, carry=totals) as loop:
-            parts, scales = self._group(loop.index), self._scales(loop.index)
-            pairs = zip(parts, loop.values, self.places)
-            loop.next(*[fma(part, scales[v], total) for part, total, (_, v) in pairs])
+            loop.next(*self._ended(loop.index, loop.values))
         for place, total in zip(at, loop.results):
             sums.store(total, place)
 
     def _flush_to_memory(self, group: Val, sums: Buffer, at: Sequence[int]) -> None:
+        totals = self._ended(group, [sums.load(place, self.feed.lanes) for place in at])
+        for total, place in zip(totals, at):
+            sums.store(total, place)
+
+    def _ended(self, group: Val, totals: Sequence[Val]) -> list[Val]:
+        """``totals`` with what a group adds to them."""
         parts, scales = self._group(group), self._scales(group)
-        for part, place, (_, v) in zip(parts, at, self.places):
-            sums.store(fma(part, scales[v], sums.load(place, self.feed.lanes)), place)
+        after = [fma(part, scales[v], total) for part, total, (_, v) in zip(parts, totals, self.places)]
+        if self.streams.offsets is None:
+            return after
+        offsets, rows = self._offsets(group, scales), [row.to("f32") for row in self._row_sums(group)]
+        return [fma(offsets[v], rows[r], total) for total, (r, v) in zip(after, self.places)]
+
+    def _offsets(self, group: Val, scales: Sequence[Val]) -> list[Val]:
+        """Offsets of a group; feeds for floats take codes for smaller ones by half of their range."""
+        lanes, at = self.feed.lanes, self.scales_at + group * self.feed.panel
+        less = 0.0 if self.feed.acc == "i32" else float(1 << self.groups.bits - 1)
+        loaded = [self.streams.offsets.load(at + v * lanes, lanes) for v in range(self.tile.vectors)]
+        return [fma(scale, constant(less, "f32", lanes), offset) for scale, offset in zip(scales, loaded)]
+
+    def _row_sums(self, group: Val) -> list[Val]:
+        """The corrections of a group: for each row, in every lane."""
+        at, corrections = self.corrections_at + group, self.streams.corrections
+        return [corrections.load(at + r * self.groups.count).splat(self.feed.lanes) for r in range(self.tile.rows)]
 
     def _group(self, group: Val) -> list[Val]:
         """The f32 sums of one group."""
@@ -106,10 +127,9 @@ class _GroupKernel:
 
     def _start(self, group: Val) -> list[Val]:
         feed, streams = self.feed, self.streams
-        if streams.corrections is None:
+        if streams.corrections is None or streams.offsets:
             return [constant(0, feed.acc, feed.lanes)] * len(self.places)
-        at = self.corrections_at + group
-        rows = [streams.corrections.load(at + r * self.groups.count).splat(feed.lanes) for r in range(self.tile.rows)]
+        rows = self._row_sums(group)
         if streams.zeros is None:
             return [rows[r] for r, _ in self.places]
         at = self.scales_at + group * feed.panel

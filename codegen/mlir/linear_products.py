@@ -41,6 +41,7 @@ class LinearBuffers:
     compressed: Sequence[Compressed] = ()
     tables: Sequence[Buffer] = ()
     steps: Sequence[Buffer] = ()
+    offsets: Sequence[Buffer] = ()
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ class Products:
         if buffers.compressed:  # a panel at a time is made of them
             self.weights = [kernel.scratch(self.packing.panel_size, "bf16")] * spec.parts
         self.rows = -(-schedule.block_m // schedule.tile_m) * schedule.tile_m
-        self.grouped = spec.coded and self.groups.count > 1
+        self.grouped = spec.grouped
         self.acc = "i32" if spec.dynamic and not self.grouped else "f32"
         self.sums = [kernel.scratch(self.rows * self.panel, self.acc) for _ in range(spec.parts)]
         self.corrections = None
-        if spec.dynamic or spec.asymmetric:
+        if spec.dynamic or spec.asymmetric or spec.offset:
             kind = "i32" if spec.dynamic else "f32"
             self.corrections = kernel.scratch(self.rows * self.groups.count, kind)
         self.direct, self.wide = self._paths()
@@ -187,7 +188,8 @@ class Products:
     def _streams(self, feed: AnyFeed, x: Buffer, w: Buffer, part: int = 0) -> Streams:
         zeros = self.buffers.zeros[part] if self.spec.asymmetric else None
         (table,) = self._tables(feed, part) or (None,)
-        return Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections, table)
+        offsets = self.buffers.offsets[part] if self.spec.offset else None
+        return Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections, table, offsets)
 
     def _levels(self, part: int = 0) -> list[Buffer]:
         """What codes expand by: steps and perhaps zero points."""

@@ -32,13 +32,13 @@ ACTIVATIONS: dict[str, Callable[[Val], Val]] = {**math.FUNCTIONS, "relu": _relu}
 class LinearSpec:
     """What a linear kernel computes; M is a dim of the kernel, everything else is static.
 
-    ``weight`` is f32, bf16, f16, or codes: i8, i4, i3, i2 (symmetric), u8, u4, u3, u2 (with a u8 zero point), f8e4m3,
-    f8e5m2, f4e2m1, one ``scale`` (f32, f16 or f8e8m0) for each ``group`` of k's, 0 being a whole row. With a ``table`` (of
-    that element type) unsigned codes of four bits or fewer are places in it, and there may be no scale; ``row_tables``:
-    each row has a table of its own (see linear_rows.py). ``x_dtype`` i8 are codes too, with one f32 scale a row.
-    ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see linear_expand.py). ``gated``: two weights g
-    and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside wider rows (0 =
-    dense). ``compressed`` bf16 weights are decompressed a panel at a time (see linear_lossless.py).
+    ``weight`` is f32, bf16, f16, or codes: i8, i4, i3, i2 (symmetric), u8, u4, u3, u2 (with a u8 zero point, or else an f32
+    ``offset``), f8e4m3, f8e5m2, f4e2m1, one ``scale`` (f32, f16 or f8e8m0) for each ``group`` of k's, 0 being a whole row.
+    With a ``table`` (of that element type) unsigned codes of four bits or fewer are places in it, and there may be no
+    scale; ``row_tables``: each row has a table of its own (see linear_rows.py). ``x_dtype`` i8 are codes too, with one f32
+    scale a row. ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see linear_expand.py). ``gated``:
+    two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside
+    wider rows (0 = dense). ``compressed`` bf16 weights are decompressed a panel at a time (see linear_lossless.py).
     """
 
     n: int
@@ -59,6 +59,7 @@ class LinearSpec:
     table: str | None = None
     row_tables: bool = False
     expands: int = 0
+    offset: bool = False
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in ACTIVATIONS:
@@ -83,8 +84,9 @@ class LinearSpec:
         if self.expands:
             return self._expand_refusal()
         step = code_pair(self.bits)
-        if self.group and (self.k % self.group or (self.group != self.k and self.group % step)):
-            return f"groups of {self.group} do not divide K = {self.k} into multiples of {step}"
+        size = self.groups.size
+        if (self.group and self.k % self.group) or (self.grouped and size % step):
+            return f"groups of {size} do not divide K = {self.k} into multiples of {step}"
         most = (1 << 31) // (((1 << self.bits) - 1) * 128)  # products that surely fit i32
         if self.dynamic and self.groups.size > most:
             return f"{self.groups.size} products of codes may overflow; at most {most}"
@@ -120,12 +122,17 @@ class LinearSpec:
     @property
     def has_zeros(self) -> bool:
         """Whether codes have zero points."""
-        return self.weight.startswith("u") and self.table is None
+        return self.weight.startswith("u") and self.table is None and not self.offset
 
     @property
     def asymmetric(self) -> bool:
         """Whether what is multiplied has zero points."""
         return self.has_zeros and not self.expands
+
+    @property
+    def grouped(self) -> bool:
+        """Whether sums of groups are scaled while sums of rows are made."""
+        return self.coded and (self.groups.count > 1 or self.offset)
 
     @property
     def groups(self) -> Groups:
@@ -141,13 +148,13 @@ class LinearSpec:
         With small weights a thread finishes its rows, which the next kernel then finds in its cache. Groups take their
         time between memory accesses, for which the hardware fetches ahead by itself.
         """
-        grouped = self.coded and self.groups.count > 1
+        grouped = self.grouped
         wide = LinearSchedule.default(target)
         if target.vector_bits == 512 and (self.dynamic or not self.coded) and not grouped:
             wide = replace(wide, prefetch=2048)
         if self.dynamic and self.bits == 8 and not grouped and not target.has_vnni:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
-        if self.dynamic or self.asymmetric or self.parts * self.packing(wide, target).nbytes <= _CACHED:
+        if self.dynamic or self.asymmetric or self.offset or self.parts * self.packing(wide, target).nbytes <= _CACHED:
             wide = replace(wide, first="rows")  # the sums of x are found once a block of rows
         enough = _SHARED // 2 if grouped else _SHARED
         return wide if self.n >= enough * self.panel(wide, target) else replace(wide, tile_v=2)

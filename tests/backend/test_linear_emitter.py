@@ -101,6 +101,14 @@ def test_lookup_in_one_table(where: str, scale: list) -> None:
 
 
 @pytest.mark.parametrize("where", WHERE)
+def test_codes_with_an_offset(where: str) -> None:
+    def body(b: Builder, x: Value, codes: Value, scale: Value, offset: Value) -> Value:
+        return b.add(ops.Linear(x, b.add(ops.Dequantize(codes, scale, offset=offset))))
+
+    check(kernel_of(body, ((B, K), "bf16"), ((N, K), "u4"), ((N, 3), "f32"), ((N, 3), "f32")), where, 2**-8)
+
+
+@pytest.mark.parametrize("where", WHERE)
 def test_lookup_in_a_table_of_the_row(where: str) -> None:
     def body(b: Builder, x: Value, *rest: Value) -> Value:
         gate, up = b.add(ops.Lookup(*rest[:2])), b.add(ops.Lookup(*rest[2:]))

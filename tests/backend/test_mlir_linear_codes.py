@@ -46,11 +46,15 @@ class Weight:
         steps = (spec.n, spec.steps.count) if spec.expands else groups
         self.zero = rng.integers(0, 1 << CODES[spec.weight], steps) if spec.has_zeros else np.zeros(steps, int)
         self.step = rng.integers(1, largest_step(spec.weight) + 1, steps) if spec.expands else None
+        self.offset = rng.uniform(-0.3, 0, groups).astype(np.float32) if spec.offset else None
         tables = (spec.n if spec.row_tables else 1, 1 << spec.bits)
         self.table = rng.standard_normal(tables).astype(DType(spec.table or "f32").np)
 
     @property
     def exact(self) -> np.ndarray:
+        if self.offset is not None:
+            scale, offset = (np.repeat(a.astype(np.float64), self.spec.groups.size, 1) for a in (self.scale, self.offset))
+            return self.codes.astype(np.float64) * scale + offset
         if self.step is not None:
             step, zero = (np.repeat(a, self.spec.expands, 1) for a in (self.step, self.zero))
             return np.clip((self.codes.astype(int) - zero) * step, -128, 127) * self.scale.astype(np.float64)
@@ -69,6 +73,8 @@ class Weight:
         if self.step is not None:
             most = largest_step(self.spec.weight)
             pairs.append((self.spec.step_packing(schedule, where, most), self.step.astype(np.uint8)))
+        if self.offset is not None:
+            pairs.append((self.spec.group_packing("f32", schedule, where), self.offset))
         packed = [packing.pack(array, aligned(packing.shape, packing.stored)) for packing, array in pairs]
         return [*packed, self.table] if self.spec.table else packed
 
@@ -194,6 +200,16 @@ def test_codes_that_expand_gated(name: str) -> None:
     for m in (1, 9):
         rows = subject.x(m)
         assert_close(subject.run(*rows), subject.expected(*rows), "bf16")
+
+
+@pytest.mark.parametrize("name", CODED_TARGETS)
+@pytest.mark.parametrize(("x", "weight", "group"), [
+    ("i8", "u4", 32), ("bf16", "u4", 32), ("f32", "u2", 64), ("i8", "u8", 0), ("bf16", "u3", 0)])
+def test_offsets(name: str, x: str, weight: str, group: int) -> None:
+    subject = Case(name, LinearSpec(70, 192, x, weight, "f32", "f32", group=group, scale="f16", offset=True))
+    for m in (1, 5, 29):
+        rows = subject.x(m)
+        assert_close(subject.run(*rows), subject.expected(*rows), "f32")
 
 
 @pytest.mark.parametrize("name", CODED_TARGETS)
