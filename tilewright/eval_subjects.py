@@ -141,16 +141,6 @@ class Traced(Subject):
         return CompiledRun(done.program, keep=done)
 
 
-@dataclass
-class Interpreted(Subject):
-    """A module run by the interpreter: slow, and the definition of what it means."""
-
-    module: Module
-
-    def start(self) -> Run:
-        return InterpretedRun(self.module)
-
-
 def described(module: Module, folder: Path | None) -> tuple[str, str, int | None, int | None, Path | None]:
     """The first fields of a subject, by what a traced module says of itself."""
     size, longest = module.meta.get("vocab_size"), None

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.bisect import copy_of
 from tilewright.eval_subjects import Run, Subject, Traced, artifact, described, without_cache
 from tilewright.ir import Module
 from tilewright.texts import Text, TextError, check_vocabulary, read_text, sentences, token_ids, tokenizer_of, windows
@@ -96,11 +97,11 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of ``model`` on ``text``, and its distance to ``reference``.
 
-    ``model`` and ``reference`` are artifacts (folders, or loaded), ``Compiled``, or Hugging Face folders, which are
-    compiled with ``passes`` (``calibration`` as :func:`tilewright.compile` takes it) and ``reference_passes``. ``text`` is
-    the path of a file, or token ids; ``tokenizer`` a folder with a tokenizer if the model has none. ``stride`` is half of
-    the window unless given, ``max_tokens`` the most tokens to score. An encoder is compared with its reference on the
-    lines of ``text``, cut to ``window`` tokens.
+    ``model`` and ``reference`` are artifacts (folders, or loaded), ``Compiled``, or what can be compiled: Hugging Face
+    folders, models of transformers, modules of the IR, with ``passes`` (``calibration`` as :func:`tilewright.compile` takes
+    it) and ``reference_passes``. ``text`` is the path of a file, or token ids; ``tokenizer`` a folder with a tokenizer if
+    the model has none. ``stride`` is half of the window unless given, ``max_tokens`` the most tokens to score. An encoder
+    is compared with its reference on the lines of ``text``, cut to ``window`` tokens.
 
     Raises TextError, before any long work, for a text that is empty or too short, and for models that do not take the same
     tokens; ArtifactError where there is no tokenizer.
@@ -145,7 +146,7 @@ def subject_of(model: Any, passes: str, target: str, dtype: str | None, calibrat
     source = Path(model) if isinstance(model, (str, os.PathLike)) else None
     make = compiler(pipeline, target, source, calibration, show)
     show("trace", 0, 1)
-    module, _ = trace(model, (), None, None, dtype)
+    module, _ = trace(copy_of(model) if isinstance(model, Module) else model, (), None, None, dtype)
     show("trace", 1, 1)
     return Traced(*described(module, source), module, make)
 

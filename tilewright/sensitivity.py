@@ -11,13 +11,15 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
+from glob import escape
 from typing import Any
 
 import numpy as np
 
 from tilewright.bisect import copy_of
 from tilewright.evaluation import scores
-from tilewright.ir import Module, PassError, interpret, ops
+from tilewright.ir import Module, PassError, Weight, interpret, ops
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.pipeline import Pipeline
 
@@ -75,37 +77,37 @@ def sensitivity(module: Module, pipeline: Pipeline, samples: Sequence[Inputs], o
 def layers_of(base: Module, whole: Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Module path and weights of each layer that was compressed: a gated layer has two, a tied table counts once."""
     seen: set[str] = set()
+    left = names_used(whole)
     for op in base.functions["forward"].walk(ops.Linear, ops.GatedLinear):
         weights = [getattr(op, field) for field in (("weight",) if isinstance(op, ops.Linear) else ("gate", "up"))]
         names = tuple(name for w in weights if (name := getattr(w, "name", None)) in base.weights)
-        used = [n for n in names if n not in whole.weights or n not in names_used(whole)]
-        if used and not seen & set(names):
+        if set(names) - left and not seen & set(names):
             seen |= set(names)
             yield op.loc.module, names
 
 
 def names_used(module: Module) -> set[str]:
     """Weights that some layer reads as they are."""
-    found = set()
-    for op in module.functions["forward"].walk(ops.Linear, ops.GatedLinear):
-        found |= {v.name for v in op.operands if getattr(v, "name", None) in module.weights}
-    return found
+    layers = module.functions["forward"].walk(ops.Linear, ops.GatedLinear)
+    return {v.name for op in layers for v in op.operands if isinstance(v, Weight)}
 
 
 def alone(base: Module, whole: Module, steps: Steps, names: tuple[str, ...]) -> Module:
     """``base`` with the layer of the weights ``names`` compressed, with the numbers that the whole pipeline gave it."""
     module = copy_of(base)
-    passes = [replace(p, only=names, **plain(p)) for p in steps.compressing]
-    Pipeline(tuple(passes)).run(module)
+    passes = [narrowed(p, names) for p in steps.compressing]
+    Pipeline(tuple(p for p in passes if p is not None)).run(module)
     for name, weight in module.weights.items():
         if name in whole.weights:
             weight.source = whole.weights[name].source
     return module
 
 
-def plain(p: Pass) -> dict[str, str]:
-    """Options with which ``p`` needs no calibration: only the layout is wanted of it."""
-    return {"method": "rtn"} if "method" in {f.name for f in fields(p)} else {}
+def narrowed(p: Any, names: tuple[str, ...]) -> Pass | None:
+    """``p`` for the weights ``names`` alone, None when it leaves them; without calibration: its layout is wanted only."""
+    taken = tuple(escape(n) for n in names if not p.only or any(fnmatch(n, pattern) for pattern in p.only))
+    method = {"method": "rtn"} if "method" in {f.name for f in fields(p)} else {}
+    return replace(p, only=taken, **method) if taken else None
 
 
 def outputs(module: Module, sample: Inputs) -> Array:

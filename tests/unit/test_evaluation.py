@@ -198,6 +198,15 @@ def test_a_layer_alone_changes_what_it_says() -> None:
     assert not any(w.startswith("first.") for w in module.weights), "the module stays as it is"
 
 
+def test_a_layer_is_compressed_by_the_pass_that_took_it() -> None:
+    pipeline = Pipeline.parse("quantize{scheme=w2a16 group=32 only=second},quantize{scheme=w8a16 layers=body}")
+    rows = sensitivity(language_model(), pipeline, SAMPLES)
+    alone = sensitivity(language_model(), Pipeline.parse("quantize{scheme=w8a16 layers=body}"), SAMPLES)
+    errors, eight = ({r["layer"]: r["error"] for r in found} for found in (rows, alone))
+    assert errors["model.first"] == eight["model.first"]
+    assert errors["model.second"] > 5 * eight["model.second"]
+
+
 def prepared_outputs(module: Module, passes: str) -> Array:
     from tilewright.bisect import copy_of
     from tilewright.ir import interpret
