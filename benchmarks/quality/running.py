@@ -35,7 +35,7 @@ class Settings:
     """What all rows share; figures with other settings do not belong into one table."""
 
     model: Path
-    tokens: int = 8192
+    tokens: int = 32768
     window: int = 256
     stride: int = 128
     calibration_tokens: int = 8192
