@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tilewright.bisect import bisect
     from tilewright.compiler import Compiled, compile
     from tilewright.evaluation import Evaluation, evaluate
+    from tilewright.exporting import export
     from tilewright.ir import TilewrightError
     from tilewright.report import CompileReport
     from tilewright.runtime import Program, Session, Tokenizer, load
@@ -28,6 +29,7 @@ _HOMES = {
     "bisect": "tilewright.bisect",
     "evaluate": "tilewright.evaluation",
     "Evaluation": "tilewright.evaluation",
+    "export": "tilewright.exporting",
     "tune": "tilewright.tuning",
     "load": "tilewright.runtime",
     "Program": "tilewright.runtime",
@@ -47,6 +49,7 @@ __all__ = [
     "bisect",
     "compile",
     "evaluate",
+    "export",
     "load",
     "tune",
 ]

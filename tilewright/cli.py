@@ -1,4 +1,4 @@
-"""The command line: ``tilewright compile | run | eval | tune | opt | inspect | bench | bisect``.
+"""The command line: ``tilewright compile | run | eval | export | tune | opt | inspect | bench | bisect``.
 
 Exit codes: 0 success, 1 the request was refused or failed (the reason is on stderr), 2 wrong usage, 3 ``bisect`` found a
 culprit, 130 interrupted.
@@ -27,6 +27,7 @@ from tilewright.eval_cli import (
     calibration_option,
     eval_command,
 )
+from tilewright.export_cli import export_command
 from tilewright.tune_cli import app as tune_app
 
 if TYPE_CHECKING:
@@ -297,6 +298,7 @@ def bisect(
 
 
 app.command("eval")(eval_command)
+app.command("export")(export_command)
 app.add_typer(tune_app, name="tune")
 
 if __name__ == "__main__":

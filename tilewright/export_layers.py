@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilewright.ir import ArraySource, Module, Op, UnsupportedError, Value, Weight, ops
 from tilewright.passes.fuse_rules import DECODING
@@ -26,7 +26,7 @@ class Rows:
 class Stored:
     """A weight of the module, or codes with what belongs to them, and the weights of the model that it is.
 
-    ``dynamic``: its layers round their inputs to 8 bits, a scale a token. ``linear``: it is the matrix of a linear layer.
+    ``dynamic``: its layers round their inputs to 8 bits, a scale a token. ``linear``: linear layers take it, no embedding.
     """
 
     codes: Weight
@@ -67,8 +67,9 @@ def stored(module: Module, shapes: Shapes, given: Collection[str] = ()) -> list[
         for value in _matrices(op):
             new = _stored(op, value, shapes)
             if new is not None:
-                before = found.get(new.codes)
-                found[new.codes] = new if before is None or new.linear else before
+                old = found.get(new.codes, new)
+                linear, dynamic = old.linear and new.linear, old.dynamic or new.dynamic
+                found[new.codes] = replace(new, linear=linear, dynamic=dynamic)
     taken = {part for s in found.values() for part in s.parts}
     for weight in [w for w in module.weights.values() if w.users]:
         if weight not in taken and (rows := split(weight.name, weight.tensor.shape, shapes)) is not None:

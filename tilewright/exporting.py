@@ -93,7 +93,9 @@ def write(source: Path, target: Path, items: Sequence[Stored], traced: dict[str,
         folder = Path(made) / "folder"
         folder.mkdir()
         config = _carry(source, folder)
-        config |= {"quantization_config": export_compressed.settings(items)}
+        settings = export_compressed.settings(items)
+        settings["ignore"] += ["lm_head"] if traced.get("tie_word_embeddings") else []
+        config |= {"quantization_config": settings}
         config |= {name: traced[name] for name in ("architectures", "dtype") if traced.get(name)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tensors = [t for item in items for t in export_compressed.tensors(item)]

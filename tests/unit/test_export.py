@@ -9,11 +9,13 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from tests.quantized_checkpoints import VOCAB, awq, float_model, gguf_file, gptq
+from tilewright.calibration_data import Calibration
 from tilewright.compiler import trace
 from tilewright.exporting import before_kernels, export
 from tilewright.frontend import trace_folder
 from tilewright.ir import CheckpointError, UnsupportedError, interpret, ops
 from tilewright.ir.core import Env
+from tilewright.passes.base import PassContext
 from tilewright.passes.pipeline import Pipeline
 
 IDS = np.arange(1, 13)[None] * 7 % VOCAB
@@ -41,9 +43,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def quantized(source, pipeline):
+def quantized(source, pipeline, samples=None):
     module, _ = trace(source, (), None, None, None)
-    before_kernels(Pipeline.parse(pipeline)).run(module)
+    options = {} if samples is None else {"calibration": Calibration(samples, source).inputs(module)}
+    before_kernels(Pipeline.parse(pipeline)).run(module, ctx=PassContext(options))
     return module
 
 
@@ -92,6 +95,29 @@ def test_the_same_numbers_come_back(case, folder, tmp_path) -> None:
         said = package_says(out, name)
         np.testing.assert_array_equal(array.astype(op.scale.dtype.np), said.to(torch.float32).numpy())
         assert said.dtype in (torch.float32, torch.float16)
+
+
+@pytest.mark.parametrize("before", ["smooth", "awq{scheme=w4a16 group=32}"])
+def test_weights_that_passes_changed_are_exported_as_they_are(before, folder, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    samples = [rng.integers(0, VOCAB, 40).tolist() for _ in range(4)]
+    pipeline = f"clean,fusions,{before},quantize{{scheme=w4a16 group=32 layers=body method=gptq}}"
+    out = export(folder, tmp_path / "out", passes=pipeline, calibration=samples)
+    want = logits(quantized(folder, pipeline, samples))
+    np.testing.assert_allclose(logits(trace_folder(out)), want, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_table_that_is_tied_to_the_head(tmp_path) -> None:
+    model = float_model()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    out = export(tmp_path / "tied", tmp_path / "out", passes="w8a16")
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["config_groups"]["group_0"]["targets"] == ["Linear", "model.embed_tokens"]
+    assert settings["ignore"] == ["lm_head"]
+    want = logits(quantized(tmp_path / "tied", "w8a16"))
+    np.testing.assert_allclose(logits(trace_folder(out)), want, atol=1e-4 * np.abs(want).max())
 
 
 @torch.no_grad()
