@@ -145,12 +145,13 @@ class LinearSpec:
     def schedule(self, target: CpuTarget) -> LinearSchedule:
         """A good schedule, by rule: narrow panels where wide ones would be too few to share evenly.
 
-        With small weights a thread finishes its rows, which the next kernel then finds in its cache. Groups take their
-        time between memory accesses, for which the hardware fetches ahead by itself.
+        With small weights a thread finishes its rows, which the next kernel then finds in its cache. Groups and codes of
+        few bits take their time between memory accesses, for which the hardware fetches ahead by itself.
         """
         grouped = self.grouped
         wide = LinearSchedule.default(target)
-        if target.vector_bits == 512 and (self.dynamic or not self.coded) and not grouped:
+        busy = grouped or (self.coded and (CODES[self.weight] < 4 or not self.dynamic))
+        if target.vector_bits == 512 and not busy:
             wide = replace(wide, prefetch=2048)
         if self.dynamic and self.bits == 8 and not grouped and not target.has_vnni:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
