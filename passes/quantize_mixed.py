@@ -56,7 +56,7 @@ class QuantizeMixed(Pass):
     candidates: tuple[str, ...] = ()
     search: Literal["greedy", "evolve"] = "greedy"
     method: Literal["rtn", "clip", "gptq"] = "rtn"
-    tokens: int = 2048
+    tokens: int = 1024
     generations: int = 20
     offspring: int = 16
     seed: int = 0
