@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilewright.ir import DType, TensorType
+from tilewright.ir import DType, PassError, TensorType
 from tilewright.passes.calibration.data import Array
 
 _CODES = 1 << 22  # that are packed at a time; eight codes are one word
@@ -26,13 +26,25 @@ class Spill:
         self.size = 0
 
     def put(self, array: Array, type: TensorType) -> SpilledSource:
-        """Write ``array`` down; gives the source of a weight of ``type``."""
+        """Write ``array`` down; gives the source of a weight of ``type``. Raises PassError when there is no room."""
         start = self.size
         flat = array.reshape(-1)
         for i in range(0, max(flat.size, 1), _CODES):
-            data = packed(flat[i : i + _CODES], type.dtype)
-            self.size += os.pwrite(self.file.fileno(), data, self.size)
+            self.write(packed(flat[i : i + _CODES], type.dtype))
         return SpilledSource(self, type, start, self.size - start)
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``; raises PassError when there is no room."""
+        left = memoryview(data)
+        try:
+            while left:
+                count = os.pwrite(self.file.fileno(), left, self.size)
+                self.size, left = self.size + count, left[count:]
+        except OSError as error:
+            raise PassError(
+                f"quantized weights wait in a temporary file in {tempfile.gettempdir()}, which took {self.size} bytes: "
+                f"{error.strerror}; set TMPDIR to a folder with more room"
+            ) from error
 
     def put_all(self, arrays: Sequence[Array], types: Sequence[TensorType]) -> list[SpilledSource]:
         """A source for each array."""

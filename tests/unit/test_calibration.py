@@ -189,6 +189,17 @@ def test_codes_wait_at_their_real_bits(dtype: DType, count: int, monkeypatch: py
     assert first.size == (-(-count // 8) * dtype.bits if dtype.bits < 8 else count * dtype.size)
 
 
+def test_a_full_disk_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(file: int, data: Any, at: int) -> int:
+        if at >= 8:
+            raise OSError(28, "No space left on device")
+        return min(4, len(data))  # short writes go on where they ended
+
+    monkeypatch.setattr("os.pwrite", pwrite)
+    with pytest.raises(PassError, match=r"temporary file in .*took 8 bytes: No space left on device; set TMPDIR"):
+        Spill().put(np.zeros(100, np.float32), TensorType((100,), DType.f32))
+
+
 def test_codes_are_packed_from_the_lowest_bits() -> None:
     assert packed(np.array([1, 2, 3], np.uint8), DType.u4) == bytes([0x21, 0x03, 0, 0])
     assert packed(np.array([-1, 0, -4], np.int8), DType.i3) == bytes([0b00000111, 0b00000001, 0])
