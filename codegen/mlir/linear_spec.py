@@ -157,6 +157,8 @@ class LinearSpec:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
         if self.dynamic or self.asymmetric or self.offset or self.parts * self.packing(wide, target).nbytes <= _CACHED:
             wide = replace(wide, first="rows")  # the sums of x are found once a block of rows
+        if self.expands:
+            wide = replace(wide, block_m=240)  # each block of rows expands the weights once
         enough = _SHARED // 2 if grouped else _SHARED
         return wide if self.n >= enough * self.panel(wide, target) else replace(wide, tile_v=2)
 
