@@ -6,7 +6,7 @@ import numpy as np
 
 from tilewright.ir.types import DType
 
-_AT_ONCE = 1 << 22  # codes that are spread into bits at a time
+_AT_ONCE = 1 << 22  # codes that are unpacked at a time
 
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -14,17 +14,21 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     octets = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return octets[:, :count]
-    if bits in (2, 4):
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        codes = (octets[:, :, None] >> shifts) & np.uint8(2**bits - 1)
-        return codes.reshape(len(words), -1)[:, :count]
     out = np.empty((len(words), count), np.uint8)
     step = max(1, _AT_ONCE // max(count, 1))
     for start in range(0, len(words), step):
-        spread = np.unpackbits(octets[start : start + step], axis=1, count=count * bits, bitorder="little")
-        codes = np.packbits(spread.reshape(len(spread), count, bits), axis=-1, bitorder="little")
-        out[start : start + step] = codes[..., 0]
+        rows = slice(start, start + step)
+        out[rows] = _spread(octets[rows], bits, count)
     return out
+
+
+def _spread(octets: np.ndarray, bits: int, count: int) -> np.ndarray:
+    if bits in (2, 4):
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        codes = (octets[:, :, None] >> shifts) & np.uint8(2**bits - 1)
+        return codes.reshape(len(octets), -1)[:, :count]
+    single = np.unpackbits(octets, axis=1, count=count * bits, bitorder="little")
+    return np.packbits(single.reshape(len(octets), count, bits), axis=-1, bitorder="little")[..., 0]
 
 
 def words_for(count: int, bits: int) -> int:
@@ -39,8 +43,8 @@ def holder(bits: int, signed: bool) -> DType:
 
 
 def signed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes (u8) with the middle of their range taken off."""
-    return (codes - np.uint8(1 << (bits - 1))).view(np.int8)
+    """Unsigned codes (u8) with the middle of their range taken off, in place where they can be written."""
+    return np.subtract(codes, np.uint8(1 << (bits - 1)), out=codes if codes.flags.writeable else None).view(np.int8)
 
 
 def held(codes: np.ndarray, dtype: DType) -> np.ndarray:

@@ -1,0 +1,54 @@
+"""Kernels that no family lowers whole: the results are right, and the report says what was done."""
+
+import numpy as np
+import pytest
+
+import tilewright
+from tilewright.ir import ArraySource, interpret, parse_module
+
+MODULE = """
+module @m {
+  dim B : 1..8
+  weight @up.i4 : tensor<24x40xi4>
+  weight @up.scale : tensor<24x10xf32>
+  weight @gate.i4 : tensor<24x40xi4>
+  weight @gate.scale : tensor<24x10xf32>
+  func @forward(%x: tensor<Bx40xf32>) {
+    %0 = quant.dequantize(@up.i4, @up.scale) : tensor<24x40xf32>
+    %1 = nn.linear(X, %0) : tensor<Bx24xf32> loc("up")
+    %2 = quant.dequantize(@gate.i4, @gate.scale) : tensor<24x40xf32>
+    %3 = nn.gated_linear(X, %2, %0) : tensor<Bx24xf32> loc("gate")
+    %4 = core.add(%1, %3) : tensor<Bx24xf32>
+    return([%4])
+  }
+}
+"""
+ROUNDED = """{
+    %8, %9 = quant.quantize(%x) : tensor<Bx40xi8>, tensor<Bx1xf32>
+    %10 = quant.dequantize(%8, %9) : tensor<Bx40xf32>
+    %0"""
+
+
+def module(text: str):
+    made, rng = parse_module(text), np.random.default_rng(0)
+    for weight in made.weights.values():
+        shape = tuple(map(int, weight.shape))
+        codes = rng.integers(-8, 8, shape).astype(np.int8)
+        array = codes if weight.dtype.is_int else rng.uniform(0.01, 0.1, shape)
+        weight.source = ArraySource(array.astype(weight.dtype.np))
+    return made
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_weights_that_no_kernel_decodes_are_stored_as_numbers(rounded: bool) -> None:
+    text = MODULE.replace("X", "%10" if rounded else "%x")
+    text = text.replace("{\n    %0", ROUNDED, 1) if rounded else text
+    x = np.random.default_rng(1).standard_normal((3, 40)).astype(np.float32)
+    want = interpret(module(text), "forward", [x])[0]
+    done = tilewright.compile(module(text), passes="fuse,plan-memory")
+    np.testing.assert_allclose(done(x), want, rtol=1e-4, atol=1e-4)
+    decoded = [line for line in done.report.fallbacks if "take weights that are stored dequantized" in line]
+    assert len(decoded) == 2
+    assert all("groups of 4" in line for line in decoded)
+    assert any("run one by one" in line for line in done.report.fallbacks) == rounded
+    assert sum(done.report.weight_bytes.values()) < 3 * 32 * 40 * 4  # once each, though two layers take one of them
