@@ -63,7 +63,7 @@ def prepared(row: Row, folder: Path, calibration: Calibration | None) -> tuple[R
 
 
 def stored(weight: Weight) -> int:
-    """Bytes of a weight: parts of a format as they are, all else as the bf16 that they are in the checkpoint."""
+    """Bytes of a weight: parts of a format as they are, floats that are not quantized as bf16 (f32 is how rows compute)."""
     is_part = any(isinstance(op, (ops.Dequantize, ops.Lookup, ops.Expand)) for op in weight.users)
     narrowed = weight.dtype is DType.f32 and not is_part
     return int(weight.tensor.bytes) // (2 if narrowed else 1)
