@@ -19,7 +19,7 @@ def page(results: Results) -> str:
         "",
         f"The evaluation model (`eval_lm.json`: {results['parameters']:,} parameters; weights {how['weights']}) on",
         f"{how['tokens']:,} held-out tokens, windows of {how['window']}, stride {how['stride']}; calibration on",
-        f"{how['calibration_tokens']:,} others. Change is that of perplexity against {BASE}; KL and agreement are against f32",
+        f"{how['calibration_tokens']:,} others. Change is that of perplexity against {BASE}; KL and agreement against f32",
         "arithmetic on the same weights. Bytes are all weights of the model as stored, bits those a parameter; what is not",
         "quantized counts two bytes. Head and token embeddings keep eight bits in rows below eight. Rows are in f32",
         "arithmetic but for bf16; those that the interpreter runs, for want of kernels, are marked *.",
