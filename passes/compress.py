@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tilewright.ir import DType, Module, Op, Rewriter, TensorType, Value, Weight, ops
-from tilewright.ir.ops.lossless import ROWS, SPARE, WINDOW
+from tilewright.ir.ops.lossless import COLUMNS, ROWS, SPARE, WINDOW, to_blocks
 from tilewright.ir.sources import release
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.match import replace
@@ -123,10 +123,10 @@ def choose_base(counts: Any) -> tuple[int, int]:
 def part_types(weight: Weight, escapes: int) -> dict[str, TensorType]:
     """Names and types of the operands of ``quant.decompress``."""
     name, (rows, columns) = weight.name, map(int, weight.shape)
-    blocks, pairs = -(-rows // ROWS), -(-columns // 2)
+    blocks, steps = -(-rows // ROWS), -(-columns // COLUMNS)
     return {
-        f"{name}.low": TensorType((blocks, pairs, 2 * ROWS), DType.u8),
-        f"{name}.planes": TensorType((blocks, pairs, 3), DType.i32),
+        f"{name}.low": TensorType((blocks, steps, ROWS * COLUMNS), DType.u8),
+        f"{name}.planes": TensorType((blocks, steps, 3), DType.i64),
         f"{name}.escapes": TensorType((escapes + SPARE,), DType.u8),
         f"{name}.starts": TensorType((blocks,), DType.i32),
         f"{name}.base": TensorType((1,), DType.u8),
@@ -135,8 +135,8 @@ def part_types(weight: Weight, escapes: int) -> dict[str, TensorType]:
 
 def compress(weight: Any, base: int, room: int) -> tuple[Any, ...]:
     """``weight`` ``[rows, columns]`` of bf16 as low, planes, escapes (with ``room`` for so many), starts and base."""
-    blocks, pairs = -(-len(weight) // ROWS), -(-weight.shape[1] // 2)
-    low, planes = np.empty((blocks, pairs, 2 * ROWS), np.uint8), np.empty((blocks, pairs, 3), np.int32)
+    blocks, steps = -(-len(weight) // ROWS), -(-weight.shape[1] // COLUMNS)
+    low, planes = np.empty((blocks, steps, ROWS * COLUMNS), np.uint8), np.empty((blocks, steps, 3), np.int64)
     escapes, begin = np.zeros(room + SPARE, np.uint8), 0
     counts: list[int] = []
     for first, bits in _blocks(weight, base):
@@ -147,7 +147,7 @@ def compress(weight: Any, base: int, room: int) -> tuple[Any, ...]:
         codes[escaped] = WINDOW
         low[here] = (bits >> 8 & 0x80 | bits & 0x7F).astype(np.uint8)
         shifted = codes[:, :, None] >> np.arange(3, dtype=np.uint8)[:, None] & 1
-        planes[here] = np.packbits(shifted, axis=-1, bitorder="little").view(np.int32)[..., 0]
+        planes[here] = np.packbits(shifted, axis=-1, bitorder="little").view(np.int64)[..., 0]
         found = exponents[escaped]
         escapes[begin : begin + len(found)] = found
         begin += len(found)
@@ -157,11 +157,9 @@ def compress(weight: Any, base: int, room: int) -> tuple[Any, ...]:
 
 
 def _blocks(weight: Any, base: int) -> Iterator[tuple[int, Any]]:
-    """The bits of some blocks at a time, ``[blocks, pairs, 32]``; what is past the end has an exponent with a code."""
+    """The bits of some blocks at a time, ``[blocks, steps, 64]``; what is past the end has an exponent with a code."""
     step = ROWS * _BLOCKS_AT_ONCE
     for start in range(0, len(weight), step):
         bits = np.ascontiguousarray(weight[start : start + step]).view(np.uint16)
-        pad = ((0, -len(bits) % ROWS), (0, bits.shape[1] % 2))
-        bits = np.pad(bits, pad, constant_values=base << 7)
-        yield start // ROWS, bits.reshape(-1, ROWS, bits.shape[1] // 2, 2).transpose(0, 2, 1, 3).reshape(
-            len(bits) // ROWS, -1, 2 * ROWS)
+        pad = ((0, -len(bits) % ROWS), (0, -bits.shape[1] % COLUMNS))
+        yield start // ROWS, to_blocks(np.pad(bits, pad, constant_values=base << 7))

@@ -260,8 +260,8 @@ def roles(found: Pattern, buffers: dict[Value, Buffer], y: Buffer) -> LinearBuff
 
 def compressed(weight: Tensor, buffers: Mapping[Value, Buffer]) -> Compressed:
     """The arguments that a weight is decompressed from."""
-    blocks, pairs = map(int, weight.compressed[0].shape[:2])
-    return Compressed(*(buffers[v] for v in weight.compressed), blocks, pairs)
+    blocks, steps = map(int, weight.compressed[0].shape[:2])
+    return Compressed(*(buffers[v] for v in weight.compressed), blocks, steps)
 
 
 class Epilogue:

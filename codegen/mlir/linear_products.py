@@ -10,7 +10,7 @@ from tilewright.codegen.mlir.linear_codes import CodeFeed, DotFeed
 from tilewright.codegen.mlir.linear_expand import ExpandFeed, emit_expand_kernel, expand_weights
 from tilewright.codegen.mlir.linear_floats import PairFeed, WidenFeed
 from tilewright.codegen.mlir.linear_groups import Streams, emit_group_kernel, keeps_totals
-from tilewright.codegen.mlir.linear_lossless import Compressed, emit_decompress
+from tilewright.codegen.mlir.linear_lossless import Compressed, emit_decompress, panel_room
 from tilewright.codegen.mlir.linear_rows import RowFeed, emit_row_kernel, look_up_rows
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.microkernel import AnyFeed, Feed, Tile, emit_micro_kernel
@@ -77,7 +77,7 @@ class Products:
         self.x_stride = spec.x_stride or spec.k
         self.weights = buffers.weights
         if buffers.compressed:  # a panel at a time is made of them
-            self.weights = [kernel.scratch(self.packing.panel_size, "bf16")] * spec.parts
+            self.weights = [kernel.scratch(panel_room(spec.k, self.panel), "bf16")] * spec.parts
         self.rows = -(-schedule.block_m // schedule.tile_m) * schedule.tile_m
         self.grouped = spec.grouped
         self.acc = "i32" if spec.dynamic and not self.grouped else "f32"

@@ -34,8 +34,8 @@ def compressed_kernel(n: int, k: int, count: int) -> Function:
         each = [b.add(ops.Decompress(*parts[i : i + 5], rows=n, columns=k)) for i in range(0, 5 * count, 5)]
         return b.add(ops.GatedLinear(x, *each) if count == 2 else ops.Linear(x, *each))
 
-    blocks, pairs = -(-n // 16), -(-k // 2)
-    parts = [((blocks, pairs, 32), "u8"), ((blocks, pairs, 3), "i32"), ((ESCAPES + SPARE,), "u8"), ((blocks,), "i32"),
+    blocks, steps = -(-n // 16), -(-k // 4)
+    parts = [((blocks, steps, 64), "u8"), ((blocks, steps, 3), "i64"), ((ESCAPES + SPARE,), "u8"), ((blocks,), "i32"),
              ((1,), "u8")]  # fmt: skip
     return kernel_of(body, ((B, k), "bf16"), *parts * count)
 

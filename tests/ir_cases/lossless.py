@@ -23,13 +23,14 @@ def _decompress(low, planes, escapes, starts, base):
     out = torch.empty(ROWS, COLUMNS)
     for block in range(-(-ROWS // 16)):
         at = int(starts[block])
-        for pair in range(-(-COLUMNS // 2)):
-            for i in range(32):
-                code = sum((int(planes[block, pair, j]) >> i & 1) << j for j in range(3))
+        for step in range(-(-COLUMNS // 4)):
+            for i in range(64):
+                code = sum((int(planes[block, step, j]) >> i & 1) << j for j in range(3))
                 exponent = int(base[0]) + code
                 if code == 7:
                     exponent, at = int(escapes[at]), at + 1
-                row, column, byte = 16 * block + i // 2, 2 * pair + i % 2, int(low[block, pair, i])
+                row, column = 16 * block + 4 * (i // 16) + i % 8 // 2, 4 * step + 2 * (i // 8 % 2) + i % 2
+                byte = int(low[block, step, i])
                 if row < ROWS and column < COLUMNS:
                     size = 2.0 ** (exponent - 127) * (1 + (byte & 127) / 128) if exponent else 0.0
                     out[row, column] = -size if byte & 128 else size
