@@ -56,13 +56,13 @@ def choose(kernel: Function, target: CpuTarget) -> Emitter:
 def packed_spec(type: TensorType, packing: str) -> tuple[str, tuple[int, ...]]:
     """Element type and shape that a weight of ``type`` is stored with under ``packing``.
 
-    ``""`` is row-major, several codes of few bits a byte (see `pack_codes`).
+    ``""`` is row-major, several codes of few bits a byte (see `pack_codes`), floats of 8 bits as bytes.
     """
     if not packing and type.dtype.bits < 8:
         count = math.prod(map(int, type.shape))
         return "u8", (sum(-(-count // (8 // bits)) for bits in code_planes(type.dtype.bits)),)
     if not packing:
-        return type.dtype.value, tuple(map(int, type.shape))
+        return "u8" if type.dtype.is_narrow_float else type.dtype.value, tuple(map(int, type.shape))
     layout = parse_packing(packing)
     return layout.stored, layout.shape
 
@@ -71,7 +71,10 @@ def pack(array: np.ndarray, packing: str, dtype: DType) -> np.ndarray:
     """``array`` of ``dtype`` in the layout that ``packing`` names."""
     if packing:
         return parse_packing(packing).pack(array)
-    return pack_codes(array, dtype.bits) if dtype.bits < 8 else np.ascontiguousarray(array)
+    if dtype.bits < 8:
+        return pack_codes(array, dtype.bits)
+    whole = np.ascontiguousarray(array)
+    return whole.view(np.uint8) if dtype.is_narrow_float else whole
 
 
 def pack_codes(array: np.ndarray, bits: int) -> np.ndarray:

@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tilewright.codegen.emitters import pack, packed_spec
 from tilewright.codegen.packing import Packing, RowPacking, parse_packing
-from tilewright.ir import DType
+from tilewright.ir import DType, TensorType
 
 NAMES = ("f32", "f16", "bf16", "i8", "u8", "i4", "u4", "i3", "u3", "i2", "u2", "f8e4m3", "f8e5m2", "f4e2m1")
 KINDS = {name: DType(name).np for name in NAMES}
@@ -105,3 +106,14 @@ def test_errors() -> None:
         Packing("bf16", 1, 1, 16, split=True)
     with pytest.raises(ValueError, match=r"cannot pack float32 \(2, 2\)"):
         Packing("bf16", 2, 2, 16).pack(np.zeros((2, 2), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [DType.f8e4m3, DType.f8e5m2, DType.f8e8m0, DType.f4e2m1])
+def test_narrow_floats_are_stored_as_bytes(dtype: DType) -> None:
+    array = np.exp2(np.arange(6) % 3).reshape(2, 3).astype(dtype.np)
+    kind, shape = packed_spec(TensorType((2, 3), dtype), "")
+    packed = pack(array, "", dtype)
+    assert (kind, shape) == ("u8", packed.shape)
+    assert packed.dtype == np.uint8
+    if dtype.bits == 8:
+        assert np.array_equal(packed.view(dtype.np), array)
