@@ -14,7 +14,7 @@ from tilewright.ir.sources import release
 from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.match import replace
 from tilewright.passes.selection import check_patterns, left_alone
-from tilewright.passes.weights import as_weight, derive_together
+from tilewright.passes.weights import derive_together, weights_of
 
 _WORTH = 0.9
 """Of its bytes, at most, a weight must come to, to be worth the time that it takes to decompress."""
@@ -82,12 +82,6 @@ class Plan:
     escapes: int
     share: float
     """Of its bytes, how much the weight comes to."""
-
-
-def weights_of(op: Op) -> dict[str, Weight | None]:
-    """The weights of a linear layer by field; None where one is computed."""
-    names = ("weight",) if isinstance(op, ops.Linear) else ("gate", "up")
-    return {name: as_weight(getattr(op, name), 2) for name in names}
 
 
 def plan(weight: Weight) -> Plan:

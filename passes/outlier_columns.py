@@ -17,7 +17,7 @@ from tilewright.passes.base import Pass, PassContext
 from tilewright.passes.calibration.channels import channel_statistics
 from tilewright.passes.match import replace
 from tilewright.passes.selection import check_patterns, left_alone
-from tilewright.passes.weights import as_weight, derive, derive_together
+from tilewright.passes.weights import derive, derive_together, weights_of
 
 Choose = Callable[[Any], Any]
 """Weight ``[N, K]`` -> the columns to take, ascending."""
@@ -103,8 +103,7 @@ class _Work:
     shared: dict[tuple[Value, object], tuple[Value, Value]] = field(default_factory=dict)
 
     def layer(self, op: Op) -> None:
-        names = ("weight",) if isinstance(op, ops.Linear) else ("gate", "up")
-        weights = [as_weight(getattr(op, name), 2) for name in names]
+        weights = list(weights_of(op).values())
         for weight in weights:
             reason = left_alone(weight, self.options.skip, self.options.only) or self.reason(op, weight)
             if reason is not None:

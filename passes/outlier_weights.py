@@ -19,7 +19,7 @@ from tilewright.passes.calibration.channels import channel_statistics
 from tilewright.passes.match import replace
 from tilewright.passes.outlier_columns import gated
 from tilewright.passes.selection import check_patterns, left_alone
-from tilewright.passes.weights import as_weight, derive, derive_together
+from tilewright.passes.weights import derive, derive_together, weights_of
 
 _ROWS_AT_ONCE = 1 << 22  # elements that are looked at at a time
 Parts = tuple[Weight, ...]
@@ -67,8 +67,7 @@ class _Work:
     done: dict[Weight, Parts] = field(default_factory=dict)
 
     def layer(self, op: Op) -> None:
-        names = ("weight",) if isinstance(op, ops.Linear) else ("gate", "up")
-        weights = [as_weight(getattr(op, name), 2) for name in names]
+        weights = list(weights_of(op).values())
         for weight in weights:
             reason = left_alone(weight, self.options.skip, self.options.only)
             if reason is not None:

@@ -12,7 +12,7 @@ from tilewright.passes.formats import Format, Scheme, check_finite, find_scheme
 from tilewright.passes.match import replace
 from tilewright.passes.outlier_columns import is_outliers
 from tilewright.passes.selection import check_patterns, left_alone
-from tilewright.passes.weights import as_weight, derive_together, given, place
+from tilewright.passes.weights import as_weight, derive_together, given, place, weights_of
 
 Parts = tuple[Weight, ...]
 
@@ -84,8 +84,7 @@ class Quantize(Pass):
         """The weights of a linear layer by their fields: all of them are quantized, or none (None)."""
         if self.layers != "all" and (self.layers == "head") != makes_results(op):
             return None
-        names = ("weight",) if isinstance(op, ops.Linear) else ("gate", "up")
-        weights = {name: as_weight(getattr(op, name), 2) for name in names}
+        weights = weights_of(op)
         if any(self.refuses(op, name, weight, rw) for name, weight in weights.items()):
             return None
         found = {name: weight for name, weight in weights.items() if weight is not None}

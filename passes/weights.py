@@ -11,11 +11,13 @@ from tilewright.ir import (
     Computation,
     ComputedSource,
     Module,
+    Op,
     PartSource,
     TensorType,
     Value,
     Weight,
     WeightSource,
+    ops,
 )
 from tilewright.ir.sources import release
 
@@ -84,3 +86,9 @@ def _common(rows: Sequence[Sequence[str]]) -> int:
 def as_weight(value: Value | None, rank: int) -> Weight | None:
     """``value`` as a weight of ``rank`` axes, if it is one."""
     return value if isinstance(value, Weight) and value.tensor.rank == rank else None
+
+
+def weights_of(op: Op) -> dict[str, Weight | None]:
+    """The weights of a linear or gated layer by field; None where one is computed."""
+    names = ("weight",) if isinstance(op, ops.Linear) else ("gate", "up")
+    return {name: as_weight(getattr(op, name), 2) for name in names}

@@ -25,7 +25,6 @@ COUNTS = (3, 11, 29, 100)  # lengths of the prompts, five of each
 BF16_ERROR = 2e-2  # of the largest logit
 NO_CACHE = "clean,fusions,kernels"  # leaves forward(ids) -> logits at every position
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the trained model is not there")
 Array = np.ndarray[Any, Any]
 
 

@@ -20,8 +20,6 @@ FOLDER = ROOT / "tests" / "models" / "small-lm"
 CALIBRATION, HELD_OUT = ROOT / "passes" / "pipeline.py", ROOT / "tests" / "zoo.py"  # it was trained on neither
 Array = np.ndarray[Any, Any]
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the trained model is not there")
-
 
 def windows(path: Path, count: int, length: int) -> Array:
     ids = Tokenizer(FOLDER).encode(path.read_text())
