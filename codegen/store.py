@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from tilewright.codegen.kernel import Emitter, KernelCode
+from tilewright.codegen.kernel import DeviceCode, Emitter, KernelCode, Launch
 from tilewright.codegen.schedule import Schedule
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.target import Target
 from tilewright.ir import Function, canonical, dim_text, parse_dim
 
 _TOOLS = ("torch-mlir", "llvmlite", "apache-tvm", "numpy")
@@ -36,13 +37,13 @@ def compiler_version() -> str:
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for folder in (here, here.parent / "ir"):
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.cuh")]):
             digest.update(path.name.encode() + path.read_bytes())
     digest.update(" ".join(f"{name}={version(name)}" for name in _TOOLS).encode())
     return digest.hexdigest()
 
 
-def kernel_key(kernel: Function, emitter: Emitter, schedule: Schedule, target: CpuTarget) -> str:
+def kernel_key(kernel: Function, emitter: Emitter, schedule: Schedule, target: Target) -> str:
     """The name under which the code of a kernel is kept."""
     parts = (canonical(kernel), emitter.name, str(schedule), target.text, compiler_version())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -98,7 +99,16 @@ def encode(code: KernelCode) -> dict[str, object]:
         "packing": {str(i): text for i, text in code.packing.items()},
         "scratch": [dim_text(d) for d in code.scratch],
         "last": dim_text(code.last),
+        "device": None if code.device is None else encode_device(code.device),
     }
+
+
+def encode_device(code: DeviceCode) -> dict[str, object]:
+    launches = [
+        {**asdict(x), "grid": [dim_text(d) for d in x.grid], "when": x.when and [dim_text(x.when[0]), *x.when[1:]]}
+        for x in code.launches
+    ]
+    return {"launches": launches, "source": code.source, "resources": {k: dict(v) for k, v in code.resources.items()}}
 
 
 def decode(head: dict[str, object], code: bytes) -> KernelCode:
@@ -114,4 +124,15 @@ def decode(head: dict[str, object], code: bytes) -> KernelCode:
         {int(i): str(text) for i, text in head["packing"].items()},  # type: ignore[attr-defined]
         tuple(parse_dim(str(d)) for d in head["scratch"]),  # type: ignore[attr-defined]
         parse_dim(str(head["last"])),
+        None if head["device"] is None else decode_device(head["device"]),  # type: ignore[arg-type]
     )
+
+
+def decode_device(head: dict[str, Any]) -> DeviceCode:
+    launches = []
+    for item in head["launches"]:
+        x, y, z = map(parse_dim, item["grid"])
+        when = item["when"] and (parse_dim(item["when"][0]), int(item["when"][1]), int(item["when"][2]))
+        launches.append(Launch(str(item["symbol"]), (x, y, z), int(item["block"]), int(item["shared"]), when))
+    resources = {str(k): {str(a): int(b) for a, b in row.items()} for k, row in head["resources"].items()}
+    return DeviceCode(tuple(launches), str(head["source"]), resources)

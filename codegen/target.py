@@ -1,12 +1,16 @@
-"""CPU targets: a name, the instruction sets it may use, and how wide its vectors are.
+"""Targets. Of a CPU: a name, the instruction sets it may use, and how wide its vectors are.
 
-``parse_target("native")``, ``"x86-64-v3"`` and ``"cpu{arch=znver5}"`` all give a `CpuTarget`. Features are explicit:
+``parse_target("native")``, ``"x86-64-v3"`` and ``"cpu{arch=znver5}"`` all give a `CpuTarget`, ``"cuda{arch=sm_90a}"`` gives
+a `CudaTarget`. Features are explicit:
 kernels are compiled for plain x86-64 plus exactly these and merely *tuned* for ``arch``, so that an artifact can never
 contain an instruction its manifest does not name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tilewright.codegen.cuda.target import ARCHS as CUDA_ARCHS
+from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.text import format_call, parse_call
 
 
@@ -104,12 +108,17 @@ class CpuTarget:
         return self.text
 
 
-def parse_target(text: str) -> CpuTarget:
-    """The target that ``text`` names: ``native``, an architecture, or ``cpu{arch=... features=+a+b}``."""
+Target = CpuTarget | CudaTarget
+
+
+def parse_target(text: str) -> Target:
+    """The target that ``text`` names: ``native``, a CPU's architecture, ``cpu{arch=... features=+a+b}``, ``cuda{arch=...}``."""
     try:
         name, fields = parse_call(text)
     except ValueError as error:
         raise TargetError(str(error)) from None
+    if name == "cuda":
+        return _cuda(text, fields)
     if name == "native" and not fields:
         return host_target()
     if name != "cpu":
@@ -122,6 +131,22 @@ def parse_target(text: str) -> CpuTarget:
     if fields.get("arch", "native") == "native":
         return host_target()
     return _named(fields["arch"], fields.get("features", ""))
+
+
+def parse_cpu(text: str) -> CpuTarget:
+    """As `parse_target`, for what is there for CPUs alone. Raises TargetError for another target."""
+    target = parse_target(text)
+    if not isinstance(target, CpuTarget):
+        raise TargetError(f"{target} is no CPU")
+    return target
+
+
+def _cuda(text: str, fields: Mapping[str, str]) -> CudaTarget:
+    if fields.keys() != {"arch"}:
+        raise TargetError(f"{text!r}: cuda takes arch, as in cuda{{arch=sm_90a}}")
+    if fields["arch"] not in CUDA_ARCHS:
+        raise TargetError(f"unknown CUDA architecture {fields['arch']!r}; known: {', '.join(CUDA_ARCHS)}")
+    return CudaTarget(fields["arch"])
 
 
 def _named(arch: str, extra: str) -> CpuTarget:

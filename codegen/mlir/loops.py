@@ -2,7 +2,7 @@
 
 Each operation is a function from an index to a value (a scalar, or a vector along the innermost axis), so chains
 compose without temporaries: the results' elements pull what they need. `loops_plan` decides the loop nest,
-`loops_reads` says where operations read, `loops_eval` and `loops_rows` emit.
+`reads` says where operations read, `loops_eval` and `loops_rows` emit.
 
 Reductions and normalisations run as passes over a row inside of the task that owns it. Narrow floats are computed in
 f32 and rounded when they are stored. An index out of range reads the nearest element: sessions check token ids before.
@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tilewright.codegen import reads as rd
 from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
-from tilewright.codegen.mlir import loops_reads as rd
 from tilewright.codegen.mlir.loops_compute import refusal
 from tilewright.codegen.mlir.loops_cost import grain, op_weight, result_sets, rows_on_stack
 from tilewright.codegen.mlir.loops_plan import make_plan, shared_axes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen import reads as rd
 from tilewright.codegen.mlir.loops_quant import keeps_row
 from tilewright.codegen.mlir.loops_rows import fits_stack, keeps_exponentials
 from tilewright.ir import Dim, Function, Op, Value, ops, product

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen import reads as rd
+from tilewright.codegen.index import MOST_KNOWN, Index, Poly, Var
+from tilewright.codegen.index_shapes import delinear, linear
 from tilewright.codegen.mlir.builder import Kernel
 from tilewright.codegen.mlir.loops_eval import Evaluator
-from tilewright.codegen.mlir.loops_index import MOST_KNOWN, Index, Poly, Var
 from tilewright.codegen.mlir.loops_plan import TILE, Group, Plan
 from tilewright.codegen.mlir.loops_quant import stored
-from tilewright.codegen.mlir.loops_shapes import delinear, linear
 from tilewright.codegen.mlir.value import Val
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import Function, Value

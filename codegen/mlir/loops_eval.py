@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch_mlir.dialects import vector
 
-from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen import reads as rd
+from tilewright.codegen.index import Complex, Index, Poly, Var, at_most, lane_form, less, substitute_all
+from tilewright.codegen.index_shapes import linear, size
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.loops_compute import compute, compute_dtype
-from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, at_most, lane_form, less, substitute_all
 from tilewright.codegen.mlir.loops_quant import Quantized, decoded
 from tilewright.codegen.mlir.loops_scope import Nest
-from tilewright.codegen.mlir.loops_shapes import linear, size
 from tilewright.codegen.mlir.value import Val, constant, iota, mlir_type, shuffle
 from tilewright.ir import Dim, Value, ops
 

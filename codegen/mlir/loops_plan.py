@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import sympy
 
-from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen import reads as rd
+from tilewright.codegen.index import Index, Poly, Var, at_most, floor_div, less, modulo
+from tilewright.codegen.index_shapes import as_dim, delinear, linear, size
 from tilewright.codegen.mlir.loops_cost import result_sets, rows_on_stack
-from tilewright.codegen.mlir.loops_index import Index, Poly, Var, at_most, floor_div, less, modulo
-from tilewright.codegen.mlir.loops_shapes import as_dim, delinear, linear, size
 from tilewright.ir import Dim, Function, Op, Shape, Value, ops
 
 FEW = 4

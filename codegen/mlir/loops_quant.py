@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen import reads as rd
+from tilewright.codegen.index import Complex, Index, Poly, Var, divisor, floor_div, lane_form
+from tilewright.codegen.index_shapes import linear, size
 from tilewright.codegen.mlir.builder import Buffer
-from tilewright.codegen.mlir.loops_index import Complex, Index, Poly, Var, divisor, floor_div, lane_form
 from tilewright.codegen.mlir.loops_rows import Rows, fits_stack, whole
 from tilewright.codegen.mlir.loops_scope import Group
-from tilewright.codegen.mlir.loops_shapes import linear, size
 from tilewright.codegen.mlir.narrow import F8_FACTORS, widen_f4e2m1, widen_f8, widen_f8e8m0
 from tilewright.codegen.mlir.value import Val, constant, fma, literals, shuffle
 from tilewright.codegen.packing import code_planes

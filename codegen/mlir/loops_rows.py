@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tilewright.codegen.mlir import loops_reads as rd
+from tilewright.codegen import reads as rd
+from tilewright.codegen.index import Index, Poly, Var
+from tilewright.codegen.index_shapes import linear, size
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.loops_compute import combine, compute_dtype, fold_lanes, identity
-from tilewright.codegen.mlir.loops_index import Index, Poly, Var
 from tilewright.codegen.mlir.loops_scope import Group, Nest
-from tilewright.codegen.mlir.loops_shapes import linear, size
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.ir import Dim, DType, Op, Return, Value, ops, product
 

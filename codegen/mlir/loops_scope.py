@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from torch_mlir import ir
 
+from tilewright.codegen.index import Floor, Mod, Poly, Size, Var, bounds, divisor, floor_div, nonnegative
 from tilewright.codegen.mlir.builder import Kernel, Loop
-from tilewright.codegen.mlir.loops_index import Floor, Mod, Poly, Size, Var, bounds, divisor, floor_div, nonnegative
 from tilewright.codegen.mlir.value import Val, constant
 
 T = TypeVar("T")

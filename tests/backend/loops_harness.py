@@ -1,4 +1,4 @@
-"""Runs one kernel function natively and in the interpreter."""
+"""Runs one kernel function natively, or as CUDA on an emulated device, and in the interpreter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from tests.cuda.emulator import Emulated
+from tilewright.codegen.cuda.loops import CudaLoopsEmitter
 from tilewright.codegen.emitters import pack
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir import native
@@ -17,7 +19,9 @@ from tilewright.ir import Builder, DType, Function, Module, Return, TensorType, 
 from tilewright.ir.interpreter import bind_dims
 
 EMITTER = LoopsEmitter()
-TARGETS = [parse_target("x86-64-v3")] + ([parse_target("native")] if parse_target("native").vector_bits == 512 else [])
+CPUS = [parse_target("x86-64-v3")] + ([parse_target("native")] if parse_target("native").vector_bits == 512 else [])
+CUDA = parse_target("cuda{arch=sm_80}")
+TARGETS = [*CPUS, CUDA]
 TOLERANCE = {"f64": 1e-12, "f32": 3e-6, "f16": 2e-3, "bf16": 1.6e-2}
 
 
@@ -33,13 +37,15 @@ def kernel_of(build: Callable[..., Value | Sequence[Value]], *types: tuple) -> F
 class Native:
     """A compiled kernel, called as the program would: in chunks of tasks."""
 
-    def __init__(self, kernel: Function, target=TARGETS[-1], schedule=None) -> None:
-        reason = EMITTER.match(kernel, target)
+    def __init__(self, kernel: Function, target=CPUS[-1], schedule=None) -> None:
+        emitter = CudaLoopsEmitter() if target is CUDA else EMITTER
+        reason = emitter.match(kernel, target)
         assert reason is None, reason
         self.kernel = kernel
-        schedule = schedule or EMITTER.default_schedule(kernel, target)
-        self.code: KernelCode = EMITTER.emit(kernel, schedule, target, "tw_k")
-        self.function = native._function(self.code.object, "tw_k")
+        schedule = schedule or emitter.default_schedule(kernel, target)
+        self.code: KernelCode = emitter.emit(kernel, schedule, target, "tw_k")
+        self.device = Emulated(self.code) if self.code.device else None
+        self.function = None if self.device else native._function(self.code.object, "tw_k")
 
     def __call__(self, inputs: Sequence[np.ndarray], cuts: int = 3, dims: Mapping[str, int] | None = None
                  ) -> list[np.ndarray]:  # fmt: skip
@@ -48,16 +54,23 @@ class Native:
         args = [_aligned(a, v.dtype) for a, v in zip(inputs, self.kernel.args)]
         outs = [_Guarded(v, dims) for v in self.kernel.returns]
         guards = [o.surroundings() for o in outs]
-        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*args, *(o.array for o in outs))]
+        buffers = [*args, *(o.array for o in outs)]
+        if self.device:
+            self.device(buffers, dims)
+        else:
+            self._in_chunks(buffers, cuts, dims)
+        for out, guard in zip(outs, guards):
+            assert out.surroundings() == guard, "wrote past the end"
+        return [o.array for o in outs]
+
+    def _in_chunks(self, buffers: Sequence[np.ndarray], cuts: int, dims: Mapping[str, int]) -> None:
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in buffers]
         tasks = eval_dim(self.code.tasks, dims)
         assert eval_dim(self.code.grain, dims) >= 1
         edges = sorted({tasks * i // cuts for i in range(cuts + 1)})
         for begin, end in itertools.pairwise(edges):
             numbers = [ctypes.c_int64(n) for n in (begin, end, *(dims[name] for name in self.code.dims))]
             self.function(*numbers, *pointers)
-        for out, guard in zip(outs, guards):
-            assert out.surroundings() == guard, "wrote past the end"
-        return [o.array for o in outs]
 
 
 class _Guarded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.backend.loops_harness import EMITTER, TARGETS, Native, check, kernel_of, random_array
+from tests.backend.loops_harness import CPUS, EMITTER, TARGETS, Native, check, kernel_of, random_array
 from tilewright.codegen.mlir.loops import LoopsSchedule
 from tilewright.ir import DType, ops, sym
 
@@ -177,7 +177,7 @@ def test_dear_rows_are_kept(target, rng):
         return b(ops.LayerNorm, b(ops.Gelu, b(ops.Tanh, x)), w)
 
     native = run(target, build, [((B, 150), "f32"), ((150,), "f32")], [[(4, 150), (150,)]], rng, 1e-5)
-    assert native.code.tasks == B
+    assert native.device or native.code.tasks == B
 
 
 def test_dear_long_rows_are_refused():
@@ -203,16 +203,16 @@ def test_cosine_similarity_head(target, rng):
         check(native, [random_array(rng, (b, s, 48), "f32"), mask], 1e-5)
 
 
-@pytest.mark.parametrize("schedule", list(LoopsSchedule.space(TARGETS[-1]))[::5], ids=str)
+@pytest.mark.parametrize("schedule", list(LoopsSchedule.space(CPUS[-1]))[::5], ids=str)
 def test_schedules(schedule, rng):
     def build(b, x, w):
         y = b(ops.Silu, x)
         return b(ops.Softmax, y, 1), b(ops.RmsNorm, x, w), b(ops.Concat, (y, x), 1)
 
     types = [((B, 130), "bf16"), ((130,), "bf16")]
-    run(TARGETS[-1], build, types, [[(5, 130), (130,)]], rng, schedule=schedule)
+    run(CPUS[-1], build, types, [[(5, 130), (130,)]], rng, schedule=schedule)
     flat = [((N,), "f32")]
-    run(TARGETS[-1], lambda b, x: b(ops.Exp, x), flat, [[(n,)] for n in (1, 1023, 1024, 1025, 40000)], rng,
+    run(CPUS[-1], lambda b, x: b(ops.Exp, x), flat, [[(n,)] for n in (1, 1023, 1024, 1025, 40000)], rng,
         schedule=schedule)  # fmt: skip
 
 

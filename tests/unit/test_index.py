@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tilewright.codegen.mlir.loops_index import Floor, Mod, Poly, Size, Var, divisor, floor_div, modulo
+from tilewright.codegen.index import Floor, Mod, Poly, Size, Var, divisor, floor_div, modulo
 
 
 def var(name: str, low: int, high: int) -> Var:

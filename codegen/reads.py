@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilewright.codegen.mlir.loops_index import Index, Poly, floor_div, modulo
-from tilewright.codegen.mlir.loops_shapes import delinear, linear, size
+from tilewright.codegen.index import Index, Poly, floor_div, modulo
+from tilewright.codegen.index_shapes import delinear, linear, size
 from tilewright.ir import Dim, Function, Op, Shape, Value, ops
 
 Read = tuple[Value, Index]

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 
-from tilewright.codegen.mlir.loops_index import (
+from tilewright.codegen.index import (
     Atom,
     Floor,
     Index,

@@ -1,0 +1,1 @@
+"""CUDA kernels: written as CUDA C, compiled to cubins without a GPU."""

@@ -1,0 +1,59 @@
+"""CUDA kernels run without a GPU: their C compiled for this CPU, with a device in C++ around it."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tilewright.codegen.cuda.compile import prelude
+from tilewright.codegen.kernel import DeviceCode, KernelCode
+from tilewright.ir import eval_dim
+
+HERE = Path(__file__).parent
+
+
+def translation(device: DeviceCode) -> str:
+    """C++ of a kernel's functions, and ``emu_<symbol>(gx, gy, gz, threads, params)`` for each."""
+    text = [f'#include "{HERE}/emulator.h"', prelude(), f'#include "{HERE}/emulator_tail.h"', device.source]
+    for name in dict.fromkeys(launch.symbol for launch in device.launches):
+        text.append(f'extern "C" void emu_{name}(unsigned x, unsigned y, unsigned z, unsigned threads, void **params) {{ '
+                    f"emu_run([](void **p) {{ emu_call({name}, p); }}, {{x, y, z}}, threads, params); }}")  # fmt: skip
+    return "\n".join(text)
+
+
+def library(device: DeviceCode, folder: Path, name: str = "kernel") -> Path:
+    """The shared library of a kernel's functions."""
+    source, out = folder / f"{name}.cpp", folder / f"{name}.so"
+    source.write_text(translation(device))
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off", str(source)]
+    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:6000]
+    return out
+
+
+class Emulated:
+    """A compiled CUDA kernel, called with buffers as the program would pass them."""
+
+    def __init__(self, code: KernelCode) -> None:
+        assert code.device is not None
+        self.code, self.device = code, code.device
+        with tempfile.TemporaryDirectory() as folder:
+            self.library = ctypes.CDLL(str(library(code.device, Path(folder))))
+
+    def __call__(self, buffers: Sequence[np.ndarray], dims: Mapping[str, int]) -> None:
+        """Run all launches on ``buffers``: arguments, results, scratch."""
+        sizes = [ctypes.c_int64(dims[d]) for d in self.code.dims]
+        pointers = [ctypes.c_void_p(b.ctypes.data) for b in buffers]
+        params = (ctypes.c_void_p * (len(sizes) + len(pointers)))(*map(ctypes.addressof, [*sizes, *pointers]))
+        for launch in self.device.launches:
+            if launch.when is not None and not launch.when[1] <= eval_dim(launch.when[0], dims) <= launch.when[2]:
+                continue
+            grid = [eval_dim(d, dims) for d in launch.grid]
+            if all(grid):
+                assert launch.block <= 1024
+                getattr(self.library, f"emu_{launch.symbol}")(*grid, launch.block, params)
