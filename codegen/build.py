@@ -3,6 +3,7 @@
     weights   file -> ``Weight.load`` -> ``pack`` -> weights.safetensors, one at a time
     kernels   kernel function -> emitter -> object; equal kernels were already made one by fusion
     program   ``Program.text`` -> program.c -> linked with the objects and the thread pool into kernels.so
+    for a GPU  a cubin and its CUDA C for each kernel, and device.json, the list of their functions
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.emitters import choose, pack, packed_spec
 from tilewright.codegen.kernel import Emitter, KernelCode
 from tilewright.codegen.link import link
-from tilewright.codegen.program import Program, behind, entry_dims
+from tilewright.codegen.program import Program, behind, device_functions, entry_dims
 from tilewright.codegen.schedule import Schedule
 from tilewright.codegen.store import KernelStore, kernel_key
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.target import Target
 from tilewright.codegen.workers import Compilation, Job
 from tilewright.ir import Dim, Function, Module, State, Value, Weight, canonical, dim_text, ops, print_module
 from tilewright.runtime.artifact import (
+    DEVICE,
     ArtifactWriter,
     DimSpec,
     EntrySpec,
@@ -61,6 +63,8 @@ class KernelRow:
     """Whether the code was found in the kernel store instead of being compiled."""
     chosen: str = RULE
     """Where the schedule is from."""
+    resources: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of each function on a GPU: registers a thread, bytes spilled, bytes of shared memory."""
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Build:
     """
 
     module: Module
-    target: CpuTarget
+    target: Target
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
     progress: Progress = lambda stage, done, total: None
@@ -99,6 +103,7 @@ class Build:
             source = Program(self.module, codes, offsets).text()
             out.add("program.c", source)
             self.timed("link", lambda: self.link(Path(folder), codes, out))
+        self.add_device_code(out, codes)
         out.add("ir.twir", print_module(self.module))
         return self.manifest(meta)
 
@@ -126,7 +131,8 @@ class Build:
         if self.store:
             self.store.prune()
         for name, count in calls.items():
-            (folder / f"{name}.o").write_bytes(codes[name].object)
+            if codes[name].device is None:
+                (folder / f"{name}.o").write_bytes(codes[name].object)
             made = row(jobs[name], codes[name], seconds.get(name), count)
             self.report.kernels.append(replace(made, chosen=self.origins.get(name, RULE)))
         return codes
@@ -168,9 +174,27 @@ class Build:
 
     def link(self, folder: Path, codes: Mapping[str, KernelCode], out: ArtifactWriter) -> None:
         sources = [p for p in native_sources() if p.suffix == ".c"]
-        objects = [folder / f"{name}.o" for name in codes]
+        objects = [folder / f"{name}.o" for name, code in codes.items() if code.device is None]
         headers = {p.parent for p in native_sources()}
         link(folder, objects, [out.path("program.c"), *sources], sorted(headers), out.path("kernels.so"), self.target)
+
+    def add_device_code(self, out: ArtifactWriter, codes: Mapping[str, KernelCode]) -> None:
+        """What the runtime loads onto a GPU, and the sources, to be read."""
+        functions = []
+        for name, symbol in device_functions(codes):
+            code = codes[name].device
+            assert code is not None
+            shared = max(launch.shared for launch in code.launches if launch.symbol == symbol)
+            about = " ".join(op.name for op in self.module.functions[name].body[:-1])
+            functions.append({"kernel": name, "symbol": symbol, "shared": shared, "operations": about})
+        if not functions:
+            return
+        for name in dict.fromkeys(item["kernel"] for item in functions):
+            code = codes[name].device
+            assert code is not None
+            out.add(f"{name}.cubin", codes[name].object)
+            out.add(f"{name}.cu", code.source)
+        out.add(DEVICE, json.dumps({"functions": functions}, indent=1) + "\n")
 
     def manifest(self, meta: Mapping[str, str]) -> Manifest:
         entries = {f.name: self.entry(f) for f in self.module.entries()}
@@ -200,7 +224,8 @@ def row(job: Job, code: KernelCode, seconds: float | None, calls: int) -> Kernel
     """The report's row of a kernel; without ``seconds`` it was found in the store."""
     names = " ".join(op.name for op in job.kernel.body[:-1])
     how = (job.family, str(job.schedule), len(code.object), seconds or 0.0)
-    return KernelRow(job.kernel.name, names, canonical(job.kernel), *how, calls, seconds is None)
+    used = code.device.resources if code.device else {}
+    return KernelRow(job.kernel.name, names, canonical(job.kernel), *how, calls, seconds is None, resources=used)
 
 
 def extent(dim: Dim) -> Extent:

@@ -8,9 +8,10 @@ from importlib import import_module
 
 import numpy as np
 
+from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.packing import code_planes, parse_packing
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.target import Target
 from tilewright.ir import CodegenError, DType, Function, TensorType, canonical
 
 FAMILIES: dict[str, str] = {
@@ -19,7 +20,15 @@ FAMILIES: dict[str, str] = {
     "mlir.sparse": "tilewright.codegen.mlir.sparse_emitter:SparseEmitter",
     "mlir.loops": "tilewright.codegen.mlir.loops:LoopsEmitter",
     "tvm": "tilewright.codegen.tvm.emitter:TvmEmitter",
+    "cuda.linear": "tilewright.codegen.cuda.linear:CudaLinearEmitter",
+    "cuda.attention": "tilewright.codegen.cuda.attention:CudaAttentionEmitter",
+    "cuda.loops": "tilewright.codegen.cuda.loops:CudaLoopsEmitter",
 }
+
+
+def families(target: Target) -> list[str]:
+    """The families that make kernels for ``target``, in order of preference."""
+    return [name for name in FAMILIES if name.startswith("cuda.") == isinstance(target, CudaTarget)]
 
 
 @cache
@@ -32,10 +41,10 @@ def emitter(name: str) -> Emitter:
     return made
 
 
-def refusals(kernel: Function, target: CpuTarget) -> dict[str, str]:
+def refusals(kernel: Function, target: Target) -> dict[str, str]:
     """Why each family cannot lower ``kernel``; shorter than the list of families when one can."""
     out: dict[str, str] = {}
-    for name in FAMILIES:
+    for name in families(target):
         reason = emitter(name).match(kernel, target)
         if reason is None:
             break
@@ -43,11 +52,11 @@ def refusals(kernel: Function, target: CpuTarget) -> dict[str, str]:
     return out
 
 
-def choose(kernel: Function, target: CpuTarget) -> Emitter:
+def choose(kernel: Function, target: Target) -> Emitter:
     """The first family that can lower ``kernel``; raises CodegenError with each one's reason."""
-    reasons = refusals(kernel, target)
-    if len(reasons) < len(FAMILIES):
-        return emitter(list(FAMILIES)[len(reasons)])
+    reasons, there = refusals(kernel, target), families(target)
+    if len(reasons) < len(there):
+        return emitter(there[len(reasons)])
     shown = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
     loc = kernel.body[0].loc
     raise CodegenError(f"no kernel family can lower this kernel for {target}:\n{canonical(kernel)}\n{shown}", loc)

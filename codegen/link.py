@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.target import CpuTarget, Target
 from tilewright.ir import CodegenError
 
 
@@ -20,15 +20,20 @@ def compiler() -> str:
     raise CodegenError("no C compiler was found; install gcc or clang, or name one in CC (running an artifact needs none)")
 
 
-def target_flags(target: CpuTarget) -> list[str]:
-    """What lets the C compiler use the vectors of ``target``, in the spelling of every gcc and clang of ten years."""
+def target_flags(target: Target) -> list[str]:
+    """What lets the C compiler use the vectors of ``target``, in the spelling of every gcc and clang of ten years.
+
+    The host of a GPU is any x86-64.
+    """
+    if not isinstance(target, CpuTarget):
+        return []
     wide = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")] if target.vector_bits == 512 else []
     return ["-mavx2", "-mfma", *wide, f"-mprefer-vector-width={target.vector_bits}"]
 
 
 def link(
     folder: Path, objects: Sequence[Path], sources: Sequence[Path], includes: Sequence[Path], out: Path,
-    target: CpuTarget,
+    target: Target,
 ) -> None:  # fmt: skip
     """Compile ``sources`` for ``target`` and link them with ``objects`` into the shared library ``out``.
 

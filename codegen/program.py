@@ -1,4 +1,4 @@
-"""The program: C code that calls an entry's kernels in order over one arena.
+"""The program: C code that calls an entry's kernels in order over one arena, or launches them on a GPU.
 
 For each entry it has ``tw_<entry>`` and ``tw_<entry>_sizes``, as runtime/loader.py calls them. The text is kept in the
 artifact as program.c: it is the place to see what runs.
@@ -6,11 +6,11 @@ artifact as program.c: it is the place to see what runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tilewright.codegen.cexpr import PRELUDE, c_dim
-from tilewright.codegen.kernel import KernelCode
+from tilewright.codegen.kernel import DeviceCode, KernelCode
 from tilewright.ir import CodegenError, Dim, Function, KVType, Module, Op, Return, State, TensorType, Value, Weight, ops
 
 _ALIGN = 64
@@ -25,13 +25,16 @@ class Program:
     codes: Mapping[str, KernelCode]
     offsets: Mapping[tuple[str, str], int]
     lines: list[str] = field(default_factory=list)
+    functions: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def text(self) -> str:
         """The C source."""
-        self.lines = ["#include <stdint.h>", "#include <string.h>", '#include "pool.h"', "", PRELUDE]
+        self.lines = ["#include <stdint.h>", "#include <string.h>", '#include "pool.h"', '#include "launch.h"', "", PRELUDE]
+        self.functions = {f: i for i, f in enumerate(device_functions(self.codes))}
         used = dict.fromkeys(op.callee for f in self.module.entries() for op in f.body if isinstance(op, ops.Call))
         for name in used:
-            self.trampoline(self.module.functions[name], self.codes[name])
+            if self.codes[name].device is None:
+                self.trampoline(self.module.functions[name], self.codes[name])
         for function in self.module.entries():
             self.entry(function)
         return "\n".join(self.lines) + "\n"
@@ -56,6 +59,12 @@ class Program:
     def entry(self, function: Function) -> None:
         writer = _Entry(self, function)
         self.lines += [*writer.sizes(), *writer.body(), ""]
+
+
+def device_functions(codes: Mapping[str, KernelCode]) -> list[tuple[str, str]]:
+    """The functions of CUDA kernels as (kernel, symbol), in the order in which a program numbers them."""
+    found = [(name, launch.symbol) for name, code in codes.items() if code.device for launch in code.device.launches]
+    return list(dict.fromkeys(found))
 
 
 def pointers(value: Value) -> tuple[str, ...]:
@@ -90,6 +99,11 @@ class _Entry:
                 if result.type.bytes not in sizes:
                     sizes.append(result.type.bytes)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether pointers are those of a GPU, and `pool` is how to reach it."""
+        return bool(self.program.functions)
+
     def codes(self) -> list[KernelCode]:
         return [self.program.codes[op.callee] for op in self.function.body if isinstance(op, ops.Call)]
 
@@ -123,6 +137,7 @@ class _Entry:
             f"  int64_t at[{len(self.slots) + 1}];",
             f"  {name}_arena(dims, at);",
             "  (void)pool; (void)inputs; (void)outputs; (void)states; (void)weights; (void)arena;",
+            *(["  tw_device *device = (tw_device *)pool;"] if self.on_device else []),
         ]
         for op in self.function.body:
             lines += self.call(op) if isinstance(op, ops.Call) else self.other(op)
@@ -141,11 +156,28 @@ class _Entry:
         places = [p for i, v in enumerate(op.args) for p in self.places(v, code.packing.get(i, ""))]
         places += [self.place(r) for r in op.results if isinstance(r.type, TensorType)]
         places += self.scratch(code)
+        if code.device is not None:
+            return self.launches(op, code, code.device, places)
         block = ", ".join(["0", *code.dims, "{" + ", ".join(f"(void *)({p})" for p in places) + "}"])
         run = f"tw_pool_run(pool, {name}_task, &a, {c_dim(code.tasks)}, {c_dim(code.grain)})"
         if code.last != 0:
             run += f"; a.first = {c_dim(code.tasks)}; tw_pool_run(pool, {name}_task, &a, {c_dim(code.last)}, 1)"
         return [f"  {{ struct {name}_args a = {{{block}}}; {run}; }}  // {op.loc.module}"]
+
+    def launches(self, op: ops.Call, code: KernelCode, device: DeviceCode, places: Sequence[str]) -> list[str]:
+        """Launch the grids of a CUDA kernel, which takes the addresses of its parameters."""
+        lines = [f"  {{ void *p[] = {{{', '.join(f'(void *)({p})' for p in places)}}};  // {op.loc.module}"]
+        params = [*(f"(void *)&{d}" for d in code.dims), *(f"&p[{i}]" for i in range(len(places)))]
+        lines.append(f"    void *a[] = {{{', '.join(params)}}};")
+        for launch in device.launches:
+            number = self.program.functions[op.callee, launch.symbol]
+            grid = ", ".join(map(c_dim, launch.grid))
+            run = f"if (tw_launch(device, {number}, {grid}, {launch.block}, {launch.shared}, a)) return TW_LAUNCH_FAILED;"
+            if launch.when is not None:
+                dim, low, high = launch.when
+                run = f"if ({c_dim(dim)} >= {low} && {c_dim(dim)} <= INT64_C({high})) {{ {run} }}"
+            lines.append(f"    {run}")
+        return [*lines, "  }"]
 
     def scratch(self, code: KernelCode) -> list[str]:
         """Temporaries lie behind the slots; kernels run one after the other, so they share that place."""
@@ -190,8 +222,14 @@ class _Entry:
         lines = []
         for i, value in enumerate(self.function.returns):
             place = self.place(value)
-            if place != f"outputs[{i}]":
-                lines.append(f"  memcpy(outputs[{i}], {place}, {c_dim(value.tensor.bytes)});")
+            if place == f"outputs[{i}]":
+                continue
+            to, size = f"outputs[{i}]", c_dim(value.tensor.bytes)
+            if self.on_device:
+                copy = f"device->copy((uint64_t){to}, (uint64_t)({place}), {size}, device->stream)"
+                lines.append(f"  if ((device->error = {copy})) return TW_LAUNCH_FAILED;")
+            else:
+                lines.append(f"  memcpy({to}, {place}, {size});")
         return lines
 
 

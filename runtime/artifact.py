@@ -23,6 +23,7 @@ import xxhash
 
 from tilewright.runtime.errors import ArtifactError, DamagedArtifactError, TruncatedArtifactError
 from tilewright.runtime.manifest import (
+    DEVICE,
     DTYPES,
     FORMAT,
     KERNELS,
@@ -324,7 +325,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 __all__ = [
-    "ALIGNMENT", "DTYPES", "KERNELS", "MANIFEST", "WEIGHTS", "ArtifactWriter", "DimSpec", "EntrySpec", "Extent",
+    "ALIGNMENT", "DEVICE", "DTYPES", "KERNELS", "MANIFEST", "WEIGHTS", "ArtifactWriter", "DimSpec", "EntrySpec", "Extent",
     "FileSpec", "Folder", "Manifest", "StateSpec", "TargetSpec", "TensorSpec", "WeightSpec", "WeightsPlan",
     "WeightsWriter", "checksum", "native_sources", "plan_weights", "read_manifest", "read_table", "refuse_foreign",
     "verify_files",

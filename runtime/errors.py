@@ -57,6 +57,10 @@ class ProgramError(RuntimeError):
         self.code = code
 
 
+class DeviceError(ProgramError):
+    """A GPU's driver or a kernel on it failed; the message names the entry and, where it is known, the kernel."""
+
+
 class MissingExtraError(ImportError):
     """A feature needs an optional dependency that is not installed."""
 

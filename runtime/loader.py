@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilewright.runtime.artifact import Folder
-from tilewright.runtime.errors import ArtifactError, InputError
+from tilewright.runtime.errors import ArtifactError, DamagedArtifactError, InputError
 from tilewright.runtime.host import check_host
-from tilewright.runtime.manifest import KERNELS, WEIGHTS, Manifest
+from tilewright.runtime.manifest import DEVICE, KERNELS, WEIGHTS, Manifest
 from tilewright.runtime.memory import advise
 from tilewright.runtime.native import Library
 from tilewright.runtime.session import Session
 from tilewright.runtime.weights import data_offset
 
+if TYPE_CHECKING:
+    from tilewright.runtime.cuda import Device
+
 _ATTEMPTS = 10
 
 
 class Weights:
-    """The mapped weights file, read-only. ``address``: of the data section, where tensor offsets count from."""
+    """The mapped weights file, read-only. ``address``: of the data section, where tensor offsets count from; ``size``: its
+    bytes, ``bytes`` those of the file."""
 
     def __init__(self, descriptor: int, where: str) -> None:
         size = os.fstat(descriptor).st_size
@@ -31,7 +37,7 @@ class Weights:
         advise(self._mapping, "MADV_WILLNEED")
         self._view = np.frombuffer(self._mapping, np.uint8)
         self.address = self._view.ctypes.data + offset
-        self.bytes = size
+        self.bytes, self.size = size, size - offset
 
 
 class Program:
@@ -58,18 +64,20 @@ class Program:
         return f"Program({str(self.path)!r}, entries={self.entries}, target={self.manifest.target.text!r})"
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True) -> Program:
+def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, device: int = 0) -> Program:
     """Opens the artifact folder ``path``.
 
-    ``threads``: the default of its sessions. ``verify=False`` skips the checksums (sizes are always compared).
-    Raises a subclass of ArtifactError that says what is wrong, and UnsupportedHostError before any code is mapped.
+    ``threads``: the default of its sessions. ``verify=False`` skips the checksums (sizes are always compared). ``device``:
+    which GPU, of an artifact for one.
+    Raises a subclass of ArtifactError that says what is wrong, UnsupportedHostError before any code is mapped, and
+    MemoryError when the weights do not fit a GPU.
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError("threads", "an integer >= 1", repr(threads))
     for attempt in range(_ATTEMPTS):
         with Folder(path) as folder:
             try:
-                return _load(folder, threads, verify)
+                return _load(folder, threads, verify, device)
             except ArtifactError:
                 # A save that replaced the artifact removes the old files: then the new ones are what was asked for.
                 if attempt == _ATTEMPTS - 1 or not folder.replaced():
@@ -77,9 +85,11 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     raise AssertionError("unreachable")
 
 
-def _load(folder: Folder, threads: int | None, verify: bool) -> Program:
+def _load(folder: Folder, threads: int | None, verify: bool, device: int) -> Program:
     manifest = folder.manifest()
     check_host(manifest.target.features, str(folder.path), manifest.target.text)
+    arch = _cuda_arch(manifest.target.text)
+    gpu = None if arch is None else _gpu(device, arch, str(folder.path))
     folder.verify(manifest, checksums=verify)
     kernels, weights = folder.open(KERNELS), -1
     try:
@@ -90,4 +100,35 @@ def _load(folder: Folder, threads: int | None, verify: bool) -> Program:
         os.close(kernels)
         if weights >= 0:
             os.close(weights)
+    if gpu is not None:
+        return _on_gpu(folder, manifest, library, mapped, gpu)
     return Program(Path(folder.path), manifest, library, mapped, threads)
+
+
+def _cuda_arch(target: str) -> str | None:
+    """The architecture of a GPU that ``target`` names, None for a CPU."""
+    match = re.fullmatch(r"cuda\{arch=(\w+)\}", target)
+    return match[1] if match else None
+
+
+def _gpu(ordinal: int, arch: str, where: str) -> Device:
+    from tilewright.runtime.cuda import Device
+
+    found = Device(ordinal)
+    found.check_arch(arch, where)
+    return found
+
+
+def _on_gpu(folder: Folder, manifest: Manifest, library: Library, weights: Weights, gpu: Device) -> Program:
+    from tilewright.runtime.device import DeviceProgram, read_functions
+
+    functions = read_functions(_read(folder, DEVICE, manifest), str(folder.path / DEVICE))
+    cubins = {f.kernel: _read(folder, f"{f.kernel}.cubin", manifest) for f in functions}
+    return DeviceProgram(Path(folder.path), manifest, library, weights, gpu, functions, cubins)
+
+
+def _read(folder: Folder, name: str, manifest: Manifest) -> bytes:
+    if name not in manifest.files:
+        raise DamagedArtifactError(f"{folder.path / name}: missing from the manifest; compile or copy the artifact again")
+    with os.fdopen(folder.open(name), "rb") as file:
+        return file.read()

@@ -25,6 +25,8 @@ VERSION = 2
 """Of the format and of what kernels.so offers: 1 had programs and the thread pool, 2 has sampling too."""
 KERNELS = "kernels.so"
 WEIGHTS = "weights.safetensors"
+DEVICE = "device.json"
+"""Of an artifact for a GPU: the functions that its program launches, each with the kernel whose cubin has it."""
 REQUIRED_FILES = (KERNELS, WEIGHTS)
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -292,6 +294,6 @@ def _check_file_name(name: str, node: Node) -> None:
 
 
 __all__ = [
-    "DTYPES", "KERNELS", "WEIGHTS", "DimSpec", "EntrySpec", "Extent", "FileSpec", "Manifest", "ManifestError",
+    "DEVICE", "DTYPES", "KERNELS", "WEIGHTS", "DimSpec", "EntrySpec", "Extent", "FileSpec", "Manifest", "ManifestError",
     "StateSpec", "TargetSpec", "TensorSpec",
 ]  # fmt: skip

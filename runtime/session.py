@@ -51,6 +51,10 @@ class Session:
         self._plans: dict[str, tuple[tuple[int, ...], _Plan]] = {}
         self._lease = threading.Lock()
         self._lease_thread: int | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Get what runs the program: threads."""
         pool = self._library.pool_create(self.threads)
         if not pool:
             raise MemoryError(f"cannot start {self.threads} threads; make the session with fewer")
@@ -75,7 +79,10 @@ class Session:
         arrays, dims = bind(spec, inputs, entry)
         if spec.batch is not None:
             check_batch(spec, dims, self.batch, entry)
-        return Call(self, entry, spec, arrays, tuple(dims[dim.name] for dim in spec.dims))
+        return self._call(entry, spec, arrays, tuple(dims[dim.name] for dim in spec.dims))
+
+    def _call(self, entry: str, spec: EntrySpec, arrays: Sequence[Array], sizes: tuple[int, ...]) -> Call:
+        return Call(self, entry, spec, arrays, sizes)
 
     def entry(self, name: str) -> EntrySpec:
         """The signature of an entry. Raises InputError, listing those that exist."""
@@ -196,10 +203,14 @@ class Call:
         self.session, self.entry, self.spec = session, entry, spec
         self.plan = session.plan(entry, spec, sizes)
         # Not zeroed. The allocator hands the same pages back once they are dropped.
-        found = [aligned(shape, DTYPES[tensor.dtype]) for tensor, shape in zip(spec.outputs, self.plan[2])]
+        found = [self._array(shape, tensor.dtype) for tensor, shape in zip(spec.outputs, self.plan[2])]
         self.inputs = {tensor.name: array for tensor, array in zip(spec.inputs, arrays)}
         self.outputs = {tensor.name: output for tensor, output in zip(spec.outputs, found)}
         self.input_addresses, self.output_addresses = _addresses(arrays), _addresses(found)
+
+    def _array(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Memory for an output, with any contents."""
+        return aligned(shape, DTYPES[dtype])
 
     def __call__(self) -> dict[str, Array]:
         """Runs the entry. Raises InputError before anything runs, ProgramError and SessionError as a session does."""

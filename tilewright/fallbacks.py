@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from tilewright.codegen.emitters import FAMILIES, refusals
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.emitters import families, refusals
+from tilewright.codegen.target import Target
 from tilewright.ir import Argument, Env, Function, Module, Op, Value, Weight, ops, verify
 from tilewright.passes.base import PassContext
 from tilewright.passes.fuse import unfuse
@@ -15,10 +15,10 @@ from tilewright.passes.fuse_rules import DECODING
 from tilewright.passes.plan_memory import PlanMemory
 from tilewright.passes.weights import derive
 
-LINEAR = "mlir.linear"
+LINEAR = ("mlir.linear", "cuda.linear")
 
 
-def lower_refused(module: Module, target: CpuTarget) -> list[str]:
+def lower_refused(module: Module, target: Target) -> list[str]:
     """Replace the fused kernels that no kernel family lowers whole; gives a line for the report on each.
 
     Weights that are coded in a way that no linear kernel reads are stored as the numbers they mean. If that does not
@@ -31,7 +31,7 @@ def lower_refused(module: Module, target: CpuTarget) -> list[str]:
             continue
         what = f"{operations(kernel)} ({kernel.body[0].loc.describe()})"
         if decode(module, kernel, numbers):
-            lines.append(f"{what} take weights that are stored dequantized: {why[LINEAR]}")
+            lines.append(f"{what} take weights that are stored dequantized: {next(why[f] for f in LINEAR if f in why)}")
             why = refusal(kernel, target)
         if why is not None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
@@ -44,10 +44,10 @@ def lower_refused(module: Module, target: CpuTarget) -> list[str]:
     return lines
 
 
-def refusal(kernel: Function, target: CpuTarget) -> dict[str, str] | None:
+def refusal(kernel: Function, target: Target) -> dict[str, str] | None:
     """Why no family lowers a kernel of several operations, each one's reason."""
     reasons = refusals(kernel, target)
-    return reasons if len(operations(kernel).split()) > 1 and len(reasons) == len(FAMILIES) else None
+    return reasons if len(operations(kernel).split()) > 1 and len(reasons) == len(families(target)) else None
 
 
 def operations(kernel: Function) -> str:

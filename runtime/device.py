@@ -1,0 +1,206 @@
+"""Programs on a GPU: the same entries and sessions, with weights, states and intermediate results in the GPU's memory.
+
+The program is native code on the host that launches kernels (launch.h). The second time that a `Call` runs, its launches
+are recorded as a graph, and from then on it is one launch: a decode step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.cuda import Device, Graph, Memory, Modules, Pinned, Stream, pointers
+from tilewright.runtime.errors import DeviceError, ProgramError, SessionError
+from tilewright.runtime.jsonread import Node, parse
+from tilewright.runtime.loader import Program, Weights
+from tilewright.runtime.manifest import DTYPES, EntrySpec, Manifest
+from tilewright.runtime.native import Library
+from tilewright.runtime.session import Call, Session
+
+SYNCHRONOUS = "TILEWRIGHT_CUDA_SYNC"
+"""Set to 1, each kernel is waited for, so that an error names the one that failed."""
+_LAUNCH_FAILED = 100
+_INT = ctypes.c_int32
+
+
+class _Launcher(ctypes.Structure):
+    """``tw_device`` of launch.h."""
+
+    _fields_ = [("launch", ctypes.c_void_p), ("copy", ctypes.c_void_p), ("wait", ctypes.c_void_p),
+                ("stream", ctypes.c_void_p), ("functions", ctypes.c_void_p), ("failed", _INT), ("error", _INT)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FunctionSpec:
+    """A function that a program launches: the kernel it belongs to, its name in the cubin, and what it may use."""
+
+    kernel: str
+    symbol: str
+    shared: int
+    operations: str
+
+    @staticmethod
+    def read(node: Node) -> FunctionSpec:
+        node.fields("kernel", "symbol", "shared", "operations")
+        return FunctionSpec(node["kernel"].string(), node["symbol"].string(), node["shared"].integer(0, 1 << 20),
+                            node["operations"].string())  # fmt: skip
+
+
+def read_functions(text: str | bytes, where: str) -> list[FunctionSpec]:
+    """What device.json lists. Raises a subclass of ArtifactError."""
+    node = Node(parse(text, where), where)
+    node.fields("functions")
+    return [FunctionSpec.read(item) for item in node["functions"].items()]
+
+
+class DeviceProgram(Program):
+    """A loaded artifact whose weights and kernels are on a GPU."""
+
+    def __init__(self, path: Path, manifest: Manifest, library: Library, weights: Weights, device: Device,
+                 functions: Sequence[FunctionSpec], cubins: Mapping[str, bytes]) -> None:  # fmt: skip
+        super().__init__(path, manifest, library, weights)
+        self.device, self.functions = device, functions
+        self.modules = Modules(device)
+        found = [self.modules.function(cubins[f.kernel], f.symbol, f.shared) for f in functions]
+        self.function_addresses = pointers(found)
+        self.on_device = Memory(device, weights.size, f"the weights of {path}")
+        self.on_device.fill(weights.address, weights.size)
+
+    def session(self, threads: int | None = None, batch: int = 1) -> Session:
+        """Memory on the GPU to run the entries with; ``batch``: the most sequences that the KV states hold."""
+        return DeviceSession(self, threads, batch)
+
+
+class DeviceSession(Session):
+    """A session on a GPU. Inputs and outputs are arrays of the host, copied on the way in and out."""
+
+    program: DeviceProgram
+
+    def _open(self) -> None:
+        self.device = self.program.device
+        self.work: Stream | None = Stream(self.device)
+        self._block: Memory | None = None
+        self._caches: list[Memory] = []
+        address = self.device.driver.address
+        wait = address("cuStreamSynchronize") if os.environ.get(SYNCHRONOUS) == "1" else None
+        functions = ctypes.addressof(self.program.function_addresses)
+        launch, copy = address("cuLaunchKernel"), address("cuMemcpyDtoDAsync_v2")
+        self.launcher = _Launcher(launch, copy, wait, self.work.handle, functions, -1, 0)
+
+    def _call(self, entry: str, spec: EntrySpec, arrays: Sequence[Any], sizes: tuple[int, ...]) -> Call:
+        return DeviceCall(self, entry, spec, arrays, sizes)
+
+    def _run(self, call: Call) -> None:
+        assert isinstance(call, DeviceCall)
+        with self._lock:
+            if self.work is None:
+                raise SessionError("the session is closed; make another one from its program")
+            self.device.use()
+            for memory, array in zip(call.input_memory, call.inputs.values()):
+                self.work.to_device(memory.address, array)
+            call.launch(self.work, self._arena_address(call.plan[1]))
+            for array, memory in zip(call.outputs.values(), call.output_memory):
+                self.work.to_host(array, memory.address)
+            self._wait(call)
+
+    def _wait(self, call: Call) -> None:
+        assert self.work is not None
+        try:
+            self.work.wait()
+        except DeviceError as error:
+            raise DeviceError(f"entry {call.entry!r} failed on {self.device.name}: {error}; with {SYNCHRONOUS}=1 the "
+                              "kernel is named") from error  # fmt: skip
+
+    def start(self, call: Call, arena: int) -> None:
+        """Put the entry's launches on the stream. Raises DeviceError with the kernel that cannot be launched."""
+        dims, states = call.plan[0], self._state_addresses() if call.spec.batch is not None else None
+        code = self._library.run[call.entry](
+            ctypes.addressof(self.launcher), dims, call.input_addresses, call.output_addresses, states,
+            self.program.on_device.address, arena,
+        )  # fmt: skip
+        if code == _LAUNCH_FAILED:
+            found = self.program.functions[self.launcher.failed]
+            raise DeviceError(f"entry {call.entry!r}, kernel {found.kernel} ({found.operations}), function {found.symbol}: "
+                              f"{self.device.driver.text(self.launcher.error)}")  # fmt: skip
+        if code:
+            raise ProgramError(f"entry {call.entry!r} failed with code {code}", code)
+
+    def _arena_address(self, count: int) -> int:
+        if self._block is None or self._block.bytes < count:
+            self._block = None
+            self._block = Memory(self.device, count, "intermediate results")
+        return self._block.address
+
+    def _state_addresses(self) -> Any:
+        if not self._caches:
+            for spec in self.program.manifest.states:
+                for size in (spec.k_bytes, spec.v_bytes):
+                    memory = Memory(self.device, size * self.batch, f"{self.batch} sequences of cache {spec.name}")
+                    memory.zero()
+                    self._caches.append(memory)
+            self._addresses = pointers([memory.address for memory in self._caches])
+        return self._addresses
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes held on the GPU: ``arena``, and ``states``; the weights are the program's."""
+        return {"arena": self._block.bytes if self._block else 0, "states": sum(m.bytes for m in self._caches)}
+
+    def reset(self) -> None:
+        """Forgets the states and gives all memory back; the next call starts from zeros."""
+        with self._lock:
+            self._block, self._caches = None, []
+
+    def close(self) -> None:
+        """Gives the memory back. Waits for a running call; safe to repeat."""
+        with self._lock:
+            self._block, self._caches = None, []
+            if self.work is not None:
+                self.work.close()
+            self.work = None
+
+
+class DeviceCall(Call):
+    """A call with memory on the GPU for its inputs and outputs; ``inputs`` and ``outputs`` are the host's copies."""
+
+    session: DeviceSession
+
+    def __init__(self, session: DeviceSession, entry: str, spec: EntrySpec, arrays: Sequence[Any],
+                 sizes: tuple[int, ...]) -> None:  # fmt: skip
+        self.pinned: list[Pinned] = []
+        self.graph: Graph | None = None
+        self._recorded: tuple[int, int] | None = None
+        self.runs = 0
+        super().__init__(session, entry, spec, arrays, sizes)
+        self.input_memory = [self._memory(a, t.name) for t, a in zip(spec.inputs, self.inputs.values())]
+        self.output_memory = [self._memory(a, t.name) for t, a in zip(spec.outputs, self.outputs.values())]
+        self.input_addresses = pointers([m.address for m in self.input_memory])
+        self.output_addresses = pointers([m.address for m in self.output_memory])
+
+    def _array(self, shape: tuple[int, ...], dtype: str) -> Any:
+        self.pinned.append(Pinned(self.session.device, shape, DTYPES[dtype]))
+        return self.pinned[-1].array
+
+    def _memory(self, array: np.ndarray[Any, Any], name: str) -> Memory:
+        return Memory(self.session.device, array.nbytes, f"{self.entry}({name})")
+
+    def launch(self, stream: Stream, arena: int) -> None:
+        """Put the kernels on the stream: one by one the first time, as a graph from the second on."""
+        self.runs += 1
+        places = (arena, id(self.session._addresses))
+        if self.runs == 1:
+            self.session.start(self, arena)
+            return
+        if self.graph is None or self._recorded != places:
+            if self.spec.batch is not None:
+                self.session._state_addresses()  # nothing may be allocated while recording
+            places = (arena, id(self.session._addresses))
+            self.graph = stream.record(lambda: self.session.start(self, arena))
+            self._recorded = places
+        self.graph.run(stream)

@@ -1,0 +1,31 @@
+"""A CUDA driver for tests: the runtime talks to it as to NVIDIA's, and kernels run on the emulated device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from tests.cuda.emulator import HERE
+from tilewright.codegen.cuda.compile import prelude
+
+
+def fake_driver(artifact: Path, folder: Path) -> Path:
+    """The driver's library for the kernels of an artifact, made in ``folder``."""
+    functions = json.loads((artifact / "device.json").read_text())["functions"]
+    kernels = dict.fromkeys(f["kernel"] for f in functions)
+    text = [f'#include "{HERE}/emulator.h"', prelude(), f'#include "{HERE}/emulator_tail.h"']
+    for name in kernels:  # helper functions of kernels may have equal names
+        text += [f"namespace {name}_ {{", (artifact / f"{name}.cu").read_text(), "}"]
+    rows = []
+    for f in functions:
+        entry = f"{f['kernel']}_::{f['symbol']}"
+        rows.append(f'{{"{f["symbol"]}", [](void **p) {{ emu_call({entry}, p); }}, fake_parameters({entry}), 0}}')
+    text.append("template <class... A> constexpr int fake_parameters(void (*)(A...));")
+    text += [f"#define FAKE_KERNELS {', '.join(rows)}", f'#include "{HERE}/fake_driver.h"']
+    source, out = folder / "driver.cpp", folder / "libcuda.so"
+    source.write_text("\n".join(text))
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", str(source)]
+    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:6000]
+    return out
