@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.schedule import Schedule
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.target import Target
 from tilewright.ir import Function, KVType, Value, eval_dim
 
 Features = dict[str, float]
 
 
 def describer(
-    emitter: Emitter, kernel: Function, target: CpuTarget, sizes: Mapping[str, int], threads: int
+    emitter: Emitter, kernel: Function, target: Target, sizes: Mapping[str, int], threads: int
 ) -> Callable[[Schedule], Features]:
     """A function from a schedule of ``emitter`` to the features of ``kernel`` under it, with dims of ``sizes``."""
-    fixed = {**of_kernel(kernel, sizes), **of_target(target), "threads": float(threads)}
+    fixed = {**of_kernel(kernel, sizes), **target.facts, "threads": float(threads)}
     family = emitter.features(kernel, target, sizes)
 
     def describe(schedule: Schedule) -> Features:
@@ -51,10 +51,6 @@ def nbytes(value: Value, sizes: Mapping[str, int]) -> int:
         cache = value.type
         return cache.heads * (cache.dim + cache.vdim) * cache.length * cache.dtype.bits // 16
     return math.prod(eval_dim(d, sizes) for d in value.shape) * value.dtype.bits // 8
-
-
-def of_target(target: CpuTarget) -> Features:
-    return {"lanes": float(target.lanes), "vnni": float(target.has_vnni), "bf16_dot": float(target.has_bf16_dot)}
 
 
 def of_schedule(schedule: Schedule) -> Features:

@@ -93,6 +93,11 @@ class CpuTarget:
         return ("avx512vnni" if self.vector_bits == 512 else "avxvnni") in self.features
 
     @property
+    def facts(self) -> dict[str, float]:
+        """What a cost model gets to see of the target."""
+        return {"lanes": float(self.lanes), "vnni": float(self.has_vnni), "bf16_dot": float(self.has_bf16_dot)}
+
+    @property
     def required_features(self) -> tuple[str, ...]:
         """What a host must have to run kernels of this target, sorted, in LLVM's names (``avx512vnni``, ``lzcnt``)."""
         return tuple(sorted(self.features))

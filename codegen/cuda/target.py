@@ -23,6 +23,11 @@ class CudaTarget:
         return _SHARED[self.arch] << 10
 
     @property
+    def facts(self) -> dict[str, float]:
+        """What a cost model gets to see of the target."""
+        return {"arch": float(self.arch.strip("sm_abf")), "shared_bytes": float(self.shared_bytes)}
+
+    @property
     def required_features(self) -> tuple[str, ...]:
         """CPU features that a host must have: none beyond x86-64."""
         return ()
