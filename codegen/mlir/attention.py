@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import VALUE_STEP, panel_for, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
@@ -16,17 +17,6 @@ from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 from tilewright.codegen.target import CpuTarget
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where rows of heads lie: elements from token to token (0 = dense) and to the first element."""
-
-    stride: int = 0
-    offset: int = 0
-
-
-DENSE = Slice()
 
 
 @dataclass(frozen=True)

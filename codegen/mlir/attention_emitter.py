@@ -7,20 +7,25 @@ Queries, and keys that are appended, may come through ``nn.rope``, which the ker
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tilewright.codegen.attention_pattern import (
+    DTYPES,
+    KINDS,
+    View,
+    axes_of,
+    find,
+    refusal_of_rope,
+    rope_before,
+    static,
+    tensors,
+    unrotated,
+    view_of,
+)
 from tilewright.codegen.cache import CacheLayout, cache_layout
 from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
-from tilewright.codegen.mlir.attention import (
-    DENSE,
-    AttentionBuffers,
-    AttentionSpec,
-    Extents,
-    Slice,
-    emit_attention,
-)
+from tilewright.codegen.mlir.attention import AttentionBuffers, AttentionSpec, Extents, emit_attention
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import dim_value
 from tilewright.codegen.mlir.kv import AttendBuffers, AttendSpec, emit_attend
@@ -29,48 +34,9 @@ from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.rows import Rope
 from tilewright.codegen.schedule import AttentionSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import Argument, CodegenError, Dim, Function, KVType, Op, Return, Value, as_dim, eval_dim, ops, same_dim
+from tilewright.ir import CodegenError, Function, KVType, Op, Value, as_dim, eval_dim, ops
 
-_DTYPES = ("f32", "bf16", "f16")
-_KINDS = (ops.Attention, ops.Attend, ops.Append)
 _INLINE_APPENDS = 8  # tokens of heads that are written sooner than another thread has heard of them
-
-
-@dataclass(frozen=True)
-class View:
-    """Where an operand lies: an argument of the kernel, seen through a slice of columns."""
-
-    source: Value
-    place: Slice
-
-
-def view_of(value: Value) -> View | str:
-    """The argument behind ``value``, or why there is none that a kernel can read directly."""
-    if isinstance(value, Argument):
-        return View(value, DENSE)
-    op = value.owner
-    if isinstance(op, ops.Reshape):
-        inner = view_of(op.x)
-        return inner if isinstance(inner, str) or keeps_rows(op) else "a reshape changes rows"
-    if not isinstance(op, ops.Slice) or not isinstance(op.x, Argument) or op.x.tensor.rank != 3:
-        return f"operand {value!r} is computed in the kernel"
-    width, start = op.x.shape[-1], op.starts[-1]
-    if not (isinstance(width, int) and isinstance(start, int)) or any(s != 1 for s in op.steps):
-        return "a slice that is not of whole columns"
-    if not all(a == 0 and same_dim(b, n) for a, b, n in zip(op.starts[:-1], op.stops[:-1], op.x.shape[:-1])):
-        return "a slice of rows"
-    return View(op.x, Slice(width, start))
-
-
-def rope_before(value: Value) -> ops.Rope | None:
-    """The rotation that gives ``value``, if one does."""
-    return value.owner if isinstance(value.owner, ops.Rope) else None
-
-
-def unrotated(value: Value) -> Value:
-    """``value`` before its rotation."""
-    rope = rope_before(value)
-    return value if rope is None else rope.x
 
 
 def rotation(value: Value) -> Rope | None:
@@ -79,36 +45,6 @@ def rotation(value: Value) -> Rope | None:
     if rope is None:
         return None
     return Rope(int(rope.cos.shape[2]), rope.style, rope.cos.shape[0] != 1, rope.cos.dtype.value)
-
-
-def rotated_operand(op: Op) -> Value:
-    """The operand that may come through a rotation."""
-    return op.k if isinstance(op, ops.Append) else op.q  # type: ignore[attr-defined]
-
-
-def refusal_of_rope(op: Op) -> str | None:
-    """Why the rotations around ``op`` cannot be done on the way, or None."""
-    ropes = [rope for v in op.operands if (rope := rope_before(v))]
-    if any(rope is not rope_before(rotated_operand(op)) for rope in ropes):
-        return "a rotation of keys or values that are not appended"
-    for value in (v for rope in ropes for v in (rope.cos, rope.sin)):
-        if isinstance(view := view_of(value), str) or view.place != DENSE or value.dtype.value not in _DTYPES:
-            return f"no rotation by {value!r}"
-    return None
-
-
-def keeps_rows(op: ops.Reshape) -> bool:
-    """Whether a reshape only splits the last axis."""
-    lead = op.x.shape[:-1]
-    return len(op.shape) >= len(lead) and all(map(same_dim, lead, op.shape))
-
-
-def axes_of(value: Value | None) -> str | None:
-    """The axes of ``[B, Hq, S, T]`` that a broadcast operand has."""
-    if value is None:
-        return None
-    shape = (1,) * (4 - value.tensor.rank) + value.shape
-    return "".join(name for name, d in zip("bhst", shape) if d != 1)
 
 
 class AttentionEmitter:
@@ -124,11 +60,11 @@ class AttentionEmitter:
             return reason
         for value in map(unrotated, found.operands):
             if isinstance(value.type, KVType):
-                if value.type.layout != "contiguous" or value.dtype.value not in _DTYPES:
+                if value.type.layout != "contiguous" or value.dtype.value not in DTYPES:
                     return f"no kernel for {value.type}"
             elif isinstance(view := view_of(value), str):
                 return view
-        narrow = [v for v in tensors(found) if v.dtype.value not in _DTYPES]
+        narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
         return f"no attention of {narrow[0].dtype.value}" if narrow else None
 
     def default_schedule(self, kernel: Function, target: CpuTarget) -> Schedule:
@@ -153,7 +89,7 @@ class AttentionEmitter:
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
         anchor = find(kernel)
-        assert isinstance(anchor, _KINDS)
+        assert isinstance(anchor, KINDS)
         return lambda schedule: _features(anchor, schedule, target, sizes)
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
@@ -167,24 +103,6 @@ class AttentionEmitter:
             emitters = {ops.Attention: _attention, ops.Attend: _attend, ops.Append: _append}
             facts = emitters[type(anchor)](anchor, k, place, schedule, target)  # type: ignore[index]
         return KernelCode(symbol, compile_kernel(k), dims, **facts)
-
-
-def find(kernel: Function) -> Op | str:
-    """The attention operation of ``kernel``, or why it has none."""
-    anchors = [op for op in kernel.body if isinstance(op, _KINDS)]
-    if len(anchors) != 1:
-        return "not one attention operation"
-    inside = (ops.Slice, ops.Reshape, ops.Rope, Return)
-    others = [op for op in kernel.body if op is not anchors[0] and not isinstance(op, inside)]
-    if others:
-        return f"{others[0].name} does not run in an attention kernel"
-    return anchors[0] if kernel.returns == anchors[0].results else "the attention's result is used in the kernel"
-
-
-def tensors(op: Op) -> list[Value]:
-    """The operands that hold queries, keys and values."""
-    names = {"q", "k", "v"}
-    return [unrotated(getattr(op, f.name)) for f in op.fields if f.name in names]
 
 
 def arguments(kernel: Function) -> list[tuple[str, str]]:
@@ -226,11 +144,6 @@ def _tables(place: dict[Any, Any], value: Value) -> tuple[Any, Any]:
 Places = dict[Any, Any]
 Facts = dict[str, Any]
 """The fields of KernelCode that say how many tasks there are."""
-
-
-def static(dim: Dim) -> int | None:
-    """A size when it is known while compiling: decode has one query, and gets tiles for that."""
-    return dim if isinstance(dim, int) else None
 
 
 def _features(op: Op, schedule: Schedule, target: CpuTarget, sizes: Mapping[str, int]) -> dict[str, float]:

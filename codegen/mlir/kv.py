@@ -6,8 +6,9 @@ In decoding the keys of each head are cut into parts, one a task, and the tasks 
 from dataclasses import dataclass
 from typing import Any
 
+from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout
-from tilewright.codegen.mlir.attention import DENSE, Slice, for_rows, load_broadcast
+from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
 from tilewright.codegen.mlir.kv_parts import Parts, part_size

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout, value_panels
-from tilewright.codegen.mlir.attention import DENSE, Slice
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant

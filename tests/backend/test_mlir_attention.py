@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.backend.mlir_helpers import TARGETS, library_calls, random_array, target
+from tilewright.codegen.attention_pattern import Slice
 from tilewright.codegen.cache import CacheLayout, panel_for
-from tilewright.codegen.mlir.attention import AttentionSpec, Slice, attention_kernel
+from tilewright.codegen.mlir.attention import AttentionSpec, attention_kernel
 from tilewright.codegen.mlir.kv import AttendSpec, attend_kernel
 from tilewright.codegen.mlir.kv_append import AppendSpec, append_kernel
 from tilewright.codegen.mlir.lower import assembly, compile_kernel
