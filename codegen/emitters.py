@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "cuda.linear": "tilewright.codegen.cuda.linear:CudaLinearEmitter",
     "cuda.attention": "tilewright.codegen.cuda.attention:CudaAttentionEmitter",
     "cuda.loops": "tilewright.codegen.cuda.loops:CudaLoopsEmitter",
+    "cuda.tvm": "tilewright.codegen.tvm.cuda:CudaTvmEmitter",
 }
 
 

@@ -117,7 +117,7 @@ Target = CpuTarget | CudaTarget
 
 
 def parse_target(text: str) -> Target:
-    """The target that ``text`` names: ``native``, a CPU's architecture, ``cpu{arch=... features=+a+b}``, ``cuda{arch=...}``."""
+    """The target of ``text``: a CPU (``native``, ``x86-64-v3``, ``cpu{arch=... features=+a+b}``) or ``cuda{arch=...}``."""
     try:
         name, fields = parse_call(text)
     except ValueError as error:

@@ -101,9 +101,9 @@ class TvmEmitter:
         op = kernel.body[0]
         dims = tuple(kernel.symbols())
         outer = split_axes(op.results[0].shape, schedule.inner)
-        function = lower(op, kernel, dims, outer, schedule)
+        function = scheduled(*expressed(kernel), outer, schedule)
         scratch = tuple(buffer_bytes(b) for b in function.body.block.alloc_buffers)
-        function = with_pointers(function, dims)
+        function = with_tasks(function, dims)
         tasks: Dim = as_dim(product(op.results[0].shape[:outer]))
         return KernelCode(symbol, compile_tir(function, symbol, target), dims, tasks, scratch=scratch)
 
@@ -125,20 +125,20 @@ def split_axes(shape: Sequence[Dim], inner: int) -> int:
     return count
 
 
-def lower(op: Op, kernel: Function, dims: Sequence[str], outer: int, schedule: TvmSchedule) -> Any:
-    """TIR of ``op`` over buffers ``args..., results...``, scheduled."""
+def expressed(kernel: Function) -> tuple[Any, list[str]]:
+    """TIR of a kernel's one operation over buffers ``args..., results...``, and the names of the results' stages."""
     from tvm import te, tirx
 
     from tilewright.codegen.tvm.compute import TABLE
     from tilewright.codegen.tvm.dims import narrowed, placeholder, widened
 
-    names = {d: tirx.Var(d, "int64") for d in dims}
+    op = kernel.body[0]
+    names = {d: tirx.Var(d, "int64") for d in kernel.symbols()}
     inputs = {v: placeholder(v, f"a{i}", names) for i, v in enumerate(kernel.args)}
     wide = {v: widened(t, v.dtype) for v, t in inputs.items()}
     results = TABLE[type(op)](op, [None if v is None else wide[v] for v in op.operand_slots()], names)
     outputs = [narrowed(t, r.dtype) for t, r in zip(results, op.results)]
-    function = te.create_prim_func([*inputs.values(), *outputs])
-    return scheduled(function, [t.op.name for t in outputs], outer, schedule)
+    return te.create_prim_func([*inputs.values(), *outputs]), [t.op.name for t in outputs]
 
 
 def scheduled(function: Any, outputs: Sequence[str], outer: int, schedule: TvmSchedule) -> Any:
@@ -213,27 +213,33 @@ def extent_of(sch: Any, loop: Any) -> Any:
     return int(extent) if type(extent).__name__ == "IntImm" else extent
 
 
-def with_pointers(function: Any, dims: Sequence[str]) -> Any:
-    """``function`` over raw pointers, its outermost loop cut to ``[begin, end)``; temporaries become parameters.
+def with_tasks(function: Any, dims: Sequence[str]) -> Any:
+    """``function`` over raw pointers as `with_pointers` makes it, its outermost loop cut to ``[begin, end)``."""
+    from tvm import tirx
 
-    TVM would take temporaries from its own runtime, which an artifact does without.
+    begin, end = tirx.Var("begin", "int64"), tirx.Var("end", "int64")
+    loop = function.body.block.body
+    cut = tirx.For(loop.loop_var, begin, end - begin, loop.kind, loop.body)
+    return with_pointers(function, dims, [begin, end], cut).with_attr("calling_conv", 1)
+
+
+def with_pointers(function: Any, dims: Sequence[str], first: Sequence[Any] = (), body: Any = None) -> Any:
+    """``function`` with the parameters ``first``, ``dims`` and raw pointers ``p0``...; temporaries become parameters.
+
+    TVM would take temporaries from its own runtime, which an artifact does without. ``body`` is what it does instead.
     """
     from tvm import ir, s_tir, tirx
 
     variables = {v.name: v for b in function.params for e in b.shape for v in variables_of(e)}
     names = [variables[d] if d in variables else tirx.Var(d, "int64") for d in dims]
-    begin, end = tirx.Var("begin", "int64"), tirx.Var("end", "int64")
     root = function.body.block
-    loop = root.body
-    cut = tirx.For(loop.loop_var, begin, end - begin, loop.kind, loop.body)
-    block = s_tir.SBlock([], [], [], root.name_hint, cut, None, [], [], {})
+    block = s_tir.SBlock([], [], [], root.name_hint, root.body if body is None else body, None, [], [], {})
     buffers = [*function.params, *root.alloc_buffers]
     handles = [tirx.Var(f"p{i}", ir.PointerType(ir.PrimType(str(b.dtype)), "global")) for i, b in enumerate(buffers)]
     declared = [tirx.DeclBuffer(b, data=h) for b, h in zip(buffers, handles)]
     whole = s_tir.SBlockRealize([], tirx.const(True, "bool"), block)
-    body = tirx.SeqStmt([*declared, whole])
-    made = tirx.PrimFunc([begin, end, *names, *handles], body, None, None)
-    return made.with_attrs({"calling_conv": 1, "s_tir": True, "tirx.noalias": True})
+    made = tirx.PrimFunc([*first, *names, *handles], tirx.SeqStmt([*declared, whole]), None, None)
+    return made.with_attrs({"s_tir": True, "tirx.noalias": True})
 
 
 def variables_of(expr: Any) -> list[Any]:

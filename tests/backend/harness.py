@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.cuda.emulator import Emulated
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.target import parse_target
 from tilewright.ir import Function, Module, Return, TensorType, eval_dim, interpret
 
 TARGETS = ("native", "x86-64-v3")
+CUDA = "cuda{arch=sm_80}"
 
 
 def one_op(types: Sequence[TensorType], make) -> Function:
@@ -42,6 +44,9 @@ class Compiled:
         assert reason is None, reason
         self.function = function
         self.code = emitter.emit(function, emitter.default_schedule(function, cpu), cpu, "kernel")
+        self.device = Emulated(self.code) if self.code.device else None
+        if self.device:
+            return
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(folder, "k.o"), Path(folder, "k.so")
             source.write_bytes(self.code.object)
@@ -52,6 +57,9 @@ class Compiled:
         """The results, the tasks done in two ranges as two threads would."""
         outputs = [np.zeros([eval_dim(d, dims) for d in v.shape], v.dtype.np) for v in self.function.returns]
         scratch = [np.zeros(eval_dim(b, dims) + 64, np.uint8) for b in self.code.scratch]
+        if self.device:
+            self.device([*inputs, *outputs, *scratch], dims)
+            return outputs
         tasks = eval_dim(self.code.tasks, dims)
         sizes = [ctypes.c_int64(dims[d]) for d in self.code.dims]
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*inputs, *outputs, *scratch)]

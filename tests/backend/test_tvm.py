@@ -11,6 +11,7 @@ import pytest
 
 from tilewright.codegen.target import parse_target
 from tilewright.codegen.tvm.compute import TABLE
+from tilewright.codegen.tvm.cuda import CudaTvmEmitter
 from tilewright.codegen.tvm.emitter import TvmEmitter
 from tilewright.ir import DType, TensorType, ops, sym
 
@@ -75,11 +76,12 @@ CASES["scatter add"] = (CASES["scatter"][0], lambda x, i, u: ops.ScatterND(x, (i
 CASES["scatter along"] = ([f32(4, S), i64(2, S), f32(2, S)], lambda x, i, s: ops.ScatterAlong(x, i, s, 0))
 
 
-@pytest.mark.parametrize("target", harness.TARGETS)
+@pytest.mark.parametrize("target", [*harness.TARGETS, harness.CUDA])
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_interpreter(name, target):
     types, make = CASES[name]
-    kernel = harness.Compiled(harness.one_op(types, make), TvmEmitter(), target)
+    emitter = CudaTvmEmitter() if target == harness.CUDA else TvmEmitter()
+    kernel = harness.Compiled(harness.one_op(types, make), emitter, target)
     narrow = any(t.dtype is DType.bf16 for t in types)
     for b, s in SIZES:
         dims, rng = {"B": b, "S": s}, np.random.default_rng(b * 1000 + s)

@@ -148,6 +148,8 @@ static unsigned __ballot_sync(unsigned, bool on) {
   __syncwarp();
   return r;
 }
+template <class T> T min(T a, T b) { return b < a ? b : a; }
+template <class T> T max(T a, T b) { return a < b ? b : a; }
 static inline void __threadfence() {}
 static inline unsigned atomicAdd(unsigned *p, unsigned x) { unsigned was = *p; *p += x; return was; }
 static inline float __uint_as_float(unsigned x) { float r; memcpy(&r, &x, 4); return r; }
