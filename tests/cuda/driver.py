@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
-from tests.cuda.emulator import HERE
+from tests.cuda.emulator import HERE, compile_cpp
 from tilewright.codegen.cuda.compile import prelude
 
 
@@ -25,7 +24,5 @@ def fake_driver(artifact: Path, folder: Path) -> Path:
     text += [f"#define FAKE_KERNELS {', '.join(rows)}", f'#include "{HERE}/fake_driver.h"']
     source, out = folder / "driver.cpp", folder / "libcuda.so"
     source.write_text("\n".join(text))
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", str(source)]
-    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[:6000]
+    compile_cpp(source, out, "-fvisibility=hidden")
     return out

@@ -30,10 +30,15 @@ def library(device: DeviceCode, folder: Path, name: str = "kernel") -> Path:
     """The shared library of a kernel's functions."""
     source, out = folder / f"{name}.cpp", folder / f"{name}.so"
     source.write_text(translation(device))
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off", str(source)]
+    compile_cpp(source, out)
+    return out
+
+
+def compile_cpp(source: Path, out: Path, *more: str) -> None:
+    """A shared library of a C++ file."""
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", *more, str(source)]
     done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:6000]
-    return out
 
 
 class Emulated:

@@ -16,7 +16,7 @@ static fake_graph *fake_recording;
 static std::map<CUdeviceptr, size_t> fake_memory;
 static size_t fake_total = 4ull << 30, fake_used;
 static int fake_count = 1, fake_major = 9, fake_minor = 0, fake_fail;
-static const char *fake_broken;
+static std::string fake_broken;
 static long fake_launched, fake_graphs;
 
 enum { INVALID_VALUE = 1, NO_MEMORY = 2, NO_DEVICE = 100, NOT_FOUND = 500, LAUNCH_FAILED = 719, CAPTURING = 900 };
@@ -24,7 +24,7 @@ enum { INVALID_VALUE = 1, NO_MEMORY = 2, NO_DEVICE = 100, NOT_FOUND = 500, LAUNC
 
 // What tests ask and set.
 API void fake_set(size_t total, int count, int major, int minor, const char *broken) {
-  fake_total = total, fake_count = count, fake_major = major, fake_minor = minor, fake_broken = broken, fake_fail = 0;
+  fake_total = total, fake_count = count, fake_major = major, fake_minor = minor, fake_broken = broken ? broken : "", fake_fail = 0;
 }
 API long fake_asked(int what) { return what == 0 ? fake_launched : what == 1 ? fake_graphs : (long)fake_used; }
 
@@ -107,7 +107,7 @@ API CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsi
   fake_function *function = (fake_function *)f;
   unsigned allowed = function->shared > 48 << 10 ? function->shared : 48 << 10;
   if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || by != 1 || bz != 1 || bx > 1024 || bx % 32 || shared > allowed) return INVALID_VALUE;
-  if (fake_broken && !strcmp(function->name, fake_broken)) { fake_fail = LAUNCH_FAILED; return 0; }
+  if (fake_broken == function->name) { fake_fail = LAUNCH_FAILED; return 0; }
   fake_launch l{function, {gx, gy, gz}, bx, {}};
   for (int i = 0; i < function->parameters; i++) l.values.push_back(*(uint64_t *)params[i]);
   if (fake_recording) fake_recording->launches.push_back(l);
