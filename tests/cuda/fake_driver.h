@@ -1,7 +1,7 @@
 // The functions of the CUDA driver that the runtime calls, over the emulated device and the host's memory. Behind the kernels,
 // whose entries FAKE_KERNELS lists as {"symbol", entry}.
+#include <functional>
 #include <map>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -9,7 +9,7 @@ typedef int CUresult;
 typedef uint64_t CUdeviceptr;
 struct fake_function { const char *name; void (*entry)(void **); int parameters; unsigned shared; };
 struct fake_launch { fake_function *function; emu_dim grid; unsigned threads; std::vector<uint64_t> values; };
-struct fake_graph { std::vector<fake_launch> launches; };
+struct fake_graph { std::vector<std::function<void()>> steps; };
 
 static fake_function fake_functions[] = {FAKE_KERNELS};
 static fake_graph *fake_recording;
@@ -75,10 +75,14 @@ API CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t n, void *) 
   memcpy(to, (void *)from, n);
   return 0;
 }
+static CUresult fake_do(std::function<void()> step) {
+  if (fake_recording) fake_recording->steps.push_back(step);
+  else step();
+  return 0;
+}
 API CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t n, void *) {
   if (!fake_inside(to, n) || !fake_inside(from, n)) return INVALID_VALUE;
-  memcpy((void *)to, (void *)from, n);
-  return 0;
+  return fake_do([=] { memcpy((void *)to, (void *)from, n); });
 }
 API CUresult cuMemsetD8_v2(CUdeviceptr p, unsigned char x, size_t n) { memset((void *)p, x, n); return 0; }
 API CUresult cuModuleLoadData(void **m, const char *image) {
@@ -110,9 +114,7 @@ API CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsi
   if (fake_broken == function->name) { fake_fail = LAUNCH_FAILED; return 0; }
   fake_launch l{function, {gx, gy, gz}, bx, {}};
   for (int i = 0; i < function->parameters; i++) l.values.push_back(*(uint64_t *)params[i]);
-  if (fake_recording) fake_recording->launches.push_back(l);
-  else fake_execute(l);
-  return 0;
+  return fake_do([l]() mutable { fake_execute(l); });
 }
 API CUresult cuStreamCreate(void **s, unsigned) { *s = (void *)2; return 0; }
 API CUresult cuStreamDestroy_v2(void *) { return 0; }
@@ -122,7 +124,7 @@ API CUresult cuStreamEndCapture(void *, void **g) { *g = fake_recording, fake_re
 API CUresult cuGraphInstantiateWithFlags(void **e, void *g, unsigned long long) { *e = new fake_graph(*(fake_graph *)g); return 0; }
 API CUresult cuGraphLaunch(void *e, void *) {
   fake_graphs++;
-  for (fake_launch &l : ((fake_graph *)e)->launches) fake_execute(l);
+  for (auto &step : ((fake_graph *)e)->steps) step();
   return 0;
 }
 API CUresult cuGraphDestroy(void *g) { delete (fake_graph *)g; return 0; }
