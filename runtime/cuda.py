@@ -191,17 +191,21 @@ class Memory:
             self.device.driver("cuMemcpyHtoD_v2", self.address + at, source + at, min(_PIECE, count - at))
 
 
-class Pinned:
-    """An array in memory of the host that the GPU reads and writes by itself."""
+class _Pinned:
+    """Memory of the host that the GPU reads and writes by itself; an array over it keeps it."""
 
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(self, device: Device, size: int) -> None:
         device.use()
-        size, address = math.prod(shape) * dtype.itemsize, Pointer()
+        address = Pointer()
         device.driver("cuMemAllocHost_v2", ctypes.byref(address), max(size, 1))
-        raw = (ctypes.c_uint8 * max(size, 1)).from_address(address.value or 0)
-        self.array: np.ndarray[Any, Any] = np.ctypeslib.as_array(raw)[:size].view(dtype).reshape(shape)
+        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (address.value, False)}
         self.free = weakref.finalize(self, _free, device, "cuMemFreeHost", address.value or 0)
         self.free.atexit = False
+
+
+def pinned(device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """An array, with any contents, that copies to and from the GPU run through without a stop."""
+    return np.asarray(_Pinned(device, math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
 
 
 def _free(device: Device, function: str, address: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.cuda import Device, Graph, Memory, Modules, Pinned, Stream, pointers
+from tilewright.runtime.cuda import Device, Graph, Memory, Modules, Stream, pinned, pointers
 from tilewright.runtime.errors import DeviceError, ProgramError, SessionError
 from tilewright.runtime.jsonread import Node, parse
 from tilewright.runtime.loader import Program, Weights
@@ -173,7 +173,6 @@ class DeviceCall(Call):
 
     def __init__(self, session: DeviceSession, entry: str, spec: EntrySpec, arrays: Sequence[Any],
                  sizes: tuple[int, ...]) -> None:  # fmt: skip
-        self.pinned: list[Pinned] = []
         self.graph: Graph | None = None
         self._recorded: tuple[int, int] | None = None
         self.runs = 0
@@ -184,8 +183,7 @@ class DeviceCall(Call):
         self.output_addresses = pointers([m.address for m in self.output_memory])
 
     def _array(self, shape: tuple[int, ...], dtype: str) -> Any:
-        self.pinned.append(Pinned(self.session.device, shape, DTYPES[dtype]))
-        return self.pinned[-1].array
+        return pinned(self.session.device, shape, DTYPES[dtype])
 
     def _memory(self, array: np.ndarray[Any, Any], name: str) -> Memory:
         return Memory(self.session.device, array.nbytes, f"{self.entry}({name})")
