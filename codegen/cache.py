@@ -1,18 +1,23 @@
-"""How a key/value cache lies in memory: blocks that decode attention reads as a stream of whole vectors.
+"""How a key/value cache lies in memory. On CPUs: blocks that decode attention reads as a stream of whole vectors.
 
 Per sequence and head: keys in panels, ``[length / panel][dim / pair][panel][pair]``, so that vectors hold one component
 of many keys; values in panels of components, ``[vdim / panel][length / pair][panel][pair]``, so that vectors hold
 components of one value (or of two neighbours, side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands,
 else 1. ``panel`` is what a tile of registers takes at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the
 filling must be finite, and is zero in a fresh cache.
+
+``codegen/cuda/cache.py`` has the form for GPUs.
 """
 
 from dataclasses import dataclass
+from typing import overload
 
 import ml_dtypes
 import numpy as np
 
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.cuda.cache import CudaCacheLayout
+from tilewright.codegen.cuda.target import CudaTarget
+from tilewright.codegen.target import CpuTarget, Target
 from tilewright.ir import KVType
 
 SLOT_STEP = 64
@@ -129,6 +134,17 @@ def panel_for(target: CpuTarget) -> int:
     return 32 if target.vector_bits == 512 else 16
 
 
-def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout:
+@overload
+def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout: ...
+
+
+@overload
+def cache_layout(type: KVType, target: CudaTarget) -> CudaCacheLayout: ...
+
+
+def cache_layout(type: KVType, target: Target) -> CacheLayout | CudaCacheLayout:
     """The layout in which kernels for ``target`` keep a cache."""
-    return CacheLayout(type.heads, type.dim, type.vdim, type.length, type.dtype.value, panel_for(target))
+    sizes = type.heads, type.dim, type.vdim, type.length, type.dtype.value
+    if isinstance(target, CudaTarget):
+        return CudaCacheLayout(*sizes)
+    return CacheLayout(*sizes, panel_for(target))

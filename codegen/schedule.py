@@ -88,7 +88,7 @@ class Space:
     """The valid schedules of one class on one target: iterable, to be sampled and searched.
 
     ``domains`` narrows knobs to the values that matter for a kernel; ``default`` is the schedule chosen by rule, whose
-    values always belong to the space.
+    values always belong to the space. ``refuse`` says, beside the constraints, why a schedule does not suit the kernel.
     """
 
     def __init__(
@@ -97,8 +97,9 @@ class Space:
         target: CpuTarget,
         default: Schedule | None = None,
         domains: Mapping[str, Sequence[Any]] | None = None,
+        refuse: Callable[[Any], str | None] | None = None,
     ) -> None:
-        self.kind, self.target = kind, target
+        self.kind, self.target, self.refuse = kind, target, refuse
         self.default = default or kind.default(target)
         narrow = domains or {}
         self.domains = {
@@ -118,14 +119,18 @@ class Space:
     def __iter__(self) -> Iterator[Any]:
         for values in itertools.product(*self.domains.values()):
             schedule = self.kind(**dict(zip(self.domains, values)))
-            if schedule.refusal(self.target) is None:
+            if self.refusal(schedule) is None:
                 yield schedule
 
     def __contains__(self, schedule: object) -> bool:
         if type(schedule) is not self.kind:
             return False
         inside = all(getattr(schedule, key) in values for key, values in self.domains.items())
-        return inside and schedule.refusal(self.target) is None
+        return inside and self.refusal(schedule) is None
+
+    def refusal(self, schedule: Any) -> str | None:
+        """Why a schedule whose knobs have values of their domains is not valid, or None."""
+        return schedule.refusal(self.target) or (self.refuse(schedule) if self.refuse else None)
 
     def parse(self, text: str) -> Any:
         """The schedule that ``text`` names, None when it is not of this space."""
@@ -159,7 +164,7 @@ class Space:
     def _valid(self, make: Callable[[], Any]) -> Any:
         """The first valid schedule of many tries, else the default."""
         tries = (make() for _ in range(_TRIES))
-        return next((schedule for schedule in tries if schedule.refusal(self.target) is None), self.default)
+        return next((schedule for schedule in tries if self.refusal(schedule) is None), self.default)
 
 
 def _pick(values: Sequence[Any], rng: np.random.Generator) -> Any:
