@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.runtime.dlpack import DeviceArray
 from tilewright.runtime.errors import InputError
 from tilewright.runtime.manifest import DTYPES, DimSpec, EntrySpec, TensorSpec
 from tilewright.runtime.memory import as_aligned
@@ -14,15 +15,15 @@ from tilewright.runtime.memory import as_aligned
 Array = np.ndarray[Any, Any]
 
 
-def bind(entry: EntrySpec, inputs: Mapping[str, Any], where: str) -> tuple[list[Array], dict[str, int]]:
+def bind(entry: EntrySpec, inputs: Mapping[str, Any], where: str) -> tuple[list[Any], dict[str, int]]:
     """The input arrays in manifest order, aligned and row-major, and the size of every dim. Raises InputError.
 
-    The values are left to ``check_values`` and ``check_positions``.
+    A `DeviceArray` stays what it is. The values are left to ``check_values`` and ``check_positions``.
     """
     _check_names(entry, inputs, where)
     arrays = [_to_array(spec, inputs[spec.name], f"{where}({spec.name})") for spec in entry.inputs]
     dims = _bind_dims(entry, arrays, where)
-    return [as_aligned(array) for array in arrays], dims
+    return [array if isinstance(array, DeviceArray) else as_aligned(array) for array in arrays], dims
 
 
 def _check_names(entry: EntrySpec, inputs: Mapping[str, Any], where: str) -> None:
@@ -35,15 +36,18 @@ def _check_names(entry: EntrySpec, inputs: Mapping[str, Any], where: str) -> Non
         raise InputError(f"{where}({missing[0]})", f"all of the inputs {known}", "nothing for it")
 
 
-def _to_array(spec: TensorSpec, value: Any, where: str) -> Array:
+def _to_array(spec: TensorSpec, value: Any, where: str) -> Any:
     expected = DTYPES[spec.dtype]
-    if hasattr(value, "dtype"):
+    array: Any
+    if isinstance(value, DeviceArray):
+        array = value
+    elif hasattr(value, "dtype"):
         array = np.asarray(value)
     else:
         array = _from_python(value, spec, where)
     if array.dtype != expected:
         raise InputError(where, f"dtype {expected}", f"dtype {array.dtype}", "convert it with .astype")
-    if array.ndim != len(spec.shape):
+    if len(array.shape) != len(spec.shape):
         raise InputError(where, f"shape {_shape_text(spec.shape)}", f"shape {_shape_text(array.shape)}")
     return array
 
@@ -65,7 +69,7 @@ def _from_python(value: Any, spec: TensorSpec, where: str) -> Array:
     return array.astype(dtype)
 
 
-def _bind_dims(entry: EntrySpec, arrays: Sequence[Array], where: str) -> dict[str, int]:
+def _bind_dims(entry: EntrySpec, arrays: Sequence[Any], where: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for spec, array in zip(entry.inputs, arrays):
         for extent, size in zip(spec.shape, array.shape):
@@ -86,8 +90,8 @@ def _check_range(dim: DimSpec, size: int, where: str) -> None:
 
 
 def check_values(entry: EntrySpec, inputs: Mapping[str, Array], where: str) -> None:
-    """Keeps integer inputs within the limits that the manifest gives. Raises InputError."""
-    for spec in entry.inputs:
+    """Keeps integer inputs, those that are given, within the limits that the manifest gives. Raises InputError."""
+    for spec in (spec for spec in entry.inputs if spec.name in inputs):
         array = inputs[spec.name]
         if array.size == 0 or (spec.low is None and spec.high is None):
             continue

@@ -6,6 +6,7 @@ are recorded as a graph, and from then on it is one launch: a decode step.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.cuda import Device, Graph, Memory, Modules, Stream, pinned, pointers
+from tilewright.runtime.dlpack import DeviceArray, is_on_gpu, read
 from tilewright.runtime.errors import DeviceError, ProgramError, SessionError
 from tilewright.runtime.jsonread import Node, parse
 from tilewright.runtime.loader import Program, Weights
@@ -78,9 +80,31 @@ class DeviceProgram(Program):
 
 
 class DeviceSession(Session):
-    """A session on a GPU. Inputs and outputs are arrays of the host, copied on the way in and out."""
+    """A session on a GPU. Inputs and outputs are arrays of the host, copied on the way in and out.
+
+    An input may also be an array on the GPU of any library that speaks DLPack; it is read where it is, and what it holds is
+    not checked. With `on_device` outputs stay on the GPU.
+    """
 
     program: DeviceProgram
+
+    def on_device(self, entry: str, /, **inputs: Any) -> dict[str, DeviceArray]:
+        """Runs ``entry``; the outputs, by name, are arrays on the GPU. Raises what calling the session raises."""
+        call = self._bind(entry, inputs)
+        assert isinstance(call, DeviceCall)
+        call.copies = False
+        call()
+        return call.arrays()
+
+    def _bind(self, entry: str, inputs: Mapping[str, Any]) -> Call:
+        self.device.use()
+        stream = self.work.handle if self.work else 0
+        given = {name: read(v, f"{entry}({name})", stream) if is_on_gpu(v) else v for name, v in inputs.items()}
+        return super()._bind(entry, given)
+
+    def bind(self, entry: str, /, **inputs: Any) -> Call:
+        """``entry`` with copies of its inputs (those on the GPU are not copied), to be run as often as wanted."""
+        return self._bind(entry, {name: v if is_on_gpu(v) else copy.copy(v) for name, v in inputs.items()})
 
     def _open(self) -> None:
         self.device = self.program.device
@@ -102,12 +126,23 @@ class DeviceSession(Session):
             if self.work is None:
                 raise SessionError("the session is closed; make another one from its program")
             self.device.use()
-            for memory, array in zip(call.input_memory, call.inputs.values()):
-                self.work.to_device(memory.address, array)
+            for name, array in call.readable.items():
+                self.work.to_device(call.input_memory[name].address, array)
             call.launch(self.work, self._arena_address(call.plan[1]))
-            for array, memory in zip(call.outputs.values(), call.output_memory):
-                self.work.to_host(array, memory.address)
+            for name, array in call.outputs.items() if call.copies else ():
+                self.work.to_host(array, call.output_memory[name].address)
             self._wait(call)
+
+    def to_host(self, array: DeviceArray) -> np.ndarray[Any, Any]:
+        """A copy of an array on the GPU."""
+        with self._lock:
+            if self.work is None:
+                raise SessionError("the session is closed")
+            self.device.use()
+            out = np.empty(array.shape, array.dtype)
+            self.work.to_host(out, array.address)
+            self.work.wait()
+            return out
 
     def _wait(self, call: Call) -> None:
         assert self.work is not None
@@ -176,17 +211,34 @@ class DeviceCall(Call):
         self.graph: Graph | None = None
         self._recorded: tuple[int, int] | None = None
         self.runs = 0
+        self.input_memory: dict[str, Memory] = {}
+        self.output_memory: dict[str, Memory] = {}
+        self.copies = True
+        """Whether outputs are copied to the host."""
         super().__init__(session, entry, spec, arrays, sizes)
-        self.input_memory = [self._memory(a, t.name) for t, a in zip(spec.inputs, self.inputs.values())]
-        self.output_memory = [self._memory(a, t.name) for t, a in zip(spec.outputs, self.outputs.values())]
-        self.input_addresses = pointers([m.address for m in self.input_memory])
-        self.output_addresses = pointers([m.address for m in self.output_memory])
+
+    def _place(self, arrays: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self.readable = {name: array for name, array in self.inputs.items() if not isinstance(array, DeviceArray)}
+        self.input_memory = self._memories(self.readable)
+        self.output_memory = self._memories(self.outputs)
+        given: dict[str, Any] = {**self.inputs, **self.input_memory}
+        self.input_addresses = pointers([given[t.name].address for t in self.spec.inputs])
+        self.output_addresses = pointers([self.output_memory[t.name].address for t in self.spec.outputs])
+
+    def _memories(self, arrays: Mapping[str, Any]) -> dict[str, Memory]:
+        device = self.session.device
+        return {name: Memory(device, a.nbytes, f"{self.entry}({name})") for name, a in arrays.items()}
 
     def _array(self, shape: tuple[int, ...], dtype: str) -> Any:
         return pinned(self.session.device, shape, DTYPES[dtype])
 
-    def _memory(self, array: np.ndarray[Any, Any], name: str) -> Memory:
-        return Memory(self.session.device, array.nbytes, f"{self.entry}({name})")
+    def arrays(self) -> dict[str, DeviceArray]:
+        """The outputs where they are on the GPU."""
+        ordinal, to_host = self.session.device.ordinal, self.session.to_host
+        return {
+            name: DeviceArray(memory.address, self.outputs[name].shape, self.outputs[name].dtype, ordinal, memory, to_host)
+            for name, memory in self.output_memory.items()
+        }
 
     def launch(self, stream: Stream, arena: int) -> None:
         """Put the kernels on the stream: one by one the first time, as a graph from the second on."""

@@ -206,7 +206,13 @@ class Call:
         found = [self._array(shape, tensor.dtype) for tensor, shape in zip(spec.outputs, self.plan[2])]
         self.inputs = {tensor.name: array for tensor, array in zip(spec.inputs, arrays)}
         self.outputs = {tensor.name: output for tensor, output in zip(spec.outputs, found)}
-        self.input_addresses, self.output_addresses = _addresses(arrays), _addresses(found)
+        self.readable = self.inputs
+        """Inputs whose values can be looked at."""
+        self._place(arrays, found)
+
+    def _place(self, arrays: Sequence[Any], outputs: Sequence[Array]) -> None:
+        """Find out where inputs and outputs are for the program."""
+        self.input_addresses, self.output_addresses = _addresses(arrays), _addresses(outputs)
 
     def _array(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory for an output, with any contents."""
@@ -214,9 +220,9 @@ class Call:
 
     def __call__(self) -> dict[str, Array]:
         """Runs the entry. Raises InputError before anything runs, ProgramError and SessionError as a session does."""
-        check_values(self.spec, self.inputs, self.entry)
+        check_values(self.spec, self.readable, self.entry)
         if self.spec.batch is not None:
-            check_positions(self.inputs, self.session.capacity, self.entry)
+            check_positions(self.readable, self.session.capacity, self.entry)
         self.session._run(self)
         return self.outputs
 

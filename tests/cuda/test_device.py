@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,16 @@ import torch
 import tilewright
 import tilewright.runtime.cuda as cuda
 from tests.cuda.driver import fake_driver
-from tilewright.runtime.errors import ArtifactError, DamagedArtifactError, DeviceError, SessionError, UnsupportedHostError
+from tilewright.runtime import dlpack
+from tilewright.runtime.dlpack import DeviceArray
+from tilewright.runtime.errors import (
+    ArtifactError,
+    DamagedArtifactError,
+    DeviceError,
+    InputError,
+    SessionError,
+    UnsupportedHostError,
+)
 
 TARGET = "cuda{arch=sm_90a}"
 X = np.linspace(-2, 3, 5 * 48, dtype=np.float32).reshape(5, 48)
@@ -90,6 +100,59 @@ def test_memory_is_given_back(artifact, gpu, library) -> None:
         session("forward", x=X)
     del session, program
     assert library.fake_asked(2) == before
+
+
+def test_arrays_on_the_gpu_are_read_and_given_without_a_copy(artifact, gpu, library) -> None:
+    with tilewright.load(artifact).session() as session, torch.no_grad():
+        _, _, x = session.on_device("forward", x=X).values()
+        assert x.__dlpack_device__() == (2, 0)
+        np.testing.assert_array_equal(np.asarray(x), X)
+        other = Foreign(x)  # as another library would hand it on
+        again = session.on_device("forward", x=other)
+        assert other.asked
+        for got, want in zip(again.values(), Net()(torch.from_numpy(X))):
+            np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
+        with pytest.raises(InputError, match="shape"):
+            session("forward", x=Foreign(DeviceArray(x.address, (5, 47), x.dtype, 0, x, x.copy)))
+        with pytest.raises(InputError, match="float16"):
+            session("forward", x=Foreign(DeviceArray(x.address, (5, 48), np.dtype(np.float16), 0, x, x.copy)))
+    before = library.fake_asked(2)
+    del x, other, again, session
+    gc.collect()
+    assert library.fake_asked(2) < before
+
+
+def test_a_strided_array_is_refused(artifact, gpu) -> None:
+    with tilewright.load(artifact).session() as session, pytest.raises(InputError, match=r"row-major.*strides \[1, 5\]"):
+        session("forward", x=Strided())
+
+
+class Foreign:
+    """An array on the GPU of another library."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.array, self.asked = array, False
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, stream: int | None = None) -> object:
+        self.asked = stream is not None
+        return self.array.__dlpack__(stream)
+
+
+class Strided(Foreign):
+    """One whose columns are contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__(DeviceArray(0, (5, 48), X.dtype, 0, None, DeviceArray.numpy))
+
+    def __dlpack__(self, stream: int | None = None) -> object:
+        capsule = super().__dlpack__(stream)
+        (managed, *rest), self.strides = dlpack._given.popitem()[1], (ctypes.c_int64 * 2)(1, 5)
+        managed.tensor.strides = ctypes.cast(self.strides, ctypes.POINTER(ctypes.c_int64))
+        dlpack._given[ctypes.addressof(managed)] = (managed, *rest)
+        return capsule
 
 
 def test_the_report_has_what_kernels_use(artifact) -> None:
