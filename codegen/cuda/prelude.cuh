@@ -22,6 +22,8 @@ TW_FN float tw_from_f16(unsigned short x) { float r; asm("cvt.f32.f16 %0, %1;" :
 // Two numbers as the halves of a word, the first one low.
 TW_FN u32 tw_pack_bf16(float low, float high) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
 TW_FN u32 tw_pack_f16(float low, float high) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
+// 2^x within 2 units in the last place, 0 for what is not normal.
+TW_FN float tw_exp2(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 
 // Dynamic shared memory, 128-byte aligned.
 extern __shared__ __align__(128) u8 tw_dynamic[];
