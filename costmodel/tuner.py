@@ -196,7 +196,7 @@ class Tuner:
         return own.layout(task.space.default) != own.layout(own.space.default)
 
     def _confirm(self, state: _State) -> None:
-        """Time the finalists beside the default for longer; the result takes the place of the first one."""
+        """Time the finalists beside the default for longer; the better founded of both times is what is known."""
         parsed = [(m, state.task.space.parse(m.schedule)) for m in state.told.values() if m.ratio and m.ratio < 1]
         ranked = sorted((m.ratio or 1.0, m.schedule) for m, choice in parsed if choice is not None)
         finalists = [text for _, text in ranked[:_FINALISTS] if CONFIRMED not in state.told[text].metrics]
@@ -207,7 +207,8 @@ class Tuner:
         found = self.runner.measure(workload, self._default(state), finalists, effort=_LONGER)
         found = [replace(m, metrics={**m.metrics, CONFIRMED: 1.0}) for m in found]
         self.memory.add(workload, self.compiler, found)
-        state.told |= {m.schedule: m for m in found}
+        known = self.memory.find(workload, self.compiler)
+        state.told |= {m.schedule: known[m.schedule] for m in found}
 
     # --- parts --------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import re
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 from examples.train_small_lm import library_files
@@ -15,6 +16,12 @@ _SENTENCE = re.compile(r"[A-Z][a-z]+ (?:[\w,'-]+ ){5,24}[\w'-]+\.")
 
 def sentences(count: int, skip: int = 0) -> list[str]:
     """``count`` sentences in the order of their hashes, after the first ``skip``."""
+    return all_sentences()[skip : skip + count]
+
+
+@cache
+def all_sentences() -> list[str]:
+    """All there are, in the order of their hashes."""
     found: set[str] = set()
     for _, contents in library_files(Path(sysconfig.get_path("stdlib"))):
         tree = ast.parse(contents)
@@ -22,5 +29,4 @@ def sentences(count: int, skip: int = 0) -> list[str]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
                 text = " ".join((ast.get_docstring(node) or "").split())
                 found.update(_SENTENCE.findall(text))
-    ordered = sorted(found, key=lambda s: hashlib.sha256(s.encode()).digest())
-    return ordered[skip : skip + count]
+    return sorted(found, key=lambda s: hashlib.sha256(s.encode()).digest())

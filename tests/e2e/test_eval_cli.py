@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
-import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import tilewright
 from tests.models import minilm
 from tilewright import CompileReport, Evaluation, Tokenizer
+from tilewright.cli import main
 
 ROOT = Path(__file__).parents[2]
 SMALL_LM = ROOT / "tests" / "models" / "small-lm"
@@ -24,12 +27,23 @@ TEXT = ROOT / "tests" / "zoo.py"
 WINDOW, STRIDE, TOKENS = 64, 32, 256
 
 
-def cli(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tilewright.cli", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def cli(*words: object, code: int = 0) -> Done:
+    """The command in this process, which has its imports."""
+    out, err, found = io.StringIO(), io.StringIO(), 0
+    with chdir(ROOT), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tilewright", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            found = end.code  # type: ignore[assignment]
+    done = Done(out.getvalue(), err.getvalue())
+    assert found == code, done.stdout + done.stderr
     return done
+
+
+class Done(NamedTuple):
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="module")

@@ -179,14 +179,21 @@ def test_sizes_are_checked() -> None:
         sizes_of(module, {"S": 0})
 
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "tilewright.cli", "tune", str(ROOT / "tests" / "models" / "small-lm")]
+COMMAND = [sys.executable, "-m", "tilewright.cli", "tune"]
 
 
-def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was compiled can be tuned without tracing the model again."""
+    path = tmp_path_factory.mktemp("net") / "net"
+    tilewright.compile(Net(), inputs(), dynamic=SIZES, out=path)
+    return path
+
+
+def test_the_command_goes_on_after_kill_9(artifact: Path, tmp_path: Path) -> None:
     db = tmp_path / "tuning.db"
     options = ["--trials", "120", "--size", "S=32", "--threads", "1", "--db", str(db)]
-    process = subprocess.Popen([*COMMAND, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    process = subprocess.Popen([*COMMAND, str(artifact), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 200
     while count(db) < 20:
@@ -199,7 +206,7 @@ def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
     assert kept >= 20
     more = ["--resume", "--report", str(tmp_path / "page.html")]
     short = ["--trials", "40", *options[2:]]
-    done = subprocess.run([*COMMAND, *short, *more], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*COMMAND, str(artifact), *short, *more], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "40 schedules tried" in " ".join(done.stdout.split())
     assert count(db) >= 40
@@ -217,11 +224,11 @@ def count(db: Path) -> int:
         return 0  # it is being made
 
 
-def test_a_job_file_leaves_its_results_beside_it(tmp_path: Path) -> None:
+def test_a_job_file_leaves_its_results_beside_it(artifact: Path, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
-    model = os.path.relpath(ROOT / "tests" / "models" / "small-lm", tmp_path)
+    model = os.path.relpath(artifact, tmp_path)
     job.write_text(f"model: {model}\ntrials: 30\nseed: 3\ndb: tuning.db\nthreads: 1\nsizes: {{S: 32}}\n")
-    done = subprocess.run([*COMMAND[:-1], str(job)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*COMMAND, str(job)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "job.results.json").read_text())
     assert results["trials"] == 30

@@ -171,6 +171,20 @@ def test_luck_is_not_taken_for_speed() -> None:
     assert row.ratio == 1.0
 
 
+def test_the_result_is_what_the_database_decides() -> None:
+    """Also where it keeps the first measurement, since that had more repeats than the longer look."""
+
+    class Stubborn(Notes):
+        def add(self, workload: Workload, compiler: str, measurements: Sequence[Measurement]) -> None:
+            super().add(workload, compiler, [m for m in measurements if m.schedule not in self.find(workload, compiler)])
+
+    notes, one = Stubborn(), task("k")
+    [row] = tune([one], Machine(optimism=0.9), notes, trials=40).rows
+    [best] = decide([one], [notes.find(one.workload, "v1")])
+    assert best is not None
+    assert (row.schedule, row.ratio) == (best.schedule, best.ratio)
+
+
 def test_kernels_of_a_group_agree_on_a_layout_that_makes_none_slower() -> None:
     pair = [task("decode", 10.0, "g", likes=2), task("prefill", 1.0, "g", likes=2)]
     rows = tune(pair, Machine(), trials=160).rows
