@@ -15,17 +15,19 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from tilewright.runtime.errors import ArtifactError, DamagedArtifactError, TruncatedArtifactError
+from tilewright.runtime.kinds import Kind
 from tilewright.runtime.manifest import (
+    ARTIFACT,
     DEVICE,
     DTYPES,
-    FORMAT,
     KERNELS,
     WEIGHTS,
     DimSpec,
@@ -50,6 +52,9 @@ from tilewright.runtime.weights import (
     write_all,
 )
 
+if TYPE_CHECKING:
+    from tilewright.runtime.bundle.format import Bundle
+
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 64 << 20
 _AT_FDCWD = -100
@@ -57,15 +62,16 @@ _RENAME_EXCHANGE = 2
 
 
 class Folder:
-    """An artifact folder held open: all reads go to the same folder, even when a save replaces it meanwhile."""
+    """An artifact folder (or one of another kind) held open: all reads go to the same folder, even when a save replaces it
+    meanwhile."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], kind: Kind = ARTIFACT) -> None:
+        self.path, self.kind = Path(path), kind
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ArtifactError(f"{self.path}: not a folder that can be opened ({error.strerror}); "
-                                "give the folder that tilewright.compile(...).save wrote") from error
+                                f"give the folder that {kind.maker} wrote") from error
 
     def __enter__(self) -> Folder:
         return self
@@ -78,8 +84,8 @@ class Folder:
         try:
             return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
         except OSError as error:
-            raise DamagedArtifactError(f"{self.path / name}: cannot be opened ({error.strerror}); the artifact is "
-                                       "incomplete. Compile or copy it again") from error
+            raise DamagedArtifactError(f"{self.path / name}: cannot be opened ({error.strerror}); the "
+                                       f"{self.kind.what} is incomplete. {self.kind.again}") from error
 
     def replaced(self) -> bool:
         """Whether the path now leads to another folder than the one held open."""
@@ -90,19 +96,20 @@ class Folder:
         return (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino)
 
     def manifest(self) -> Manifest:
-        descriptor = self.open(MANIFEST)
-        with open(descriptor, "rb") as stream:
-            text = stream.read(_MANIFEST_LIMIT)
-        return Manifest.from_text(text, str(self.path / MANIFEST))
+        return Manifest.from_text(self.manifest_text(), str(self.path / MANIFEST))
 
-    def verify(self, manifest: Manifest, checksums: bool = True) -> None:
-        """Compares each file with the manifest: all sizes, then (unless told otherwise) all checksums."""
-        for name, file in manifest.files.items():
+    def manifest_text(self) -> bytes:
+        with open(self.open(MANIFEST), "rb") as stream:
+            return stream.read(_MANIFEST_LIMIT)
+
+    def verify(self, files: Mapping[str, FileSpec], checksums: bool = True) -> None:
+        """Compares each file with what the manifest lists: all sizes, then (unless told otherwise) all checksums."""
+        for name, file in files.items():
             self._verify_size(name, file)
         if not checksums:
             return
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(self._verify_checksum, manifest.files, manifest.files.values()))
+            list(pool.map(self._verify_checksum, files, files.values()))
 
     def _verify_size(self, name: str, file: FileSpec) -> None:
         descriptor = self.open(name)
@@ -110,7 +117,7 @@ class Folder:
         os.close(descriptor)
         if size != file.bytes:
             raise TruncatedArtifactError(f"{self.path / name}: has {size} bytes and was saved with {file.bytes}; "
-                                         "a copy was cut short or the file was changed. Compile or copy it again")
+                                         f"a copy was cut short or the file was changed. {self.kind.again}")
 
     def _verify_checksum(self, name: str, file: FileSpec) -> None:
         descriptor = self.open(name)
@@ -120,7 +127,7 @@ class Folder:
             os.close(descriptor)
         if found != file.xxh3_128:
             raise DamagedArtifactError(f"{self.path / name}: its checksum is {found} and was {file.xxh3_128} when it "
-                                       "was saved; the file is damaged. Compile or copy the artifact again")
+                                       f"was saved; the file is damaged. {self.kind.again}")
 
 
 def checksum(descriptor: int) -> str:
@@ -143,19 +150,19 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def verify_files(path: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
     """Compares the files of the artifact with its manifest: sizes first, then checksums. Raises ArtifactError."""
     with Folder(path) as folder:
-        folder.verify(manifest or folder.manifest())
+        folder.verify((manifest or folder.manifest()).files)
 
 
 class ArtifactWriter:
     """Saves an artifact: ``with ArtifactWriter(path) as w: w.add(...); w.weights(plan) ...; w.commit(manifest)``.
 
     ``folder`` is where files may also be put directly (a linker's output). Leaving the block without ``commit``
-    removes everything. Raises ArtifactError when ``path`` holds something that is not an artifact.
+    removes everything. Raises ArtifactError when ``path`` holds something that is not an artifact, or of the ``kind`` told.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.target = Path(os.path.realpath(path))
-        refuse_foreign(self.target)
+    def __init__(self, path: str | os.PathLike[str], kind: Kind = ARTIFACT) -> None:
+        self.target, self.kind = Path(os.path.realpath(path)), kind
+        refuse_foreign(self.target, kind)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(self.target)
         self.folder, self._lock = _make_temporary(self.target)
@@ -184,13 +191,13 @@ class ArtifactWriter:
         file = FileSpec(size, digest.hexdigest())
         self._known[name] = lambda: file
 
-    def weights(self, plan: WeightsPlan) -> WeightsWriter:
-        """The stream into ``weights.safetensors``; a context manager."""
-        writer = WeightsWriter(self.path(WEIGHTS), plan)
-        self._known[WEIGHTS] = lambda: writer.file
+    def weights(self, plan: WeightsPlan, name: str = WEIGHTS) -> WeightsWriter:
+        """The stream into a file of tensors; a context manager."""
+        writer = WeightsWriter(self.path(name), plan)
+        self._known[name] = lambda: writer.file
         return writer
 
-    def commit(self, manifest: Manifest) -> Path:
+    def commit(self, manifest: Manifest | Bundle) -> Path:
         """Lists and syncs all files, writes the manifest and gives the folder its name. Returns the target."""
         names = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
         files = {name: self._sync(name) for name in names}
@@ -198,7 +205,7 @@ class ArtifactWriter:
         self._sync(MANIFEST)
         for folder in [self.folder, *(p for p in self.folder.rglob("*") if p.is_dir())]:
             _sync_folder(folder)
-        refuse_foreign(self.target)
+        refuse_foreign(self.target, self.kind)
         _publish(self.folder, self.target)
         _sync_folder(self.target.parent)
         self._close()
@@ -230,22 +237,21 @@ class ArtifactWriter:
             os.close(descriptor)
 
 
-def refuse_foreign(target: Path) -> None:
-    """Raises ArtifactError when ``target`` holds something that is not an artifact, which a save would not replace."""
+def refuse_foreign(target: Path, kind: Kind = ARTIFACT) -> None:
+    """Raises ArtifactError when ``target`` holds something that is not of this kind, which a save would not replace."""
     if not os.path.lexists(target):
         return
-    if target.is_dir() and (not any(target.iterdir()) or _is_artifact(target)):
+    if target.is_dir() and (not any(target.iterdir()) or _is(kind, target)):
         return
-    raise ArtifactError(f"{target}: exists and is not an artifact, so it is not replaced; give another path or "
-                        "remove it first")
+    raise ArtifactError(f"{target}: exists and is not {kind.a}, so it is not replaced; give another path or remove it first")
 
 
-def _is_artifact(folder: Path) -> bool:
-    """Whether this module wrote the folder; a damaged artifact or one of another version counts, it may be replaced."""
-    if all((folder / name).is_file() for name in (MANIFEST, KERNELS, WEIGHTS)):
+def _is(kind: Kind, folder: Path) -> bool:
+    """Whether this module wrote the folder; a damaged one or one of another version counts, it may be replaced."""
+    if kind is ARTIFACT and all((folder / name).is_file() for name in (MANIFEST, KERNELS, WEIGHTS)):
         return True
     try:
-        return FORMAT.encode() in (folder / MANIFEST).read_bytes()
+        return kind.format.encode() in (folder / MANIFEST).read_bytes()
     except OSError:
         return False
 

@@ -90,7 +90,7 @@ def _load(folder: Folder, threads: int | None, verify: bool, device: int) -> Pro
     check_host(manifest.target.features, str(folder.path), manifest.target.text)
     arch = _cuda_arch(manifest.target.text)
     gpu = None if arch is None else _gpu(device, arch, str(folder.path))
-    folder.verify(manifest, checksums=verify)
+    folder.verify(manifest.files, checksums=verify)
     kernels, weights = folder.open(KERNELS), -1
     try:
         weights = folder.open(WEIGHTS)

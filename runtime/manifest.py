@@ -8,21 +8,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import xxhash
 
-from tilewright.runtime.errors import ArtifactVersionError, DamagedArtifactError, ManifestError
-from tilewright.runtime.jsonread import Node, parse
+from tilewright.runtime.errors import ManifestError
+from tilewright.runtime.jsonread import Node
+from tilewright.runtime.kinds import Kind
 
-FORMAT = "tilewright-artifact"
-VERSION = 2
-"""Of the format and of what kernels.so offers: 1 had programs and the thread pool, 2 has sampling too."""
+ARTIFACT = Kind("tilewright-artifact", 2, "artifact", "compile the model", "Compile or copy the artifact again",
+                "tilewright.compile(...).save")  # fmt: skip
+"""The version is that of the format and of what kernels.so offers: 1 had programs and the thread pool, 2 has sampling too."""
 KERNELS = "kernels.so"
 WEIGHTS = "weights.safetensors"
 DEVICE = "device.json"
@@ -216,8 +215,7 @@ class Manifest:
 
     def json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **ARTIFACT.head,
             "target": self.target.json(),
             "entries": {name: entry.json() for name, entry in self.entries.items()},
             "states": [state.json() for state in self.states],
@@ -227,25 +225,14 @@ class Manifest:
 
     def to_text(self) -> str:
         """The text of ``manifest.json``. Raises ManifestError where ``from_text`` would refuse it."""
-        data = self.json()
-        text = json.dumps(data | {"checksum": _checksum(data)}, indent=1) + "\n"
+        text = ARTIFACT.seal(self.json())
         Manifest.from_text(text, "the manifest to save")
         return text
 
     @staticmethod
     def from_text(text: str | bytes, where: str = "manifest.json") -> Manifest:
         """Reads and checks a manifest. Raises ArtifactVersionError, DamagedArtifactError or ManifestError."""
-        data = parse(text, where)
-        node = Node(data, where)
-        if "format" not in node or node["format"].value != FORMAT:
-            raise node.error(f'"format" must be "{FORMAT}"; this is not an artifact made by tilewright')
-        _check_version(node["version"])
-        stored = node["checksum"].string(_HEX)
-        del data["checksum"]
-        if _checksum(data) != stored:
-            raise DamagedArtifactError(f"{where}: its contents do not have the checksum that it states; it was "
-                                       "edited or damaged after it was saved. Compile or copy the artifact again")
-        return _read_manifest(node)
+        return _read_manifest(ARTIFACT.unseal(text, where))
 
 
 def _read_extent(node: Node) -> Extent:
@@ -254,19 +241,6 @@ def _read_extent(node: Node) -> Extent:
     if isinstance(node.value, str):
         return node.string(_IDENTIFIER)
     return node.integer(0, _LARGEST)
-
-
-def _checksum(data: dict[str, Any]) -> str:
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()))
-
-
-def _check_version(node: Node) -> None:
-    version = node.integer(1, _LARGEST)
-    if version == VERSION:
-        return
-    remedy = "use a newer tilewright, or compile" if version > VERSION else "compile"
-    raise ArtifactVersionError(f"{node.where}: the artifact has version {version} and this tilewright reads version "
-                               f"{VERSION}; {remedy} the model again with this one")
 
 
 def _read_manifest(node: Node) -> Manifest:
@@ -279,7 +253,7 @@ def _read_manifest(node: Node) -> Manifest:
             raise node["entries"][name]["batch"].error("set, but the artifact has no states; use null")
     files = {key: FileSpec.read(item) for key, item in node["files"].members()}
     for name in files:
-        _check_file_name(name, node["files"])
+        check_file_name(name, node["files"])
     missing = [name for name in REQUIRED_FILES if name not in files]
     if missing:
         raise node["files"].error(f"the files {missing} are not listed; every artifact has them")
@@ -287,13 +261,14 @@ def _read_manifest(node: Node) -> Manifest:
     return Manifest(TargetSpec.read(node["target"]), entries, states, meta, files)
 
 
-def _check_file_name(name: str, node: Node) -> None:
+def check_file_name(name: str, node: Node) -> None:
+    """Raises ManifestError for a name that leads out of the folder."""
     parts = name.split("/")
     if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise node.error(f"{name!r} is not a relative path inside the artifact")
 
 
 __all__ = [
-    "DEVICE", "DTYPES", "KERNELS", "WEIGHTS", "DimSpec", "EntrySpec", "Extent", "FileSpec", "Manifest", "ManifestError",
+    "ARTIFACT", "DEVICE", "DTYPES", "KERNELS", "WEIGHTS", "DimSpec", "EntrySpec", "Extent", "FileSpec", "Manifest", "ManifestError",
     "StateSpec", "TargetSpec", "TensorSpec",
 ]  # fmt: skip

@@ -261,14 +261,14 @@ def bisect_all(
     module: Module, pipeline: Pipeline, target: str, inputs: Inputs, tolerance: float = 1e-3
 ) -> Culprit | None:
     """:func:`bisect`, and when no pass is to blame, each compiled kernel against the interpreter."""
-    from tilewright.codegen.target import parse_target
+    from tilewright.codegen.target import parse_cpu
 
     found = bisect(module, pipeline, inputs, tolerance)
     if found is not None:
         return found
     lowered = copy_of(module)
     pipeline.run(lowered)
-    return bisect_kernels(lowered, inputs, compiled_kernels(parse_target(target)), tolerance)
+    return bisect_kernels(lowered, inputs, compiled_kernels(parse_cpu(target)), tolerance)
 
 
 def compiled_kernels(target: CpuTarget) -> Execute:

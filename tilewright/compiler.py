@@ -17,7 +17,7 @@ from tilewright.bisect import copy_of, random_inputs
 from tilewright.calibration_data import Calibration
 from tilewright.codegen.build import Build
 from tilewright.codegen.store import KernelStore, default_folder
-from tilewright.codegen.target import CpuTarget, parse_target
+from tilewright.codegen.target import Target, parse_cpu, parse_target
 from tilewright.fallbacks import lower_refused
 from tilewright.ir import CheckpointError, Module, PassError, TilewrightError
 from tilewright.layer_errors import layer_errors, sample_of
@@ -59,7 +59,8 @@ def compile(
 
     ``model`` is an ``nn.Module`` (with example ``args`` and ``kwargs``, and ``dynamic`` axes such as
     ``{"x": {0: "B"}}``), the path of a Hugging Face folder or a GGUF file, or a module of our IR. ``passes`` is a pipeline
-    (``"O2"``, ``"w8a16"``, or a list of passes), ``target`` a CPU (``"native"``, ``"cpu{arch=x86-64-v3}"``).
+    (``"O2"``, ``"w8a16"``, or a list of passes), ``target`` a CPU (``"native"``, ``"cpu{arch=x86-64-v3}"``) or a GPU
+    (``"cuda{arch=sm_90a}"``), which need not be there.
     ``max_length`` is the capacity of the KV cache in tokens, ``dtype`` the element type to load a folder's weights in.
     ``task="causal-lm"`` says that a module of your own maps token ids ``[B, S]`` to logits ``[B, S, V]`` causally, so that
     it gets a KV cache; Hugging Face models say so themselves.
@@ -72,7 +73,7 @@ def compile(
     Raises a subclass of ``TilewrightError`` that names the module, the op and the line it is about.
     """
     started = Stages(progress)
-    cpu = parse_target(target)
+    wanted = parse_cpu(target) if errors else parse_target(target)  # kernels run here to find their errors
     pipeline = with_length(Pipeline.parse(passes), max_length)
     folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
     given = calibration_of(calibration, folder)
@@ -83,7 +84,7 @@ def compile(
     with started("trace"):
         module, source = trace(model, args, kwargs, dynamic, dtype)
         module.meta |= {"task": task} if task else {}
-    return lower(module, pipeline, cpu, source=source, out=out, stages=started, errors=errors, db=db,
+    return lower(module, pipeline, wanted, source=source, out=out, stages=started, errors=errors, db=db,
                  cost_model=cost_model, sizes=sizes, calibration=given, sensitivity=sensitivity)  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def with_length(pipeline: Pipeline, length: int | None) -> Pipeline:
 def lower(
     module: Module,
     pipeline: Pipeline,
-    target: CpuTarget,
+    target: Target,
     *,
     source: Path | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -181,7 +182,7 @@ def lower(
     return Compiled(path, report, holder)
 
 
-def prepare(module: Module, pipeline: Pipeline, target: CpuTarget, options: Mapping[str, Any] | None = None
+def prepare(module: Module, pipeline: Pipeline, target: Target, options: Mapping[str, Any] | None = None
             ) -> tuple[PipelineReport, list[str]]:  # fmt: skip
     """Run the passes on ``module`` (in place), take apart what no kernel can do; gives what they did, and the fallbacks."""
     done = pipeline.run(module, ctx=PassContext(options or {}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tilewright.report import CompileReport
 from tilewright.runtime.artifact import EntrySpec, Manifest, TensorSpec
 
@@ -30,7 +32,13 @@ def kernel_table(report: CompileReport) -> str:
     for k in report.kernels:
         head = f"{k['name']:8} {k['calls']:>5} {k['backend']:15} {k['code_bytes']:>8} {k['seconds'] * 1e3:>6.0f}"
         lines.append(f"{head}  {k['operations']}; {k['schedule']} ({k['chosen']})")
+        lines += [f"{'':8} {resources(name, row)}" for name, row in k["resources"].items()]
     return "\n".join(lines)
+
+
+def resources(function: str, used: Mapping[str, int]) -> str:
+    """What a function on a GPU takes."""
+    return f"{function}: {used['registers']} registers, {used['spills']} bytes spilled, {used['shared']} bytes shared"
 
 
 def pass_table(report: CompileReport) -> str:

@@ -21,7 +21,8 @@ class CompileReport:
 
     ``passes``: text, seconds, growth of peak memory, operations before and after, or why it was skipped.
     ``kernels``: name, operations, workload, backend, schedule and where it is from (``chosen``: tuned, cost model or rule),
-    bytes of code, seconds to compile, calls.
+    bytes of code, seconds to compile, calls; on a GPU ``resources`` of each function: registers a thread, bytes spilled,
+    bytes of static shared memory.
     ``fallbacks``: what was done in a slower or plainer way than asked, with the reason.
     ``layers``: error of each layer against the reference, when asked for.
     ``sensitivity``: what compressing each layer alone changes, the most sensitive first, when asked for.

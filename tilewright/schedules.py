@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tilewright.codegen.schedule import Schedule, parse_schedule
 from tilewright.codegen.store import compiler_version
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.target import Target
 from tilewright.costmodel.choice import CONFIRMED, decide
 from tilewright.costmodel.picks import pick
 from tilewright.costmodel.workload import Measurement, Task
@@ -36,7 +36,7 @@ class Schedules:
 
 def choose_schedules(
     module: Module,
-    target: CpuTarget,
+    target: Target,
     *,
     db: str | Path | None = None,
     cost_model: str | Path | None = SHIPPED,
