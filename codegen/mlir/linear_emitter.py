@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from tilewright.codegen.kernel import KernelCode
+from tilewright.codegen.linear_pattern import Pattern, Tensor, find
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import apply, compute_dtype, dim_value, lowers
 from tilewright.codegen.mlir.linear import LinearBuffers, Place, emit_linear
@@ -19,150 +19,39 @@ from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.packing import AnyPacking
 from tilewright.codegen.schedule import LinearSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import Argument, CodegenError, Dim, DType, Function, Op, Value, as_dim, eval_dim, ops, product, same_dim
-
-_FLOATS = ("f32", "bf16", "f16")
+from tilewright.ir import CodegenError, Function, Value, as_dim, eval_dim, ops, same_dim
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An operand of the layer: an argument, or the codes, scales and zero points that are dequantized to it.
-
-    Of a compressed one, ``data`` is what ``compressed`` decompresses to, which is no argument.
-    """
-
-    data: Value
-    scale: Value | None = None
-    zero: Value | None = None
-    compressed: tuple[Value, ...] = ()
-    table: Value | None = None
-    step: Value | None = None
-    offset: Value | None = None
-
-    @classmethod
-    def of(cls, value: Value) -> Tensor:
-        op = value.owner
-        if isinstance(op, ops.Decompress):
-            return cls(value, compressed=op.operands)
-        if isinstance(op, ops.Lookup):
-            return cls(op.codes, op.scale, table=op.table)
-        if not isinstance(op, ops.Dequantize):
-            return cls(value)
-        inner = op.codes.owner
-        if isinstance(inner, ops.Expand):
-            return cls(inner.codes, op.scale, inner.zero, step=inner.scale)
-        return cls(op.codes, op.scale, op.zero, offset=op.offset)
-
-    @property
-    def values(self) -> tuple[Value, ...]:
-        """What of it the kernel is given."""
-        parts = (self.data, self.scale, self.zero, self.table, self.step, self.offset)
-        return self.compressed or tuple(v for v in parts if v is not None)
-
-    @property
-    def format(self) -> tuple[object, ...]:
-        """What tensors that one kernel treats alike have in common."""
-        return tuple((v.dtype, v.shape) for v in self.values)
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A kernel's linear layer, its operands by role, and the operations after it."""
-
-    anchor: ops.Linear | ops.GatedLinear
-    x: Tensor
-    weights: tuple[Tensor, ...]
-    biases: tuple[Value, ...]
-    tail: tuple[Op, ...]
-    result: Value
-
-    @property
-    def rows(self) -> Dim:
-        """M: how many rows of x there are."""
-        return as_dim(product(self.anchor.x.shape[:-1]))
-
-    @property
-    def features(self) -> int:
-        """N."""
-        return int(self.weights[0].data.shape[0])
-
-    def spec(self) -> LinearSpec:
-        """Raises ValueError with what of the quantization the kernels do not do."""
-        weight, (n, k) = self.weights[0], self.weights[0].data.shape
-        groups = weight.scale.shape[-1] if weight.scale else 1
-        scale = "f32" if weight.table is None else None
-        return LinearSpec(
-            int(n),
-            int(k),
-            self.x.data.dtype.value,
-            weight.data.dtype.value,
-            self.result.dtype.value,
-            self.biases[0].dtype.value if self.biases else None,
-            self.anchor.act if isinstance(self.anchor, ops.GatedLinear) else None,
-            isinstance(self.anchor, ops.GatedLinear),
-            int(k) // groups if groups > 1 else 0,
-            weight.scale.dtype.value if weight.scale else scale,
-            compressed=bool(weight.compressed),
-            table=weight.table.dtype.value if weight.table else None,
-            row_tables=weight.table is not None and weight.table.shape[0] != 1,
-            offset=weight.offset is not None,
-            expands=int(k) // weight.step.shape[-1] if weight.step else 0,
-        )
-
-
-def find(kernel: Function) -> Pattern | str:
-    """The pattern of ``kernel``, or why it has none."""
-    anchors = [op for op in kernel.body if isinstance(op, (ops.Linear, ops.GatedLinear))]
-    if len(anchors) != 1 or len(kernel.returns) != 1:
-        return "not one linear layer with one result"
-    anchor = anchors[0]
-    if isinstance(anchor, ops.Linear):
-        factors, biases = [anchor.weight], [anchor.bias]
-    else:
-        factors, biases = [anchor.gate, anchor.up], [anchor.gate_bias, anchor.up_bias]
-    x, weights = Tensor.of(anchor.x), tuple(map(Tensor.of, factors))
-    given = tuple(bias for bias in biases if bias is not None)
-    if len(given) not in (0, len(weights)):
-        return "only one of gate and up has a bias"
-    before = {v.owner for v in (anchor.x, *factors)}
-    before |= {op.codes.owner for op in before if isinstance(op, ops.Dequantize)}
-    if x.compressed or not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
-        return "an operand of the linear layer is computed in the kernel"
-    tail = tuple(op for op in kernel.body[:-1] if op is not anchor and op not in before)
-    pattern = Pattern(anchor, x, weights, given, tail, kernel.returns[0])
-    return refusal(pattern) or pattern
+def spec_of(p: Pattern) -> LinearSpec:
+    """What kernels compute for a pattern. Raises ValueError with what of the quantization they do not do."""
+    weight = p.weights[0]
+    scale = "f32" if weight.table is None else None
+    return LinearSpec(
+        p.features,
+        p.depth,
+        p.x.data.dtype.value,
+        weight.data.dtype.value,
+        p.result.dtype.value,
+        p.biases[0].dtype.value if p.biases else None,
+        p.activation,
+        p.activation is not None,
+        p.depth // weight.groups if weight.groups > 1 else 0,
+        weight.scale.dtype.value if weight.scale else scale,
+        compressed=bool(weight.compressed),
+        table=weight.table.dtype.value if weight.table else None,
+        row_tables=weight.table is not None and weight.table.shape[0] != 1,
+        offset=weight.offset is not None,
+        expands=p.depth // int(weight.step.shape[-1]) if weight.step else 0,
+    )
 
 
 def refusal(p: Pattern) -> str | None:
     """What of a pattern the kernels do not do."""
-    weight = p.weights[0]
-    if not all(isinstance(d, int) for d in weight.data.shape):
-        return "the weight's shape is not static"
-    if any(w.format != weight.format for w in p.weights):
-        return "gate and up differ in format"
-    if len({b.dtype for b in p.biases}) > 1:
-        return "biases of two element types"
     for op in p.tail:
         if not (lowers(op) or isinstance(op, ops.Full)):
             return f"{op.name} does not run in the epilogue"
-    return _number_refusal(p)
-
-
-def _number_refusal(p: Pattern) -> str | None:
-    """What of the element types the kernels do not do."""
-    for value in p.anchor.operands:
-        if isinstance(value.owner, (ops.Dequantize, ops.Lookup)) and value.dtype is not DType.f32:
-            return f"dequantized to {value.dtype.value}: sums are made of unrounded numbers"
-    x, weight = p.x, p.weights[0]
-    for tensor in (x, weight):
-        if tensor.scale is None and tensor.table is None and tensor.data.dtype.value not in _FLOATS:
-            return f"no kernel for x {x.data.dtype.value} and weight {weight.data.dtype.value}"
-    if x.table or x.step:
-        return "activations come out of a table or expand"
-    if x.scale and (x.data.dtype is not DType.i8 or x.scale.shape[-1] != 1 or x.scale.dtype is not DType.f32):
-        return f"activations are {x.data.dtype.value} with scales {x.scale.type}, not i8 with one f32 scale a row"
     try:
-        p.spec()
+        spec_of(p)
     except ValueError as error:
         return str(error)
     return None
@@ -174,32 +63,32 @@ class LinearEmitter:
     name: ClassVar[str] = "mlir.linear"
 
     def match(self, kernel: Function, target: CpuTarget) -> str | None:
-        found = find(kernel)
+        found = find(kernel, refusal)
         return found if isinstance(found, str) else None
 
     def default_schedule(self, kernel: Function, target: CpuTarget) -> Schedule:
-        found = find(kernel)
-        return LinearSchedule.default(target) if isinstance(found, str) else found.spec().schedule(target)
+        found = find(kernel, refusal)
+        return LinearSchedule.default(target) if isinstance(found, str) else spec_of(found).schedule(target)
 
     def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
         found = matched(kernel)
-        return linear_space(found.spec(), target, eval_dim(found.rows, sizes))
+        return linear_space(spec_of(found), target, eval_dim(found.rows, sizes))
 
     def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
         found = matched(kernel)
         assert isinstance(schedule, LinearSchedule)
-        return _texts(kernel, packings(found, found.spec(), schedule, target))
+        return _texts(kernel, packings(found, spec_of(found), schedule, target))
 
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
         found = matched(kernel)
-        return linear_features(found.spec(), target, eval_dim(found.rows, sizes), len(found.tail))
+        return linear_features(spec_of(found), target, eval_dim(found.rows, sizes), len(found.tail))
 
     def emit(self, kernel: Function, schedule: Schedule, target: CpuTarget, symbol: str) -> KernelCode:
-        found = find(kernel)
+        found = find(kernel, refusal)
         if isinstance(found, str) or not isinstance(schedule, LinearSchedule):
             raise CodegenError(f"{self.name} cannot lower @{kernel.name} with {schedule}: {found}")
-        spec, dims = found.spec(), tuple(kernel.symbols())
+        spec, dims = spec_of(found), tuple(kernel.symbols())
         packed = packings(found, spec, schedule, target)
         pairs = [(f"a{i}", packed[v].stored if v in packed else v.dtype.value) for i, v in enumerate(kernel.args)]
         with Kernel(symbol, target, dims, [*pairs, ("y", spec.out_dtype)]) as k:
@@ -213,7 +102,7 @@ class LinearEmitter:
 
 def matched(kernel: Function) -> Pattern:
     """The pattern of a kernel that ``match`` accepts."""
-    found = find(kernel)
+    found = find(kernel, refusal)
     if isinstance(found, str):
         raise CodegenError(f"@{kernel.name} is no linear kernel: {found}")
     return found
