@@ -19,8 +19,9 @@ def fake_driver(artifact: Path, folder: Path) -> Path:
     rows = []
     for f in functions:
         entry = f"{f['kernel']}_::{f['symbol']}"
-        rows.append(f'{{"{f["symbol"]}", [](void **p) {{ emu_call({entry}, p); }}, fake_parameters({entry}), 0}}')
-    text.append("template <class... A> constexpr int fake_parameters(void (*)(A...));")
+        rows.append(f'{{"{f["symbol"]}", [](void **p) {{ emu_call({entry}, p); }}, fake_pointers({entry}), 0}}')
+    text.append("#include <vector>")
+    text.append("template <class... A> auto fake_pointers(void (*)(A...)) { return std::vector<bool>{std::is_pointer_v<A>...}; }")
     text += [f"#define FAKE_KERNELS {', '.join(rows)}", f'#include "{HERE}/fake_driver.h"']
     source, out = folder / "driver.cpp", folder / "libcuda.so"
     source.write_text("\n".join(text))

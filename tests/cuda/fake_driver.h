@@ -7,7 +7,7 @@
 
 typedef int CUresult;
 typedef uint64_t CUdeviceptr;
-struct fake_function { const char *name; void (*entry)(void **); int parameters; unsigned shared; };
+struct fake_function { const char *name; void (*entry)(void **); std::vector<bool> pointers; unsigned shared; };
 struct fake_launch { fake_function *function; emu_dim grid; unsigned threads; std::vector<uint64_t> values; };
 struct fake_graph { std::vector<std::function<void()>> steps; };
 
@@ -28,7 +28,6 @@ API void fake_set(size_t total, int count, int major, int minor, const char *bro
 }
 API long fake_asked(int what) { return what == 0 ? fake_launched : what == 1 ? fake_graphs : (long)fake_used; }
 
-template <class... A> constexpr int fake_parameters(void (*)(A...)) { return sizeof...(A); }
 
 static bool fake_inside(CUdeviceptr p, size_t n) {
   auto it = fake_memory.upper_bound(p);
@@ -113,7 +112,10 @@ API CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsi
   if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || by != 1 || bz != 1 || bx > 1024 || bx % 32 || shared > allowed) return INVALID_VALUE;
   if (fake_broken == function->name) { fake_fail = LAUNCH_FAILED; return 0; }
   fake_launch l{function, {gx, gy, gz}, bx, {}};
-  for (int i = 0; i < function->parameters; i++) l.values.push_back(*(uint64_t *)params[i]);
+  for (size_t i = 0; i < function->pointers.size(); i++) {
+    l.values.push_back(*(uint64_t *)params[i]);
+    if (function->pointers[i] && !fake_inside(l.values[i], 1)) return INVALID_VALUE;
+  }
   return fake_do([l]() mutable { fake_execute(l); });
 }
 API CUresult cuStreamCreate(void **s, unsigned) { *s = (void *)2; return 0; }
