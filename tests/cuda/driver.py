@@ -20,8 +20,8 @@ def fake_driver(artifact: Path, folder: Path) -> Path:
     for f in functions:
         entry = f"{f['kernel']}_::{f['symbol']}"
         rows.append(f'{{"{f["symbol"]}", [](void **p) {{ emu_call({entry}, p); }}, fake_pointers({entry}), 0}}')
-    text.append("#include <vector>")
-    text.append("template <class... A> auto fake_pointers(void (*)(A...)) { return std::vector<bool>{std::is_pointer_v<A>...}; }")
+    text += ["#include <vector>", "template <class... A> auto fake_pointers(void (*)(A...))",
+             "{ return std::vector<bool>{std::is_pointer_v<A>...}; }"]  # fmt: skip
     text += [f"#define FAKE_KERNELS {', '.join(rows)}", f'#include "{HERE}/fake_driver.h"']
     source, out = folder / "driver.cpp", folder / "libcuda.so"
     source.write_text("\n".join(text))
