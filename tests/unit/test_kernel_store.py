@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tilewright.codegen.kernel import KernelCode
+from tilewright.codegen.kernel import DeviceCode, KernelCode, Launch
 from tilewright.codegen.store import KernelStore
 from tilewright.ir import sym
 
@@ -14,11 +14,17 @@ B, S = sym("B"), sym("S")
 CODE = KernelCode("tw_k", b"\x7fELF\n\x00code", ("B", "S"), B * ((S + 3) // 4), 2, {1: "panels{k=2}"}, (4 * B * S,), B)
 
 
-def test_round_trip(tmp_path):
+LAUNCHES = (Launch("tw_k_0", (B, S // 2, 1), 128, 49152, (B * S, 1, 8)), Launch("tw_k_1", (B, 1, 1), 32))
+USED = {"tw_k_0": {"registers": 40, "spills": 0, "shared": 16}, "tw_k_1": {"registers": 8, "spills": 4, "shared": 0}}
+CUBIN = KernelCode("tw_k", b"\x7fELF\n", ("B", "S"), scratch=(S,), device=DeviceCode(LAUNCHES, "void k();\n", USED))
+
+
+@pytest.mark.parametrize("code", [CODE, CUBIN], ids=["cpu", "cuda"])
+def test_round_trip(tmp_path, code):
     store = KernelStore(tmp_path / "new")
     assert store.get("a") is None
-    store.put("a", CODE)
-    assert store.get("a") == CODE
+    store.put("a", code)
+    assert store.get("a") == code
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b.replace(b"ELF", b"EXE"), lambda b: b[5:], lambda b: b""])

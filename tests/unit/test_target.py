@@ -1,12 +1,13 @@
-"""CPU targets: parsing, canonical text, what follows from features."""
+"""Targets: parsing, canonical text, what follows from the features of CPUs."""
 
 import pytest
 
-from tilewright.codegen.target import ARCHS, CpuTarget, TargetError, host_target, match_host, parse_target
+from tilewright.codegen.target import ARCHS, CpuTarget, TargetError, host_target, match_host, parse_cpu, parse_target
 
 
 @pytest.mark.parametrize("text", ["x86-64-v3", "cpu{arch=x86-64-v3}", "cpu{arch=znver5}", "native", "cpu{arch=native}",
-                                  "cpu{arch=x86-64-v4 features=+avx512bf16+avx512vnni}"])
+                                  "cpu{arch=x86-64-v4 features=+avx512bf16+avx512vnni}", "cuda{arch=sm_80}",
+                                  "cuda{arch=sm_90a}"])
 def test_text_round_trips(text: str) -> None:
     target = parse_target(text)
     assert parse_target(target.text) == target
@@ -23,6 +24,12 @@ def test_what_follows_from_the_architecture(arch: str, bits: int, bf16: bool, vn
     assert target.lanes == bits // 32
 
 
+def test_a_gpu_is_no_cpu() -> None:
+    with pytest.raises(TargetError, match=r"cuda\{arch=sm_80\} is no CPU"):
+        parse_cpu("cuda{arch=sm_80}")
+    assert parse_cpu("native") == host_target()
+
+
 def test_features_are_explicit_and_sorted() -> None:
     required = parse_target("x86-64-v4").required_features
     assert list(required) == sorted(required)
@@ -35,6 +42,9 @@ def test_features_are_explicit_and_sorted() -> None:
     ("cpu{core=2}", "unknown key 'core'.*cpu takes arch and features"),
     ("cpu{arch=x86-64-v4 features=+amx}", "unknown feature 'amx' for x86-64-v4; known: "),
     ("gpu{arch=sm_90}", "unknown target 'gpu'"),
+    ("cuda{arch=sm_52}", "unknown CUDA architecture 'sm_52'; known: sm_80, "),
+    ("cuda", r"cuda takes arch, as in cuda\{arch=sm_90a\}"),
+    ("cuda{arch=sm_80 features=+fma}", "cuda takes arch"),
     ("cpu{arch=}", "malformed item 'arch='"),
     ("cpu{arch=znver5", "malformed text"),
     ("cpu{arch=znver5 arch=znver4}", "'arch' is given twice"),
