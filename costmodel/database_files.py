@@ -1,7 +1,6 @@
-"""Measurements as lines of JSON (``.jsonl``, ``.jsonl.xz``), and what can be read of a damaged SQLite file.
+"""Measurements as lines of JSON, plain (``.jsonl``) or packed (``.jsonl.xz``), and what is left of a damaged SQLite file.
 
-A file is a head, a line for each workload followed by its measurements, and an end with their numbers and the SHA-256 of
-all lines before it. Rows are in order, so that equal content gives equal files.
+``runtime/measuring.py`` says how a file is built.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from tilewright.costmodel import database_tables as tables
 from tilewright.costmodel.database_rows import (
     DatabaseError,
     Row,
-    line,
     measurement_record,
     read_measurement,
     read_workload,
@@ -28,22 +27,14 @@ from tilewright.costmodel.database_rows import (
 )
 from tilewright.costmodel.sealed import write_beside
 from tilewright.costmodel.workload import Workload
-
-_HEAD = {"format": "tilewright-measurements", "version": 1}
+from tilewright.runtime.measuring import HEAD, document, end_of, line
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
     """Write rows that are in order; gives how many. Raises DatabaseError."""
     xz = _is_xz(path)
-    lines, key, workloads = [line(_HEAD)], "", 0
-    for row in rows:
-        if row.workload.key != key:
-            key, workloads = row.workload.key, workloads + 1
-            lines.append(line({"workload": workload_record(row.workload)}))
-        lines.append(line({"measurement": measurement_record(row)}))
-    body = "\n".join([*lines, ""]).encode()
-    count = len(lines) - 1 - workloads
-    content = body + line({"end": _end(workloads, count, hashlib.sha256(body))}).encode() + b"\n"
+    groups = ((w, list(own)) for w, own in groupby(rows, key=lambda row: row.workload))
+    content, count = document((workload_record(w), [measurement_record(row) for row in own]) for w, own in groups)
     try:
         write_beside(path, lzma.compress(content) if xz else content)
     except OSError as error:
@@ -73,10 +64,6 @@ def _is_xz(path: str | Path) -> bool:
     if not str(path).endswith((".jsonl", ".jsonl.xz")):
         raise DatabaseError(f"{path}: a file of measurements is called NAME.jsonl or NAME.jsonl.xz")
     return str(path).endswith(".xz")
-
-
-def _end(workloads: int, measurements: int, seen: Any) -> dict[str, Any]:
-    return {"workloads": workloads, "measurements": measurements, "sha256": seen.hexdigest()}
 
 
 class _Reader:
@@ -113,15 +100,15 @@ class _Reader:
         return read_measurement(record, workload, where)
 
     def begin(self, head: Any, where: str) -> None:
-        if not isinstance(head, dict) or head.get("format") != _HEAD["format"]:
+        if not isinstance(head, dict) or head.get("format") != HEAD["format"]:
             raise DatabaseError(f"{where}: not the head of a file of measurements; `tilewright tune db export` writes one")
-        if head != _HEAD:
-            raise DatabaseError(f"{where}: version {head.get('version')!r}, this tilewright reads {_HEAD['version']} alone")
+        if head != HEAD:
+            raise DatabaseError(f"{where}: version {head.get('version')!r}, this tilewright reads {HEAD['version']} alone")
         self.begun = True
-        self.seen.update(line(_HEAD).encode() + b"\n")
+        self.seen.update(line(HEAD).encode() + b"\n")
 
     def end(self, record: Any, where: str) -> None:
-        want = _end(len(self.workloads), self.rows, self.seen)
+        want = end_of(len(self.workloads), self.rows, self.seen)
         if record != want:
             raise DatabaseError(f"{where}: lines before were changed or lost: {record} expected, {want} found")
         self.ended = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from tilewright.costmodel.workload import Measurement, Status, Workload
 from tilewright.ir import TilewrightError
+from tilewright.runtime.measuring import line
 
 
 class DatabaseError(TilewrightError):
@@ -137,11 +137,6 @@ def reason(error: ValueError) -> str:
         return str(error)
     found = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, found['loc']))}: {found['msg']}, got {found['input']!r}"
-
-
-def line(record: Mapping[str, Any]) -> str:
-    """A record as one line of JSON, the same for equal records."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,13 +13,13 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
 
 from tilewright.costmodel.sealed import write_beside
 from tilewright.ir import TilewrightError
+from tilewright.runtime.measuring import duration
 
 
 class JobError(TilewrightError):
@@ -30,28 +29,12 @@ class JobError(TilewrightError):
 def parse_duration(text: str | float) -> float:
     """Seconds of ``20m``, ``1h30m``, ``2d``, ``90s``, ``90`` or an ISO 8601 duration. Raises JobError."""
     try:
-        return _duration(text)
+        return duration(text)
     except ValueError as error:
         raise JobError(str(error)) from None
 
 
-def _duration(value: Any) -> float:
-    """Seconds; pydantic reads ISO 8601, of which ``1h30m`` is the short form."""
-    iso: Any = value
-    if isinstance(value, str):
-        text = "".join(value.upper().split()).removeprefix("P").replace("T", "")
-        days, day, rest = (text if text[-1:].isalpha() else f"{text}S").rpartition("D")
-        iso = f"P{days}{day}{rest and 'T' + rest}"
-    try:
-        seconds = TypeAdapter(timedelta).validate_python(iso).total_seconds()
-    except (ValidationError, OverflowError):
-        seconds = 0.0
-    if seconds <= 0 or isinstance(value, bool):
-        raise ValueError(f"{value!r} is no duration; write 20m, 1h30m, 2d or a number of seconds")
-    return seconds
-
-
-Duration = Annotated[float, BeforeValidator(_duration)]
+Duration = Annotated[float, BeforeValidator(duration)]
 Count = Annotated[int, Field(ge=1)]
 
 

@@ -16,12 +16,14 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
+
+from tilewright.runtime.measuring import inliers, spread
 
 Calls = Callable[[int], object]
 """Makes so many calls of what is timed."""
@@ -29,8 +31,6 @@ Clock = Callable[[], float]
 
 _PR_SET_PDEATHSIG = 1
 _MOST_CALLS = 1 << 20
-_NORMAL_MAD = 1.4826  # standard deviation over median absolute deviation of a normal distribution
-_SAME = 0.001  # relative difference of times that says nothing
 _WAIT = 0.001  # seconds between two looks at a process that has said all it had to say
 
 
@@ -278,17 +278,3 @@ def _timing(own: Probe, base: Probe) -> Timing:
     drift = float(np.median(steps)) if len(steps) else 0.0
     baseline = seconds / float(np.median(found[kept]))
     return Timing(seconds, spread(found[kept]), int(kept.sum()) * own.calls, baseline, drift)
-
-
-def inliers(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Which values lie within three standard deviations, estimated by the median absolute deviation."""
-    array = np.asarray(values)
-    middle = float(np.median(array))
-    away = np.abs(array - middle)
-    return np.asarray(away <= max(3 * _NORMAL_MAD * float(np.median(away)), _SAME * abs(middle)))
-
-
-def spread(values: np.ndarray[Any, Any]) -> float:
-    """Interquartile range over median."""
-    low, middle, high = np.percentile(values, (25, 50, 75))
-    return float((high - low) / middle)

@@ -243,7 +243,8 @@ def refuse_foreign(target: Path, kind: Kind = ARTIFACT) -> None:
         return
     if target.is_dir() and (not any(target.iterdir()) or _is(kind, target)):
         return
-    raise ArtifactError(f"{target}: exists and is not {kind.a}, so it is not replaced; give another path or remove it first")
+    raise ArtifactError(f"{target}: exists and is not {kind.a}, so it is not replaced; give another path or "
+                        "remove it first")
 
 
 def _is(kind: Kind, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from tilewright.runtime.kinds import Kind
 
 ARTIFACT = Kind("tilewright-artifact", 2, "artifact", "compile the model", "Compile or copy the artifact again",
                 "tilewright.compile(...).save")  # fmt: skip
-"""The version is that of the format and of what kernels.so offers: 1 had programs and the thread pool, 2 has sampling too."""
+"""Version, of the format and of what kernels.so offers: 1 had programs and the thread pool, 2 has sampling too."""
 KERNELS = "kernels.so"
 WEIGHTS = "weights.safetensors"
 DEVICE = "device.json"
@@ -269,6 +269,6 @@ def check_file_name(name: str, node: Node) -> None:
 
 
 __all__ = [
-    "ARTIFACT", "DEVICE", "DTYPES", "KERNELS", "WEIGHTS", "DimSpec", "EntrySpec", "Extent", "FileSpec", "Manifest", "ManifestError",
-    "StateSpec", "TargetSpec", "TensorSpec",
+    "ARTIFACT", "DEVICE", "DTYPES", "KERNELS", "WEIGHTS", "DimSpec", "EntrySpec", "Extent", "FileSpec", "Manifest",
+    "ManifestError", "StateSpec", "TargetSpec", "TensorSpec", "check_file_name",
 ]  # fmt: skip

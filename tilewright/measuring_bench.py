@@ -25,8 +25,9 @@ from tilewright.codegen.packing import parse_packing
 from tilewright.ir import DType, KVType, eval_dim
 from tilewright.ir.caches import origin
 from tilewright.measuring_inputs import Array, Operand, Subject, make_inputs
-from tilewright.measuring_reference import Expected, expected
+from tilewright.measuring_reference import expected
 from tilewright.runtime.memory import address, as_aligned, pages
+from tilewright.runtime.tolerance import Expected
 
 _WARM = 256 << 10
 _LEAST_COLD, _MOST_COLD = 128 << 20, 512 << 20

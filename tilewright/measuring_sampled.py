@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.ir import DType, Function, Module, TensorType, Value, VerifyError, ops
+from tilewright.ir import Function, Module, TensorType, Value, VerifyError, ops
 from tilewright.ir.ops.elementwise import Elementwise
 from tilewright.measuring_inputs import Array, Operand, Subject
 
@@ -94,8 +94,3 @@ def narrowed(subject: Subject, axes: Mapping[int, int], count: int) -> Subject:
     module = Module("sample", dims=dict(subject.module.dims))
     module.add(small)
     return Subject(module, small, subject.dims, subject.target)
-
-
-def is_finite(array: Array) -> bool:
-    """Whether all of a result was written with numbers."""
-    return array.dtype.kind in "iub" or bool(np.isfinite(array.astype(DType.f32.np)).all())

@@ -15,8 +15,8 @@ from tilewright.costmodel.measurement import Effort, compare
 from tilewright.ir import eval_dim
 from tilewright.measuring_bench import Bench, Copies
 from tilewright.measuring_inputs import Array
-from tilewright.measuring_reference import Expected
 from tilewright.runtime.memory import address, pages, parts_of_pages
+from tilewright.runtime.tolerance import Expected
 
 _SEAL_BYTES = 64
 _UNWRITTEN, _SEAL = 0xFF, 0xA5

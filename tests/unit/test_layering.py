@@ -14,7 +14,7 @@ OURS = {  # folder: what it may import of ours, besides itself
     "runtime": (),
     "frontend": ("ir",),
     "passes": ("ir",),
-    "costmodel": ("ir",),
+    "costmodel": ("ir", "runtime.measuring"),
     "codegen": ("ir", "runtime.artifact"),
     "tilewright": ("ir", "runtime", "frontend", "passes", "costmodel", "codegen"),
 }
