@@ -1,5 +1,7 @@
 // A CUDA device on one CPU thread: blocks run one after another, a block's threads as fibers that take turns at barriers.
 // What PTX does in the kernels' prelude is done here in C++, after the tables of the PTX ISA.
+// Two switches show what a race on a device would: `emu_late` holds asynchronous copies back until they are waited for, and
+// with `emu_backward` the last thread takes the first turn.
 #pragma once
 #define TW_EMULATED
 #include <cmath>
@@ -25,6 +27,8 @@ struct emu_fiber {
   bool done;
 };
 struct emu_barrier { int arrived; long round; };
+struct emu_copy { void *to; const void *from; int bytes; bool on; long group; };
+struct emu_queue { emu_copy *copies; int count, room; long groups; };  // what a thread has under way, in order
 
 constexpr int EMU_THREADS = 1024, EMU_STACK = 96 << 10;
 static emu_fiber emu_fibers[EMU_THREADS];
@@ -35,6 +39,8 @@ static emu_barrier emu_block_barrier, emu_warp_barrier[EMU_THREADS / 32];
 static int emu_block_alive, emu_warp_alive[EMU_THREADS / 32];
 static unsigned long long emu_slots[EMU_THREADS][8];
 alignas(128) static unsigned char emu_memory[232 << 10];
+static emu_queue emu_queues[EMU_THREADS];
+extern "C" { int emu_late, emu_backward; }
 static void (*emu_entry)(void **);
 static void **emu_params;
 
@@ -70,7 +76,7 @@ static void emu_yield() {
     fprintf(stderr, "emulated block hangs: thread %d waits at a barrier that others never reach\n", from);
     abort();
   }
-  do to = to + 1 == emu_count ? 0 : to + 1;
+  do to = (to + (emu_backward ? emu_count - 1 : 1)) % emu_count;
   while (emu_fibers[to].done && to != from);
   if (to == from) return;
   emu_now = to;
@@ -115,11 +121,12 @@ static void emu_run(void (*entry)(void **), emu_dim grid, unsigned threads, void
           *--top = (void *)emu_start;
           for (int i = 0; i < 6; i++) *--top = nullptr;
           f.stack = top, f.at = {t, 0, 0}, f.done = false;
+          emu_queues[t].count = 0, emu_queues[t].groups = 0;
           if (t % 32 == 0) emu_warp_barrier[t / 32] = {}, emu_warp_alive[t / 32] = 0;
           emu_warp_alive[t / 32]++;
         }
-        emu_now = 0;
-        emu_switch(&emu_home, emu_fibers[0].stack);
+        emu_now = emu_backward ? emu_count - 1 : 0;
+        emu_switch(&emu_home, emu_fibers[emu_now].stack);
       }
 }
 
@@ -164,6 +171,12 @@ static inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; i++) c += (int)(signed char)(a >> 8 * i) * (int)(signed char)(b >> 8 * i);
   return c;
 }
+static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
+  unsigned long long both = a | (unsigned long long)b << 32;
+  unsigned r = 0;
+  for (int i = 0; i < 4; i++) r |= (unsigned)(both >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+  return r;
+}
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
@@ -180,14 +193,26 @@ static inline unsigned tw_pack_bf16(float low, float high) { return tw_bits_bf16
 static inline unsigned tw_pack_f16(float low, float high) { return tw_bits_f16(low) | (unsigned)tw_bits_f16(high) << 16; }
 
 static unsigned char *tw_shared() { return emu_memory; }
-static void emu_copy(void *to, const void *from, int bytes, bool on) {
-  if ((uintptr_t)to % bytes || (on && (uintptr_t)from % bytes)) { fprintf(stderr, "an asynchronous copy is not aligned\n"); abort(); }
-  if (on) memcpy(to, from, bytes); else memset(to, 0, bytes);
+static void emu_do(const emu_copy &c) {
+  if (c.on) memcpy(c.to, c.from, c.bytes); else memset(c.to, 0, c.bytes);
 }
-static void tw_copy16(void *to, const void *from, bool on) { emu_copy(to, from, 16, on); }
-static void tw_copy4(void *to, const void *from, bool on) { emu_copy(to, from, 4, on); }
-static void tw_commit() {}
-template <int N> void tw_wait() {}
+static void emu_start_copy(void *to, const void *from, int bytes, bool on) {
+  if ((uintptr_t)to % bytes || (on && (uintptr_t)from % bytes)) { fprintf(stderr, "an asynchronous copy is not aligned\n"); abort(); }
+  emu_queue &q = emu_queues[emu_now];
+  emu_copy copy = {to, from, bytes, on, q.groups};
+  if (!emu_late) return emu_do(copy);
+  if (q.count == q.room) q.copies = (emu_copy *)realloc(q.copies, (q.room = 2 * q.room + 16) * sizeof(emu_copy));
+  q.copies[q.count++] = copy;
+}
+static void tw_copy16(void *to, const void *from, bool on) { emu_start_copy(to, from, 16, on); }
+static void tw_copy4(void *to, const void *from, bool on) { emu_start_copy(to, from, 4, on); }
+static void tw_commit() { emu_queues[emu_now].groups++; }
+template <int N> void tw_wait() {
+  emu_queue &q = emu_queues[emu_now];
+  int done = 0;
+  while (done < q.count && q.copies[done].group < q.groups - N) emu_do(q.copies[done++]);
+  memmove(q.copies, q.copies + done, (q.count -= done) * sizeof(emu_copy));
+}
 
 // Every lane of the warp gives `words` words; then `f` sees all of them, by lane.
 template <class F> void emu_together(const unsigned *mine, int words, F f) {

@@ -42,13 +42,19 @@ def compile_cpp(source: Path, out: Path, *more: str) -> None:
 
 
 class Emulated:
-    """A compiled CUDA kernel, called with buffers as the program would pass them."""
+    """A compiled CUDA kernel, called with buffers as the program would pass them.
 
-    def __init__(self, code: KernelCode) -> None:
+    With ``late`` asynchronous copies arrive when they are waited for, and threads take turns from the last on: a kernel
+    that lacks a barrier or a wait gives other results than without.
+    """
+
+    def __init__(self, code: KernelCode, late: bool = False) -> None:
         assert code.device is not None
         self.code, self.device = code, code.device
         with tempfile.TemporaryDirectory() as folder:
             self.library = ctypes.CDLL(str(library(code.device, Path(folder))))
+        for switch in ("emu_late", "emu_backward"):
+            ctypes.c_int.in_dll(self.library, switch).value = int(late)
 
     def __call__(self, buffers: Sequence[np.ndarray], dims: Mapping[str, int]) -> None:
         """Run all launches on ``buffers``: arguments, results, scratch."""
