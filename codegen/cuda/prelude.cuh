@@ -25,6 +25,10 @@ TW_FN u32 tw_pack_f16(float low, float high) { u32 r; asm("cvt.rn.f16x2.f32 %0, 
 // 2^x within 2 units in the last place, 0 for what is not normal.
 TW_FN float tw_exp2(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 
+// a * b + c of pairs of 16-bit floats, each rounded once.
+TW_FN u32 tw_fma2(bf16, u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+TW_FN u32 tw_fma2(f16, u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+
 // Dynamic shared memory, 128-byte aligned.
 extern __shared__ __align__(128) u8 tw_dynamic[];
 TW_FN u8 *tw_shared() { return tw_dynamic; }
@@ -33,7 +37,7 @@ TW_FN u32 tw_shared_address(const void *p) { return (u32)__cvta_generic_to_share
 // Copies of 16 bytes (4) to shared memory that run on beside the threads; zeros where `on` is false. A commit ends a group
 // of copies, and a wait leaves N groups under way.
 TW_FN void tw_copy16(void *to, const void *from, bool on) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tw_shared_address(to)), "l"(from), "r"(on ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(tw_shared_address(to)), "l"(from), "r"(on ? 16 : 0) : "memory");
 }
 TW_FN void tw_copy4(void *to, const void *from, bool on) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(tw_shared_address(to)), "l"(from), "r"(on ? 4 : 0) : "memory");
