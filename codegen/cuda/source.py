@@ -25,6 +25,7 @@ class Source:
     scratch: tuple[Dim, ...] = ()
     launches: list[Launch] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
+    written: dict[tuple[str, int], str] = field(default_factory=dict)
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -66,10 +67,12 @@ class Source:
 
     def function(self, body: Sequence[str], block: int, grid: tuple[Dim, Dim, Dim], shared: int = 0,
                  when: tuple[Dim, int, int] | None = None) -> None:  # fmt: skip
-        """A kernel with ``body``, launched behind those before it."""
-        name = f"{self.symbol}_{len(self.launches)}"
-        head = f'extern "C" __global__ void __launch_bounds__({block}) {name}({", ".join(self.parameters)}) {{'
-        self.parts.append("\n".join([head, *(f"  {line}" for line in body), "}"]))
+        """A kernel with ``body``, launched behind those before it; one with the same body is not written again."""
+        text = "\n".join([*(f"  {line}" for line in body), "}"])
+        name = self.written.setdefault((text, block), f"{self.symbol}_{len(self.launches)}")
+        if name not in {launch.symbol for launch in self.launches}:
+            head = f'extern "C" __global__ void __launch_bounds__({block}) {name}({", ".join(self.parameters)}) {{'
+            self.parts.append(f"{head}\n{text}")
         self.launches.append(Launch(name, grid, block, shared, when))
 
     def code(self) -> KernelCode:
