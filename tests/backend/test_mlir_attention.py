@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.backend.attention_cases import CACHED, MASKS
 from tests.backend.mlir_helpers import TARGETS, library_calls, random_array, target
 from tilewright.codegen.attention_pattern import Slice
 from tilewright.codegen.cache import CacheLayout, panel_for
@@ -106,21 +107,6 @@ def test_sizes_of_heads(name: str, dtype: str, heads: int, kv_heads: int, dim: i
     Full(name, AttentionSpec(heads, kv_heads, dim, vdim, dtype, dtype, scale=dim**-0.5)).check(2, 9, 70)
 
 
-MASKS = {
-    "causal window": {"causal": True, "window": 9},
-    "both windows": {"window": 7, "window_right": 3},
-    "chunk": {"chunk": 16},
-    "causal chunk": {"causal": True, "chunk": 16},
-    "softcap": {"softcap": 3.0},
-    "sinks": {"sinks": "f32", "causal": True},
-    "mask": {"mask": "bst"},
-    "bias by head": {"bias": "hst"},
-    "bias by key": {"bias": "bt", "bias_dtype": "bf16", "mask": "s"},
-    "padding": {"padding": True},
-    "all": {"causal": True, "window": 30, "mask": "bhst", "bias": "st", "sinks": "bf16", "softcap": 5.0},
-}
-
-
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("what", MASKS)
 def test_masks(name: str, what: str) -> None:
@@ -216,14 +202,6 @@ def test_append(name: str, dtype: str, stored: str, dim: int, vdim: int) -> None
             for b, at in enumerate(starts):
                 assert np.array_equal(got[b, :at + s], want[b, :at + s])
                 assert np.isfinite(got.astype(np.float32)).all()
-
-
-CACHED = {
-    "plain": {},
-    "window": {"window": 9},
-    "chunk": {"chunk": 16},
-    "all": {"window": 40, "chunk": 32, "softcap": 4.0, "bias": "hst", "sinks": "f32"},
-}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -44,20 +44,20 @@ def compile_cpp(source: Path, out: Path, *more: str) -> None:
 class Emulated:
     """A compiled CUDA kernel, called with buffers as the program would pass them.
 
-    With ``late`` asynchronous copies arrive when they are waited for, and threads take turns from the last on: a kernel
+    While ``late`` asynchronous copies arrive when they are waited for, and threads take turns from the last on: a kernel
     that lacks a barrier or a wait gives other results than without.
     """
 
     def __init__(self, code: KernelCode, late: bool = False) -> None:
         assert code.device is not None
-        self.code, self.device = code, code.device
+        self.code, self.device, self.late = code, code.device, late
         with tempfile.TemporaryDirectory() as folder:
             self.library = ctypes.CDLL(str(library(code.device, Path(folder))))
-        for switch in ("emu_late", "emu_backward"):
-            ctypes.c_int.in_dll(self.library, switch).value = int(late)
 
     def __call__(self, buffers: Sequence[np.ndarray], dims: Mapping[str, int]) -> None:
         """Run all launches on ``buffers``: arguments, results, scratch."""
+        for switch in ("emu_late", "emu_backward"):
+            ctypes.c_int.in_dll(self.library, switch).value = int(self.late)
         sizes = [ctypes.c_int64(dims[d]) for d in self.code.dims]
         pointers = [ctypes.c_void_p(b.ctypes.data) for b in buffers]
         params = (ctypes.c_void_p * (len(sizes) + len(pointers)))(*map(ctypes.addressof, [*sizes, *pointers]))

@@ -1,0 +1,187 @@
+// Attention in tensor cores: 16-bit queries, keys and values, scores and sums in f32.
+//
+// A warp has TILES tiles of 16 rows. Either each warp of a block has rows of its own and all see the same keys (prefill), or all
+// have the same rows and each goes over keys of its own, never waiting for the others until the end (OWN_KEYS, decode).
+// Fragments are those of mma.m16n8k16: of a tile of rows a lane holds rows lane / 4 and lane / 4 + 8, of each 8 columns two.
+
+TW_FN u32 tw_pack(bf16, float low, float high) { return tw_pack_bf16(low, high); }
+TW_FN u32 tw_pack(f16, float low, float high) { return tw_pack_f16(low, high); }
+
+template <class P> struct tw_rows {
+  float sums[P::TILES][P::VALUE_WIDTH / 8][4], top[P::TILES][2], weight[P::TILES][2];
+};
+template <class P> using tw_scores = float[P::TILES][P::KEYS / 8][4];
+template <class P> using tw_queries = u32[P::TILES][4];
+
+template <class P> TW_FN void tw_read_queries(tw_queries<P> &a, const typename P::Tile *q, int step, int lane) {
+#pragma unroll
+  for (int r = 0; r < P::TILES; r++)
+    tw_matrices(a[r], q + (16 * r + lane % 16) * P::KEY_STRIDE + 16 * step + lane / 16 * 8);
+}
+
+// scores = q * keys^T; the fragments of q are `held`, or read from shared memory.
+template <class P> TW_FN void tw_multiply_keys(tw_scores<P> &scores, const typename P::Tile *q, const tw_queries<P> *held,
+                                               const typename P::Tile *keys, int lane) {
+#pragma unroll
+  for (int step = 0; step < P::WIDTH / 16; step++) {
+    tw_queries<P> read;
+    if (!P::HELD) tw_read_queries<P>(read, q, step, lane);
+    const u32 (*a)[4] = P::HELD ? held[step] : read;
+#pragma unroll
+    for (int n = 0; n < P::KEYS / 16; n++) {
+      u32 b[4];
+      tw_matrices(b, keys + (16 * n + lane % 8 + lane / 16 * 8) * P::KEY_STRIDE + 16 * step + lane / 8 % 2 * 8);
+#pragma unroll
+      for (int r = 0; r < P::TILES; r++) {
+        tw_mma(typename P::Tile(), scores[r][2 * n], a[r], b);
+        tw_mma(typename P::Tile(), scores[r][2 * n + 1], a[r], b + 2);
+      }
+    }
+  }
+}
+
+// sums += weights * values, the weights as the scores' fragments have them.
+template <class P> TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scores<P> &scores, const typename P::Tile *values, int lane) {
+#pragma unroll
+  for (int step = 0; step < P::KEYS / 16; step++) {
+    tw_queries<P> a;
+#pragma unroll
+    for (int r = 0; r < P::TILES; r++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float *pair = scores[r][2 * step + i / 2] + i % 2 * 2;
+        a[r][i] = tw_pack(typename P::Tile(), pair[0], pair[1]);
+      }
+#pragma unroll
+    for (int n = 0; n < P::VALUE_WIDTH / 16; n++) {
+      u32 b[4];
+      tw_matrices_transposed(b, values + (16 * step + lane % 16) * P::VALUE_STRIDE + 16 * n + lane / 16 * 8);
+#pragma unroll
+      for (int r = 0; r < P::TILES; r++) {
+        tw_mma(typename P::Tile(), rows.sums[r][2 * n], a[r], b);
+        tw_mma(typename P::Tile(), rows.sums[r][2 * n + 1], a[r], b + 2);
+      }
+    }
+  }
+}
+
+// What the problem does to scores, and -inf for keys that a row does not see; `all` are seen by each row.
+template <class P> TW_FN void tw_adjust(const P &p, const tw_work &w, tw_scores<P> &scores, int row, int key, bool all, int lane) {
+#pragma unroll
+  for (int r = 0; r < P::TILES; r++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int at = row + 16 * r + 8 * half + lane / 4, query = at / P::GROUP, head = w.head * P::GROUP + at % P::GROUP;
+      int low = all ? 0 : p.low(w.origin + query), high = all ? w.end : min(p.high(w.origin + query), w.end);
+      if (at >= p.rows()) high = 0;
+#pragma unroll
+      for (int j = 0; j < P::KEYS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float &x = scores[r][j][2 * half + i];
+          int k = key + 8 * j + lane % 4 * 2 + i;
+          if (low <= k && k < high) x = p.score(x, w.b, head, query, k);
+          else x = -TW_INF;
+        }
+    }
+}
+
+// Scores become weights relative to the top score so far; sums and weights so far fade to it.
+template <class P> TW_FN void tw_soften(tw_rows<P> &rows, tw_scores<P> &scores) {
+#pragma unroll
+  for (int r = 0; r < P::TILES; r++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float top = rows.top[r][half], weight = 0.0f;
+#pragma unroll
+      for (int j = 0; j < P::KEYS / 8; j++) top = fmaxf(top, fmaxf(scores[r][j][2 * half], scores[r][j][2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      float base = top == -TW_INF ? 0.0f : top, shift = -base * P::POWER;
+      float fade = tw_exp2((rows.top[r][half] - base) * P::POWER);
+#pragma unroll
+      for (int j = 0; j < P::KEYS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float &x = scores[r][j][2 * half + i];
+          x = P::BIASED ? tw_exp2((x - base) * P::POWER) : tw_exp2(fmaf(x, P::POWER, shift));
+          weight += x;
+        }
+      rows.top[r][half] = top, rows.weight[r][half] = rows.weight[r][half] * fade + weight;
+#pragma unroll
+      for (int j = 0; j < P::VALUE_WIDTH / 8; j++) rows.sums[r][j][2 * half] *= fade, rows.sums[r][j][2 * half + 1] *= fade;
+    }
+}
+
+// Rows as `tw_finish` wants them: this warp's begin at `first` of all slices.
+template <class P> TW_FN void tw_lay_out(tw_rows<P> &rows, float *sums, float *stats, int first, int lane) {
+#pragma unroll
+  for (int r = 0; r < P::TILES; r++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int row = first + 16 * r + 8 * half + lane / 4;
+      float weight = rows.weight[r][half];
+      weight += __shfl_xor_sync(~0u, weight, 1);
+      weight += __shfl_xor_sync(~0u, weight, 2);
+      if (lane % 4 == 0) stats[2 * row] = rows.top[r][half] * P::UNIT, stats[2 * row + 1] = weight;
+#pragma unroll
+      for (int j = 0; j < P::VALUE_WIDTH / 8; j++) {
+        float2 pair = {rows.sums[r][j][2 * half], rows.sums[r][j][2 * half + 1]};
+        *(float2 *)(sums + row * P::SUM_STRIDE + 8 * j + lane % 4 * 2) = pair;
+      }
+    }
+}
+
+template <class P> TW_FN void tw_attend_mma(const P &p) {
+  using T = typename P::Tile;
+  tw_work w;
+  if (!tw_take(p, w)) return;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = P::OWN_KEYS ? warp : 0;
+  T *queries = (T *)tw_shared(), *ring = queries + P::ROWS * P::KEY_STRIDE + own * P::STAGES * P::STAGE;
+  auto key_of = [&](int step) { return step * P::STEP + own * P::KEYS; };
+  auto fetch = [&](int step) {
+    constexpr int THREADS = P::OWN_KEYS ? 32 : P::THREADS;
+    if (step < w.last) tw_fetch_keys<P, THREADS>(p, w, ring + (step - w.first) % P::STAGES * P::STAGE, key_of(step), P::OWN_KEYS ? lane : (int)threadIdx.x);
+    tw_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < P::STAGES - 1; i++) fetch(w.first + i);
+  tw_fetch_queries(p, w, queries);
+  tw_commit();
+  tw_wait<0>();
+  __syncthreads();
+
+  int mine = P::OWN_KEYS ? 0 : warp * P::TILES * 16, row = w.row + mine, last = min(row + P::TILES * 16, p.rows()) - 1;
+  int low = p.low(w.origin + last / P::GROUP), high = min(p.high(w.origin + row / P::GROUP), w.end);  // seen by all rows
+  int lowest = p.low(w.origin + row / P::GROUP), end = row <= last ? min(p.high(w.origin + last / P::GROUP), w.end) : 0;
+  const T *q = queries + mine * P::KEY_STRIDE;
+  tw_queries<P> held[P::HELD ? P::WIDTH / 16 : 1];
+#pragma unroll
+  for (int step = 0; step < P::WIDTH / 16; step++)
+    if (P::HELD) tw_read_queries<P>(held[step], q, step, lane);
+
+  tw_rows<P> rows = {};
+#pragma unroll
+  for (int r = 0; r < P::TILES; r++) rows.top[r][0] = rows.top[r][1] = -TW_INF;
+  for (int step = w.first; step < w.last; step++) {
+    tw_wait<P::STAGES - 2>();
+    if (P::OWN_KEYS) __syncwarp();
+    else __syncthreads();
+    fetch(step + P::STAGES - 1);
+    int key = key_of(step);
+    if (key >= end || key + P::KEYS <= lowest) continue;
+    const T *stage = ring + (step - w.first) % P::STAGES * P::STAGE;
+    tw_scores<P> scores = {};
+    tw_multiply_keys<P>(scores, q, held, stage, lane);
+    bool all = low <= key && key + P::KEYS <= high;
+    if (P::SCORED || !all) tw_adjust(p, w, scores, row, key, all, lane);
+    tw_soften(rows, scores);
+    tw_multiply_values(rows, scores, stage + P::KEYS * P::KEY_STRIDE, lane);
+  }
+  tw_wait<0>();
+  __syncthreads();
+  float *sums = (float *)tw_shared(), *stats = sums + P::SLICES * P::ROWS * P::SUM_STRIDE;
+  tw_lay_out(rows, sums, stats, P::OWN_KEYS ? warp * P::ROWS : mine, lane);
+  __syncthreads();
+  tw_finish(p, w, sums, stats);
+}
