@@ -13,13 +13,13 @@ from tilewright.costmodel.database_rows import (
     DatabaseError,
     Row,
     digest,
-    line,
     measurement_record,
     read_measurement,
     read_workload,
     workload_record,
 )
 from tilewright.costmodel.workload import Workload
+from tilewright.runtime.measuring import line
 
 SALVAGE = "`tilewright tune db export --salvage` writes what can be read; a new database can import that"
 SCHEMA = 1  # a change of the tables below counts it up, and brings code that migrates from the one before

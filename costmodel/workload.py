@@ -19,7 +19,8 @@ class Workload:
     """One kernel at one size on one machine.
 
     ``kernel`` is the text of a module with this one kernel and nothing else, without locations; ``sizes`` gives each of
-    its symbolic dims a value. ``host`` names the CPU that it runs on, ``target`` the one that it is compiled for.
+    its symbolic dims a value. ``host`` names the CPU that it runs on, ``target`` the one that it is compiled for; on a GPU
+    both are the target's text, and there is one thread.
     """
 
     family: str

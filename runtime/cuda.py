@@ -19,7 +19,7 @@ from tilewright.runtime.errors import DeviceError, UnsupportedHostError
 
 LIBRARY = "libcuda.so.1"
 OUT_OF_MEMORY = 2
-_MAJOR, _MINOR, _SHARED_A_BLOCK, _SMS = 75, 76, 97, 16  # CUdevice_attribute
+_MAJOR, _MINOR, _SHARED_A_BLOCK, _SMS, _L2 = 75, 76, 97, 16, 38  # CUdevice_attribute
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _NON_BLOCKING = 1
@@ -48,6 +48,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyDtoHAsync_v2": (Pointer, Address, Size, Pointer),
     "cuMemcpyDtoDAsync_v2": (Address, Address, Size, Pointer),
     "cuMemsetD8_v2": (Address, ctypes.c_ubyte, Size),
+    "cuMemsetD8Async": (Address, ctypes.c_ubyte, Size, Pointer),
     "cuModuleLoadData": (Pointer, ctypes.c_char_p),
     "cuModuleGetFunction": (Pointer, Pointer, ctypes.c_char_p),
     "cuFuncSetAttribute": (Pointer, ctypes.c_int, ctypes.c_int),
@@ -116,10 +117,13 @@ def driver(name: str) -> Driver:
 
 
 class Device:
-    """One GPU. ``capability`` is its compute capability, ``sms`` the number of its multiprocessors."""
+    """One GPU. ``capability`` is its compute capability, ``sms`` the number of its multiprocessors.
 
-    def __init__(self, ordinal: int = 0) -> None:
-        self.driver = driver(LIBRARY)
+    ``library`` is the driver's, where it has another name than usual.
+    """
+
+    def __init__(self, ordinal: int = 0, library: str | None = None) -> None:
+        self.driver = driver(library or LIBRARY)
         count = ctypes.c_int()
         self.driver("cuDeviceGetCount", ctypes.byref(count))
         if not 0 <= ordinal < count.value:
@@ -131,6 +135,7 @@ class Device:
         self.ordinal, self.handle, self.name = ordinal, handle, name.value.decode()
         self.capability = self.attribute(_MAJOR), self.attribute(_MINOR)
         self.sms, self.shared_bytes = self.attribute(_SMS), self.attribute(_SHARED_A_BLOCK)
+        self.l2_bytes = self.attribute(_L2)
 
     def attribute(self, number: int) -> int:
         value = ctypes.c_int()
@@ -183,12 +188,14 @@ class Memory:
     def zero(self) -> None:
         self.device.use()
         self.device.driver("cuMemsetD8_v2", self.address, 0, max(self.bytes, 1))
+        self.device.driver("cuStreamSynchronize", None)  # other streams do not wait for the default one
 
     def fill(self, source: int, count: int) -> None:
         """Copy from the host's memory; done when it returns."""
         self.device.use()
         for at in range(0, count, _PIECE):
             self.device.driver("cuMemcpyHtoD_v2", self.address + at, source + at, min(_PIECE, count - at))
+        self.device.driver("cuStreamSynchronize", None)
 
 
 class _Pinned:
@@ -230,6 +237,14 @@ class Stream:
 
     def to_host(self, array: np.ndarray[Any, Any], address: int) -> None:
         self.device.driver("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, self.handle)
+
+    def fill(self, address: int, byte: int, count: int) -> None:
+        """Set ``count`` bytes."""
+        self.device.driver("cuMemsetD8Async", address, byte, count, self.handle)
+
+    def launch(self, function: int, grid: Sequence[int], block: int, shared: int, parameters: Any) -> None:
+        """Run a kernel; ``parameters`` are the addresses of what it takes."""
+        self.device.driver("cuLaunchKernel", function, *grid, block, 1, 1, shared, self.handle, parameters, None)
 
     def wait(self) -> None:
         """Until all that was asked for is done. Raises DeviceError when a kernel failed."""
@@ -300,9 +315,11 @@ class Timer:
     def start(self) -> None:
         self.device.driver("cuEventRecord", self.events[0], self.stream.handle)
 
-    def stop(self) -> float:
-        """Waits, and gives seconds since the start."""
+    def stop(self) -> None:
         self.device.driver("cuEventRecord", self.events[1], self.stream.handle)
+
+    def seconds(self) -> float:
+        """From start to stop; waits until the stream is there."""
         self.device.driver("cuEventSynchronize", self.events[1])
         milliseconds = ctypes.c_float()
         self.device.driver("cuEventElapsedTime", ctypes.byref(milliseconds), *self.events)

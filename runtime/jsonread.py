@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -88,6 +89,16 @@ class Node:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise self.error(f"expected an integer from {low} to {high}, got {_kind(value)}")
         return value
+
+    def number(self) -> float:
+        if not isinstance(self.value, int | float) or isinstance(self.value, bool) or not math.isfinite(self.value):
+            raise self.error(f"expected a number, got {_kind(self.value)}")
+        return float(self.value)
+
+    def truth(self) -> bool:
+        if not isinstance(self.value, bool):
+            raise self.error(f"expected true or false, got {_kind(self.value)}")
+        return self.value
 
     def string(self, pattern: re.Pattern[str] | None = None) -> str:
         if not isinstance(self.value, str):

@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
 def _load(folder: Folder, threads: int | None, verify: bool, device: int) -> Program:
     manifest = folder.manifest()
     check_host(manifest.target.features, str(folder.path), manifest.target.text)
-    arch = _cuda_arch(manifest.target.text)
+    arch = cuda_arch(manifest.target.text)
     gpu = None if arch is None else _gpu(device, arch, str(folder.path))
     folder.verify(manifest.files, checksums=verify)
     kernels, weights = folder.open(KERNELS), -1
@@ -105,7 +105,7 @@ def _load(folder: Folder, threads: int | None, verify: bool, device: int) -> Pro
     return Program(Path(folder.path), manifest, library, mapped, threads)
 
 
-def _cuda_arch(target: str) -> str | None:
+def cuda_arch(target: str) -> str | None:
     """The architecture of a GPU that ``target`` names, None for a CPU."""
     match = re.fullmatch(r"cuda\{arch=(\w+)\}", target)
     return match[1] if match else None

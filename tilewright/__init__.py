@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilewright.bisect import bisect
+    from tilewright.bundling import emit_bundle
     from tilewright.compiler import Compiled, compile
     from tilewright.evaluation import Evaluation, evaluate
     from tilewright.exporting import export
@@ -27,6 +28,7 @@ _HOMES = {
     "Compiled": "tilewright.compiler",
     "CompileReport": "tilewright.report",
     "bisect": "tilewright.bisect",
+    "emit_bundle": "tilewright.bundling",
     "evaluate": "tilewright.evaluation",
     "Evaluation": "tilewright.evaluation",
     "export": "tilewright.exporting",
@@ -48,6 +50,7 @@ __all__ = [
     "Tokenizer",
     "bisect",
     "compile",
+    "emit_bundle",
     "evaluate",
     "export",
     "load",

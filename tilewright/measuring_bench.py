@@ -23,7 +23,6 @@ from tilewright.codegen.emitters import pack
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.packing import parse_packing
 from tilewright.ir import DType, KVType, eval_dim
-from tilewright.ir.caches import origin
 from tilewright.measuring_inputs import Array, Operand, Subject, make_inputs
 from tilewright.measuring_reference import expected
 from tilewright.runtime.memory import address, as_aligned, pages
@@ -116,9 +115,7 @@ class Bench:
     @cached_property
     def changed(self) -> dict[int, int]:
         """The caches that the kernel changes in place: index of the result -> of the argument."""
-        kernel = self.subject.kernel
-        caches = {i: origin(self.subject.module, v) for i, v in enumerate(kernel.returns) if isinstance(v.type, KVType)}
-        return {i: next(at for at, arg in enumerate(kernel.args) if arg is value) for i, value in caches.items()}
+        return self.subject.changed()
 
     def prepare(self, code: KernelCode, keep: Collection[str] = ()) -> None:
         """Have all arguments in memory as ``code`` takes them; what is packed like ``keep`` stays there too.
@@ -167,7 +164,7 @@ class Bench:
 
     def cache_before(self, index: int) -> tuple[Array, Array]:
         """A cache as it is before a call."""
-        return self.subject.layout(self.subject.kernel.args[index]).write(*self.inputs[index])
+        return self.subject.cache_before(index, self.inputs[index])
 
     def pointers(self, code: KernelCode, copy: int, changed: Mapping[int, Copies]) -> list[int]:
         """The arguments' addresses; ``changed`` has the memory of the caches that are changed, by argument."""

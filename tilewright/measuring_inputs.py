@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.cache import CacheLayout, cache_layout
-from tilewright.codegen.target import CpuTarget
+from tilewright.codegen.cuda.cache import CudaCacheLayout
+from tilewright.codegen.target import Target
 from tilewright.ir import DType, Function, KVType, Module, Op, TensorType, Value, dim_symbols, eval_dim, ops, parse_module
+from tilewright.ir.caches import origin
 
 Array = np.ndarray[Any, Any]
 Operand = Any
 """An array, or the pair (K, V) of a cache, each ``[B, length, heads, size]``."""
 
-_PERIOD = 1048583  # a prime, so that no two rows of a large array are equal
+PERIOD = 1048583
+"""Elements after which large arrays repeat themselves: a prime, so that no two rows are equal."""
 _BELOW = 8  # of integers that nothing bounds
 _MOVES = (ops.Reshape, ops.Broadcast, ops.Transpose, ops.Slice, ops.Concat, ops.Cast)
 _POSITIVE = (ops.Log, ops.Log1p, ops.Sqrt, ops.Rsqrt, ops.Reciprocal)
@@ -44,10 +47,10 @@ class Subject:
     module: Module
     kernel: Function
     dims: Mapping[str, int]
-    target: CpuTarget
+    target: Target
 
     @classmethod
-    def parse(cls, text: str, sizes: Mapping[str, int], target: CpuTarget) -> Subject:
+    def parse(cls, text: str, sizes: Mapping[str, int], target: Target) -> Subject:
         """From the text of a module with one kernel. Raises ParseError, and ValueError when there is not just one."""
         module = parse_module(text)
         (kernel,) = module.functions.values()
@@ -56,13 +59,23 @@ class Subject:
     def shape(self, value: Value) -> tuple[int, ...]:
         return tuple(eval_dim(d, self.dims) for d in value.shape)
 
-    def layout(self, value: Value) -> CacheLayout:
+    def layout(self, value: Value) -> CacheLayout | CudaCacheLayout:
         return cache_layout(value.cache, self.target)
 
     def batch(self, cache: Value) -> int:
         """Sequences that a cache is for: as many as positions are given with it."""
         op = next(op for op in cache.users if isinstance(op, (ops.Append, ops.Attend)))
         return self.shape(op.start)[0]
+
+    def changed(self) -> dict[int, int]:
+        """The caches that the kernel changes in place: index of the result -> of the argument."""
+        kernel = self.kernel
+        caches = {i: origin(self.module, v) for i, v in enumerate(kernel.returns) if isinstance(v.type, KVType)}
+        return {i: next(at for at, arg in enumerate(kernel.args) if arg is value) for i, value in caches.items()}
+
+    def cache_before(self, index: int, operand: Operand) -> tuple[Array, Array]:
+        """The memory of the cache that is argument ``index``, with what ``operand`` says."""
+        return self.layout(self.kernel.args[index]).write(*operand)
 
     def bytes_moved(self) -> int:
         """Bytes of all arguments and results."""
@@ -213,12 +226,12 @@ def bound(subject: Subject, role: Role) -> int | None:
 def tiled(draw: Any, shape: Sequence[int], convert: Any) -> Array:
     """``convert(draw(n))`` in ``shape``; a large array repeats its first million or so, which is much faster."""
     size = math.prod(shape)
-    block = np.asarray(convert(draw(min(size, _PERIOD))))
-    if size <= _PERIOD:
+    block = np.asarray(convert(draw(min(size, PERIOD))))
+    if size <= PERIOD:
         return block.reshape(shape)
     out = np.empty(size, block.dtype)
-    for start in range(0, size, _PERIOD):
-        part = out[start : start + _PERIOD]
+    for start in range(0, size, PERIOD):
+        part = out[start : start + PERIOD]
         part[...] = block[: len(part)]
     return out.reshape(shape)
 

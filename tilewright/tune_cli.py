@@ -28,6 +28,8 @@ class ModelFirst(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+BUNDLE = "Measure nothing: write a folder of kernels to be measured on a GPU machine, for a target cuda{arch=...}."
+
 app = typer.Typer(cls=ModelFirst, no_args_is_help=True,
                   help="Find faster schedules by measuring: `tilewright tune MODEL`, or a job file.")  # fmt: skip
 app.add_typer(db_app, name="db")
@@ -50,10 +52,15 @@ def model_command(
     runner: Annotated[Literal["local", "ray"], typer.Option(help="Where to measure.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; a running one is found if left out.")] = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write a page (HTML) with results and curves.")] = None,
+    bundle: Annotated[Path | None, typer.Option("--emit-bundle", metavar="FOLDER", help=BUNDLE)] = None,
 ) -> None:  # fmt: skip
     """Tune the kernels of a model. Ctrl-C ends it with what was found; the same command with --resume goes on."""
     from tilewright.costmodel.jobs import Job, parse_duration, read_job
 
+    if bundle is not None:
+        emit(model, bundle, passes=passes, target=target, dtype=dtype, max_length=max_length, trials=trials, seed=seed,
+             sizes=sizes_of(size or []))  # fmt: skip
+        return
     if model.suffix in (".yaml", ".yml"):
         run_job(model, read_job(model), resume, page)
         return
@@ -71,6 +78,17 @@ def sizes_of(words: list[str]) -> dict[str, int]:
         return {name: int(value) for name, _, value in (word.partition("=") for word in words)}
     except ValueError:
         raise typer.BadParameter(f"--size takes NAME=NUMBER, got {' '.join(words)}") from None
+
+
+def emit(model: Path, folder: Path, **options: Any) -> None:
+    """Write a bundle, and say how it is run."""
+    from tilewright.bundling import emit_bundle
+
+    with counting_line() as show:
+        done = emit_bundle(model, out=folder, progress=show, **options)
+    refused = f", {done.refused} refused by the compiler" if done.refused else ""
+    typer.echo(f"wrote {done.kernels} kernels under {done.schedules} schedules{refused}: {done.bytes / 1e6:.1f} MB\n"
+               f"on the GPU machine: python -m tilewright.runtime.bundle run {folder} --out results.jsonl")  # fmt: skip
 
 
 def run_job(path: Path, job: Job, resume: bool, page: Path | None) -> None:
@@ -132,6 +150,16 @@ def progress_line() -> Iterator[Callable[[Progress], None]]:
     texts = TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(), TextColumn("{task.description}")
     with Bar(BarColumn(20), *texts, console=console, transient=True) as bar:
         yield _Line(bar, bar.add_task("tracing the model", total=1.0))
+
+
+@contextmanager
+def counting_line() -> Iterator[Callable[[str, int, int], None]]:
+    """What is compiled, and how much of it; on a terminal only."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("tracing the model") as status:
+        yield lambda name, done, total: status.update(f"{done} of {total} schedules; {name}")
 
 
 def report(result: TuningResult, page: Path | None) -> None:

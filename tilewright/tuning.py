@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.store import compiler_version
-from tilewright.codegen.target import CpuTarget, parse_target
+from tilewright.codegen.target import Target, parse_target
 from tilewright.compiler import prepare, trace, with_length
 from tilewright.costmodel.features import Sample, Trials
 from tilewright.costmodel.picks import pick
@@ -68,6 +69,9 @@ def tune(
     seconds = None if budget is None else parse_duration(budget)
     limit = Budget(trials, SECONDS if seconds is None and trials is None else seconds)
     cpu = parse_target(target)
+    if isinstance(cpu, CudaTarget) and isinstance(runner, str):
+        raise TilewrightError(f"{cpu} is not measured here; `tilewright tune MODEL --target {cpu} --emit-bundle FOLDER` "
+                              "writes what is to be run where such a GPU is")  # fmt: skip
     module = module_of(model, args, kwargs, dynamic, passes, max_length, dtype, task, cpu)
     tasks = tunable(module, cpu, threads or default_threads(), sizes)
     known = load_costs(cost_model)
@@ -83,7 +87,7 @@ def tune(
 
 
 def module_of(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Any, passes: str,
-              max_length: int | None, dtype: str | None, task: str | None, target: CpuTarget) -> Module:  # fmt: skip
+              max_length: int | None, dtype: str | None, task: str | None, target: Target) -> Module:  # fmt: skip
     """The module that ``compile`` would generate code from; an artifact has it."""
     if isinstance(model, (str, os.PathLike)) and (Path(model) / "ir.twir").is_file():
         return parse_module((Path(model) / "ir.twir").read_text())
@@ -93,7 +97,7 @@ def module_of(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None,
     return module
 
 
-def tunable(module: Module, target: CpuTarget, threads: int, sizes: Mapping[str, int] | None = None) -> list[Task]:
+def tunable(module: Module, target: Target, threads: int, sizes: Mapping[str, int] | None = None) -> list[Task]:
     """The tasks with a choice. Raises TilewrightError when there is none."""
     kernels = [kernel for kernel in kernel_tasks(module, target, sizes) if len(kernel.space(target).knobs)]
     if not kernels:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.emitters import choose, emitter
 from tilewright.codegen.features import describer
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.program import behind
 from tilewright.codegen.schedule import Schedule, Space
-from tilewright.codegen.target import CpuTarget, parse_target
+from tilewright.codegen.target import Target, parse_target
 from tilewright.costmodel.workload import Task, Workload
 from tilewright.ir import Function, Module, TilewrightError, Weight, ops, parse_module, print_module
 
@@ -35,14 +36,18 @@ class KernelTask:
     frequency: float
     group: str
 
-    def space(self, target: CpuTarget) -> Space:
+    def space(self, target: Target) -> Space:
         return self.emitter.space(self.kernel, target, self.sizes)
 
-    def workload(self, target: CpuTarget, threads: int) -> Workload:
-        text = workload_text(self.kernel)
-        return Workload(self.emitter.name, text, tuple(sorted(self.sizes.items())), target.text, threads, host_name())
+    @property
+    def text(self) -> str:
+        return workload_text(self.kernel)
 
-    def task(self, target: CpuTarget, threads: int, workload: Workload | None = None) -> Task:
+    def workload(self, target: Target, threads: int) -> Workload:
+        where = (1, target.text) if isinstance(target, CudaTarget) else (threads, host_name())
+        return Workload(self.emitter.name, self.text, tuple(sorted(self.sizes.items())), target.text, *where)
+
+    def task(self, target: Target, threads: int, workload: Workload | None = None) -> Task:
         """The task of the tuner: see ``costmodel/workload.py``. ``workload`` when it is known already."""
         describe = describer(self.emitter, self.kernel, target, self.sizes, threads)
         workload, space = workload or self.workload(target, threads), self.space(target)
@@ -61,7 +66,7 @@ def task_of(workload: Workload) -> Task:
         raise TilewrightError(f"a workload of {workload.family} that this version cannot read: {error}") from None
 
 
-def layout_of(kernel: Function, emitter: Emitter, target: CpuTarget) -> Callable[[Schedule], str]:
+def layout_of(kernel: Function, emitter: Emitter, target: Target) -> Callable[[Schedule], str]:
     """A function from a schedule to the text of how ``kernel``'s weights are stored under it."""
     return cache(lambda schedule: "; ".join(sorted(set(emitter.layouts(kernel, schedule, target).values()))))
 
@@ -82,7 +87,7 @@ def workload_text(kernel: Function) -> str:
             arg.name = old
 
 
-def kernel_tasks(module: Module, target: CpuTarget, sizes: Mapping[str, int] | None = None) -> list[KernelTask]:
+def kernel_tasks(module: Module, target: Target, sizes: Mapping[str, int] | None = None) -> list[KernelTask]:
     """Every kernel that an entry point calls, in the order of their first calls.
 
     ``sizes`` gives symbolic dims the values to tune for. Raises TilewrightError for a dim that is not the module's, or a
@@ -127,7 +132,7 @@ def calls(module: Module) -> Iterator[tuple[Function, ops.Call]]:
             yield entry, op
 
 
-def shared_weights(module: Module, target: CpuTarget) -> dict[str, str]:
+def shared_weights(module: Module, target: Target) -> dict[str, str]:
     """For kernels that read a packed weight which another kernel reads, too: the name of their group."""
     group: dict[str, str] = {}
     owner: dict[Weight, str] = {}
@@ -143,7 +148,7 @@ def shared_weights(module: Module, target: CpuTarget) -> dict[str, str]:
     return {name: root for name, root in members.items() if counts.count(root) > 1}
 
 
-def _packed(kernel: Function, target: CpuTarget) -> list[int]:
+def _packed(kernel: Function, target: Target) -> list[int]:
     """The arguments of ``kernel`` that its family stores in a layout of its own."""
     emitter = choose(kernel, target)
     return list(emitter.layouts(kernel, emitter.default_schedule(kernel, target), target))
