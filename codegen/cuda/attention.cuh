@@ -1,9 +1,9 @@
-// Attention over tiles of keys with a running softmax (Dao, FlashAttention-2, 2023); where rows are few, in parts of the keys
-// that a second kernel puts together (Flash-Decoding).
+// Attention over tiles of keys with a running softmax (Dao, FlashAttention-2, 2023); where rows are few, in parts of the
+// keys that a second kernel puts together (Flash-Decoding).
 //
 // A row is a query of one of the GROUP heads that share a key head, row = query * GROUP + member; a block has ROWS of one
-// sequence and key head. Keys go by in tiles of KEYS, a step takes STEP of them. `P` is the problem, written by the emitter:
-// sizes, where operands come from, what a row sees. Scores are kept in units of UNIT, so that scaling them costs nothing.
+// sequence and key head. Keys go by in tiles of KEYS, a step takes STEP of them. `P` is the problem, written by the
+// emitter: sizes, where operands come from, what a row sees. Scores are in units of UNIT, so that scaling costs nothing.
 
 constexpr float TW_LOG2E = 1.44269504f;
 constexpr int tw_up(int n, int step) { return (n + step - 1) / step * step; }
@@ -36,12 +36,23 @@ template <class P> TW_FN bool tw_take(const P &p, tw_work &w) {
 }
 
 // f(row, column) for each piece of PIECE elements of a tile [ROWS, WIDTH], dealt out to threads, AT_ONCE for each.
+// Where pieces are elements a warp takes whole rows: what is computed of a row alone is computed once.
 template <int ROWS, int WIDTH, int PIECE, int THREADS, int AT_ONCE = 4, class F> TW_FN void tw_deal(int thread, F f) {
   constexpr int ACROSS = WIDTH / PIECE, ALL = ROWS * ACROSS, EACH = (ALL + THREADS - 1) / THREADS;
+  if constexpr (PIECE == 1 && WIDTH >= 32) {
+#pragma unroll 2
+    for (int row = thread / 32; row < ROWS; row += THREADS / 32)
+#pragma unroll
+      for (int n = 0; n < WIDTH; n += 32)
+        if (WIDTH % 32 == 0 || n + thread % 32 < WIDTH) f(row, n + thread % 32);
+  } else {
+    int row = thread / ACROSS, column = thread % ACROSS * PIECE;
 #pragma unroll AT_ONCE
-  for (int n = 0; n < EACH; n++) {
-    int i = thread + n * THREADS;
-    if (ALL % THREADS == 0 || i < ALL) f(i / ACROSS, i % ACROSS * PIECE);
+    for (int n = 0; n < EACH; n++) {
+      if (ALL % THREADS && thread + n * THREADS >= ALL) break;
+      if (THREADS % ACROSS == 0) f(row + n * (THREADS / ACROSS), column);
+      else f((thread + n * THREADS) / ACROSS, (thread + n * THREADS) % ACROSS * PIECE);
+    }
   }
 }
 
@@ -68,14 +79,24 @@ template <class P> TW_FN void tw_fetch_queries(const P &p, const tw_work &w, typ
 }
 
 // KEYS keys and their values, by `THREADS` threads; zero from the `end` on, since what lies there may be anything.
-template <class P, int THREADS> TW_FN void tw_fetch_keys(const P &p, const tw_work &w, typename P::Tile *stage, int key, int thread) {
-  tw_deal<P::KEYS, P::WIDTH, P::KEY_PIECE, THREADS>(thread, [&](int i, int d) {
-    p.key(stage + i * P::KEY_STRIDE + d, w.b, min(key + i, w.end - 1), w.head, d, key + i < w.end && d < P::DIM);
+template <class P, int THREADS, bool WHOLE>
+TW_FN void tw_fetch(const P &p, const tw_work &w, typename P::Tile *stage, int key, int thread) {
+  constexpr int AT_ONCE = WHOLE ? 16 : 4;
+  tw_deal<P::KEYS, P::WIDTH, P::KEY_PIECE, THREADS, AT_ONCE>(thread, [&](int i, int d) {
+    p.key(stage + i * P::KEY_STRIDE + d, w.b, WHOLE ? key + i : min(key + i, w.end - 1), w.head, d,
+          (WHOLE || key + i < w.end) && d < P::DIM);
   });
   typename P::Tile *values = stage + P::KEYS * P::KEY_STRIDE;
-  tw_deal<P::KEYS, P::VALUE_WIDTH, P::VALUE_PIECE, THREADS>(thread, [&](int i, int d) {
-    p.value(values + i * P::VALUE_STRIDE + d, w.b, min(key + i, w.end - 1), w.head, d, key + i < w.end && d < P::VDIM);
+  tw_deal<P::KEYS, P::VALUE_WIDTH, P::VALUE_PIECE, THREADS, AT_ONCE>(thread, [&](int i, int d) {
+    p.value(values + i * P::VALUE_STRIDE + d, w.b, WHOLE ? key + i : min(key + i, w.end - 1), w.head, d,
+            (WHOLE || key + i < w.end) && d < P::VDIM);
   });
+}
+template <class P, int THREADS>
+TW_FN void tw_fetch_keys(const P &p, const tw_work &w, typename P::Tile *stage, int key, int thread) {
+  bool whole = P::KEY_PIECE > 1 && P::VALUE_PIECE > 1 && key + P::KEYS <= w.end;
+  if (whole) tw_fetch<P, THREADS, true>(p, w, stage, key, thread);
+  else tw_fetch<P, THREADS, false>(p, w, stage, key, thread);
 }
 
 // --- results ---------------------------------------------------------------------------------------------------------

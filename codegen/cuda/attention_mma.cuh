@@ -1,8 +1,8 @@
 // Attention in tensor cores: 16-bit queries, keys and values, scores and sums in f32.
 //
-// A warp has TILES tiles of 16 rows. Either each warp of a block has rows of its own and all see the same keys (prefill), or all
-// have the same rows and each goes over keys of its own, never waiting for the others until the end (OWN_KEYS, decode).
-// Fragments are those of mma.m16n8k16: of a tile of rows a lane holds rows lane / 4 and lane / 4 + 8, of each 8 columns two.
+// A warp has TILES tiles of 16 rows. Either each warp of a block has rows of its own and all see the same keys (prefill),
+// or all have the same rows and each goes over keys of its own, never waiting for others until the end (OWN_KEYS, decode).
+// Fragments are those of mma.m16n8k16: of 16 rows a lane holds rows lane / 4 and lane / 4 + 8, of each 8 columns two.
 
 TW_FN u32 tw_pack(bf16, float low, float high) { return tw_pack_bf16(low, high); }
 TW_FN u32 tw_pack(f16, float low, float high) { return tw_pack_f16(low, high); }
@@ -41,7 +41,8 @@ template <class P> TW_FN void tw_multiply_keys(tw_scores<P> &scores, const typen
 }
 
 // sums += weights * values, the weights as the scores' fragments have them.
-template <class P> TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scores<P> &scores, const typename P::Tile *values, int lane) {
+template <class P>
+TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scores<P> &scores, const typename P::Tile *values, int lane) {
 #pragma unroll
   for (int step = 0; step < P::KEYS / 16; step++) {
     tw_queries<P> a;
@@ -66,7 +67,8 @@ template <class P> TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scor
 }
 
 // What the problem does to scores, and -inf for keys that a row does not see; `all` are seen by each row.
-template <class P> TW_FN void tw_adjust(const P &p, const tw_work &w, tw_scores<P> &scores, int row, int key, bool all, int lane) {
+template <class P>
+TW_FN void tw_adjust(const P &p, const tw_work &w, tw_scores<P> &scores, int row, int key, bool all, int lane) {
 #pragma unroll
   for (int r = 0; r < P::TILES; r++)
 #pragma unroll
@@ -139,9 +141,10 @@ template <class P> TW_FN void tw_attend_mma(const P &p) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = P::OWN_KEYS ? warp : 0;
   T *queries = (T *)tw_shared(), *ring = queries + P::ROWS * P::KEY_STRIDE + own * P::STAGES * P::STAGE;
   auto key_of = [&](int step) { return step * P::STEP + own * P::KEYS; };
+  auto stage_of = [&](int step) { return ring + (step - w.first) % P::STAGES * P::STAGE; };
   auto fetch = [&](int step) {
     constexpr int THREADS = P::OWN_KEYS ? 32 : P::THREADS;
-    if (step < w.last) tw_fetch_keys<P, THREADS>(p, w, ring + (step - w.first) % P::STAGES * P::STAGE, key_of(step), P::OWN_KEYS ? lane : (int)threadIdx.x);
+    if (step < w.last) tw_fetch_keys<P, THREADS>(p, w, stage_of(step), key_of(step), threadIdx.x % THREADS);
     tw_commit();
   };
 #pragma unroll
@@ -170,7 +173,7 @@ template <class P> TW_FN void tw_attend_mma(const P &p) {
     fetch(step + P::STAGES - 1);
     int key = key_of(step);
     if (key >= end || key + P::KEYS <= lowest) continue;
-    const T *stage = ring + (step - w.first) % P::STAGES * P::STAGE;
+    const T *stage = stage_of(step);
     tw_scores<P> scores = {};
     tw_multiply_keys<P>(scores, q, held, stage, lane);
     bool all = low <= key && key + P::KEYS <= high;

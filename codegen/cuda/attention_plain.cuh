@@ -1,12 +1,13 @@
-// Attention in plain f32: a block goes over keys in shared memory; its threads share the scores (a key and SCORES_EACH rows each),
-// then the rows' softmax (a warp a row), then the sums (a column and SUMS_EACH rows each).
+// Attention in plain f32: a block goes over keys in shared memory; its threads share the scores (a key and SCORES_EACH rows
+// each), then the rows' softmax (a warp a row), then the sums (a column and SUMS_EACH rows each).
 
 // What lies in shared memory behind the stages: scores [ROWS, SCORE_STRIDE], and each row's top score, weight and fading.
 template <class P> struct tw_board {
   float *scores, *top, *weight, *fade;
 };
 
-template <class P> TW_FN void tw_score_keys(const P &p, const tw_work &w, const tw_board<P> &board, const float *q, const float *keys, int key) {
+template <class P>
+TW_FN void tw_score_keys(const P &p, const tw_work &w, const tw_board<P> &board, const float *q, const float *keys, int key) {
   constexpr int R = P::SCORES_EACH;
   tw_deal<P::ROWS / R, P::KEYS, 1, P::THREADS>(threadIdx.x, [&](int set, int i) {
     float x[R] = {};
@@ -53,8 +54,9 @@ template <class P> TW_FN void tw_attend_plain(const P &p) {
   float *top = scores + P::ROWS * P::SCORE_STRIDE;
   tw_board<P> board = {scores, top, top + P::ROWS, top + 2 * P::ROWS};
   for (int row = threadIdx.x; row < P::ROWS; row += P::THREADS) board.top[row] = -TW_INF, board.weight[row] = 0.0f;
+  auto stage_of = [&](int step) { return ring + (step - w.first) % P::STAGES * P::STAGE; };
   auto fetch = [&](int step) {
-    if (step < w.last) tw_fetch_keys<P, P::THREADS>(p, w, ring + (step - w.first) % P::STAGES * P::STAGE, step * P::KEYS, threadIdx.x);
+    if (step < w.last) tw_fetch_keys<P, P::THREADS>(p, w, stage_of(step), step * P::KEYS, threadIdx.x);
     tw_commit();
   };
 #pragma unroll
@@ -68,7 +70,7 @@ template <class P> TW_FN void tw_attend_plain(const P &p) {
     tw_wait<P::STAGES - 2>();
     __syncthreads();
     fetch(step + P::STAGES - 1);
-    const float *stage = ring + (step - w.first) % P::STAGES * P::STAGE, *values = stage + P::KEYS * P::KEY_STRIDE;
+    const float *stage = stage_of(step), *values = stage + P::KEYS * P::KEY_STRIDE;
     tw_score_keys(p, w, board, q, stage, step * P::KEYS);
     __syncthreads();
     tw_soften_rows<P>(board);

@@ -68,4 +68,4 @@ class CudaCacheLayout:
 
     def row(self, pointer: str, size: int, batch: str, head: str, slot: str) -> str:
         """C: where the ``size`` elements of a slot begin; ``pointer`` is K or V, the places are i64."""
-        return f"{pointer} + (({batch} * {self.heads} + {head}) * {self.length} + {slot}) * {size}"
+        return f"{pointer} + ({batch} * {self.heads} + {head}) * {self.length * size} + {slot} * {size}"

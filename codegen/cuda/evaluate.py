@@ -304,7 +304,11 @@ class Evaluator(Writer):
             low = f"{self.number(index[3])} % 2 == 0"
 
         def partner(first: bool) -> Val:
-            other = self.value(op.x, rd.rope_partner(op, index, low=first))
+            *place, at = rd.rope_partner(op, index, low=first)
+            least, most = 0, rd.rotated(op) - 1
+            if op.style == "half":
+                least, most = (most // 2 + 1, most) if first else (0, most // 2)
+            other = self.value(op.x, (*place, self.variable(least, most, self.keep_number(self.number(at)))))
             return Val(f"(-{other.text})" if first else other.text, other.dtype)
 
         x, other = self.value(op.x, index), self.either(low, lambda: partner(True), lambda: partner(False), "f32")

@@ -111,6 +111,18 @@ def test_a_few_tokens_at_once(dtype: str) -> None:
     check(kernel_of(attend(dtype, dtype, 6, kv(2, 40, 24, 140), 3, **CACHED["all"])), {"B": 2}, [137, 63])
 
 
+@pytest.mark.parametrize(("dtype", "s"), [("f32", 1), ("f32", "S"), ("bf16", 1), ("bf16", "S")])
+def test_slots_that_were_never_written_do_not_matter(dtype: str, s: str | int) -> None:
+    function, starts = attend(dtype, dtype, 4, kv(2, 32, 32, 140), s), [0, 77]
+    given = operands(function, {"B": 2, "S": 21}, starts)
+    (want,) = expected(function, given)
+    for part in given[1]:
+        for b, start in enumerate(starts):
+            part[b, start + given[0].shape[1]:] = np.nan
+    (got,) = kernel_of(function)(given, {"B": 2, "S": 21})
+    compare(got, want, LIMIT[dtype])
+
+
 def test_a_bias_of_the_lowest_number_counts() -> None:
     """A row whose keys all have it weighs them equally, as one whose keys all have 0."""
     for dtype in ("f32", "bf16"):
