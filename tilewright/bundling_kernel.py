@@ -122,7 +122,8 @@ class KernelFiles:
         packed = {i: self.pack(i, packing) for i, packing in code.packing.items()}
         scratch = tuple(eval_dim(size, dims) for size in code.scratch)
         numbers = tuple(dims[d] for d in code.dims)
-        return CandidateSpec(schedule.text, "", f"{name}.cubin", numbers, launches, scratch, packed, metrics(code))
+        used = metrics(code, launches)
+        return CandidateSpec(schedule.text, "", f"{name}.cubin", numbers, launches, scratch, packed, used)
 
     def launch(self, launch: Launch) -> LaunchSpec | None:
         """A grid for the workload's sizes; None where it does not run."""
@@ -172,15 +173,14 @@ def beginning(flat: Array) -> Array:
     return flat[:PERIOD] if flat.size > PERIOD and np.array_equal(raw[PERIOD:], raw[:-PERIOD]) else flat
 
 
-def metrics(code: KernelCode) -> dict[str, float]:
-    """Of the functions that a kernel has: most registers, bytes spilled, most shared memory; and bytes of code."""
+def metrics(code: KernelCode, launches: Sequence[LaunchSpec]) -> dict[str, float]:
+    """Of the functions that run: most registers, bytes spilled, most shared memory; and bytes of code of all."""
     assert code.device is not None
-    used = code.device.resources.values()
-    shared = {x.symbol: x.shared for x in code.device.launches}
+    used = [(code.device.resources[x.symbol], x.shared) for x in launches]
     return {
-        "registers": float(max((row["registers"] for row in used), default=0)),
-        "spills": float(sum(row["spills"] for row in used)),
-        "shared_bytes": float(max(shared.get(n, 0) + row["shared"] for n, row in code.device.resources.items())),
+        "registers": float(max((row["registers"] for row, _ in used), default=0)),
+        "spills": float(sum(row["spills"] for row, _ in used)),
+        "shared_bytes": float(max((row["shared"] + dynamic for row, dynamic in used), default=0)),
         "code_bytes": float(code_bytes(code.object)),
     }
 

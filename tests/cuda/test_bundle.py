@@ -25,7 +25,7 @@ from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.store import compiler_version
 from tilewright.codegen.workers import Job
 from tilewright.costmodel.database import Database
-from tilewright.ir import CodegenError, TilewrightError
+from tilewright.ir import CodegenError, TilewrightError, parse_module
 from tilewright.measuring_inputs import PERIOD, Subject, make_inputs
 from tilewright.runtime.artifact import ArtifactWriter, WeightSpec, plan_weights
 from tilewright.runtime.bundle.__main__ import main
@@ -297,6 +297,46 @@ def test_a_default_that_fails_leaves_the_others_without_a_baseline(bundle, tmp_p
     others = [r for r in rows.values() if r["status"] == "ok"]
     assert len(others) == len(workload.candidates) - 2
     assert all(r["seconds"] and r["baseline"] is None for r in others)
+
+
+def test_an_argument_in_a_layout_of_its_own_takes_the_place_of_the_plain_one(bundle, driver, tmp_path) -> None:
+    index = next(i for i in range(2) if i != elementwise(bundle))
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    x, scale = (names[0] for names in read(bundle).workloads[index].arguments)
+    assert x != scale
+    sealed(lambda d: d["workloads"][index]["candidates"][1].update(packed={"1": x}))(copy)
+    assert run(copy, driver, tmp_path / "r.jsonl") == 1
+    rows = [json.loads(line).get("measurement") for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [m["status"] for m in rows if m and m["status"] not in ("ok", "refused")] == ["wrong"]
+
+
+CACHE = "kv<heads=1, dim=16, vdim=16, length=32, dtype=bf16, layout=contiguous>"
+CACHED = f"""module @cached {{
+  dim B : 1..4
+  dim S : 1..8
+  weight @w : tensor<48x24xbf16>
+  state @kv : {CACHE}
+  func @main(%x: tensor<BxSx24xbf16>, %start: tensor<Bxi64>) {{
+    %0 = nn.linear(%x, @w) : tensor<BxSx48xbf16>
+    %1 = core.slice(%0) {{starts=[0, 0, 0] stops=[B, S, 16] steps=[1, 1, 1]}} : tensor<BxSx16xbf16>
+    %2 = core.reshape(%1) {{shape=[B, S, 1, 16]}} : tensor<BxSx1x16xbf16>
+    %3 = core.slice(%0) {{starts=[0, 0, 16] stops=[B, S, 32] steps=[1, 1, 1]}} : tensor<BxSx16xbf16>
+    %4 = core.reshape(%3) {{shape=[B, S, 1, 16]}} : tensor<BxSx1x16xbf16>
+    %5 = kv.append(@kv, %2, %4, %start) : {CACHE}
+    %6 = kv.attend(%2, %5, %start) {{scale=0.25}} : tensor<BxSx1x16xbf16>
+    return([%6])
+  }}
+}}"""
+
+
+def test_tensor_cores_and_caches(tmp_path) -> None:
+    """Caches are changed in place and restored: every candidate finds them as they were."""
+    done = tilewright.emit_bundle(parse_module(CACHED), target=TARGET, sizes={"B": 2, "S": 5}, trials=4, out=tmp_path / "b")
+    families = [w.record["family"] for w in read(done.path).workloads]
+    assert sorted(families) == ["cuda.attention", "cuda.attention", "cuda.linear"]
+    changed = [r.argument is not None for w in read(done.path).workloads for r in w.results]
+    assert sorted(changed) == [False, False, True]
+    assert run(done.path, str(bundle_driver(done.path, tmp_path)), tmp_path / "r.jsonl") == 0
 
 
 def test_an_interrupted_run_keeps_what_it_has(bundle, driver, tmp_path, monkeypatch, capsys) -> None:
