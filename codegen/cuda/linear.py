@@ -118,7 +118,7 @@ def launch(source: Source, form: Form, rows: Dim) -> None:
     when = None if isinstance(rows, int) else (rows, form.least, form.most)
     layer = f"(tw_layer{{{source.passed}}});"
     grid = tiles(rows, form.m), -(-form.layer.n // form.n), form.splits
-    source.function([f"{form.call}{layer}"], form.threads, grid, form.shared, when)
+    source.function([f"{form.call}{layer}"], form.threads, grid, form.shared, when, form.resident)
     if form.splits > 1:
         blocks = tiles(as_dim(size(rows) * form.layer.n), _ADDING_THREADS)
         body = [f"tw_add_splits<tw_layer, {form.splits}>{layer}"]

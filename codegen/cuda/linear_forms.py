@@ -19,6 +19,7 @@ SPLIT_ROWS, SOME_ROWS, _MANY_ROWS = 128, 512, 1 << 40
 _MOST_SPLITS = 16
 _THREADS, _PLAIN_THREADS = 1024, 512
 _PLAIN_K = 16
+_FEW_THREADS = 512  # of a multiprocessor
 _STAGES = (4, 3, 2)
 _WIDE = 4096  # features from which on tiles are wide
 
@@ -53,6 +54,11 @@ class Form:
     def under_way(self) -> int:
         """Bytes of weights that a block has asked for at any time."""
         raise NotImplementedError
+
+    @property
+    def resident(self) -> int:
+        """Blocks that registers must suffice for: a few rows wait for memory, others for arithmetic."""
+        return max(_FEW_THREADS // self.threads, 1) if self.most <= FEW[-1] else 1
 
     @property
     def call(self) -> str:
@@ -226,6 +232,7 @@ def default_schedule(layer: Layer, target: CudaTarget, on_tensor_cores: bool) ->
     if not on_tensor_cores:
         return CudaLinearSchedule()
     chosen = CudaLinearSchedule(
+        few_n=32 if layer.parts == 1 and layer.bits <= 4 and layer.n >= 2 * _WIDE else 16,
         few_bytes=128 if layer.parts == 1 and layer.bits >= 8 else 64,
         some_k=32 if layer.bits == 16 else 64,
         block_n=256 if layer.n >= _WIDE else 128,

@@ -2,8 +2,9 @@
 //
 // Features are the rows of mma's first factor, rows of x the columns of its second: a tile of sums is [16, 8]. Both factors lie
 // in shared memory row by row, as they come, in pieces of 16 bytes whose order in a row depends on the row, so that neither
-// copies nor reads meet in a bank. Lane t of the four that share a row takes LANE bytes of x, one read; what mma thinks are
-// columns 2 t, 2 t + 1, 2 t + 8 ... are LANE / 2 neighbours, equally in both factors, for sums do not depend on the order of k.
+// copies nor reads meet in a bank. Weights of fewer bits than x are decoded on the way to mma: lane t of the four that share a
+// row takes LANE bytes of x, and what mma thinks are columns 2 t, 2 t + 1, 2 t + 8 ... are LANE / 2 neighbours, equally in both
+// factors, for sums do not depend on the order of k.
 //
 // The warps of a team share a tile of ACROSS * DOWN times [16 TILES features, 8 COLUMNS rows]; teams of a block, and blocks
 // along z, divide K. A team of one warp waits for nobody but itself. `L` is the layer, `S` the shape:
@@ -18,6 +19,8 @@ template <> struct tw_sum_of<i8> { typedef i32 type; };
 TW_FN u32 tw_ones(bf16) { return tw_twice(tw_power<bf16>(0)); }
 TW_FN u32 tw_ones(f16) { return tw_twice(tw_power<f16>(0)); }
 TW_FN u32 tw_ones(i8) { return 0x01010101; }
+TW_FN u32 tw_both(bf16, f32 x) { return tw_pack_bf16(x, x); }
+TW_FN u32 tw_both(f16, f32 x) { return tw_pack_f16(x, x); }
 
 constexpr int tw_gcd(int a, int b) { return b ? tw_gcd(b, a % b) : a; }
 
@@ -27,29 +30,55 @@ template <int PIECES> TW_FN int tw_piece(int row, int piece) {
   return row * PIECES + (piece ^ ((row & 1) << 2 | (row & 2) | (row >> 2 & 1)) & MASK);
 }
 
-// BYTES of a row, from byte `at` on.
-template <int BYTES, int PIECES> TW_FN void tw_fetch(u32 *to, const u8 *tile, int row, int at) {
-  const u8 *from = tile + 16 * tw_piece<PIECES>(row, at / 16) + at % 16;
-  if constexpr (BYTES == 16) {
-    uint4 all = *(const uint4 *)from;
-    to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
-  } else if constexpr (BYTES == 8) {
-    uint2 all = *(const uint2 *)from;
-    to[0] = all.x, to[1] = all.y;
-  } else if constexpr (BYTES == 4) to[0] = *(const u32 *)from;
-  else to[0] = *(const unsigned short *)from;
+// Shared memory by address, of a register where it is plain. `tw_keep` keeps a value in a register that would be computed anew
+// in each turn of a loop; `tw_fetch` reads BYTES, a power of two up to 16.
+#ifdef TW_EMULATED
+typedef u8 *tw_at;
+TW_FN tw_at tw_at_of(u8 *p) { return p; }
+template <class T> TW_FN void tw_keep(T &) {}
+template <int BYTES> TW_FN void tw_fetch(u32 *to, tw_at from) { to[0] = 0, memcpy(to, from, BYTES); }
+#else
+typedef u32 tw_at;
+TW_FN tw_at tw_at_of(u8 *p) { return tw_shared_address(p); }
+template <class T> TW_FN void tw_keep(T &x) { asm volatile("" : "+r"(x)); }
+template <int BYTES> TW_FN void tw_fetch(u32 *to, tw_at from) {
+  if constexpr (BYTES == 16)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+  if constexpr (BYTES == 8) asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
+  if constexpr (BYTES == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(from) : "memory");
+  if constexpr (BYTES == 2) asm volatile("ld.shared.u16 %0, [%1];" : "=r"(to[0]) : "r"(from) : "memory");
 }
+#endif
 
-// Copies ROWS rows of PIECES to a tile; what is beyond `rows` and `pieces` becomes zero.
-template <int ROWS, int PIECES, int THREADS>
-TW_FN void tw_bring(u8 *tile, const u8 *from, i64 pitch, i64 rows, int pieces, int thread) {
+// A thread's part of copying ROWS rows of PIECES to a tile, stage after stage; what is not there becomes zero.
+// ALL: the rows are surely there. Threads beyond the last piece copy the first ones once more.
+template <int ROWS, int PIECES, int THREADS, int PITCH, bool ALL> struct tw_stream {
+  static constexpr int COUNT = (ROWS * PIECES + THREADS - 1) / THREADS;
+  static constexpr bool RAGGED = PITCH / 16 % PIECES != 0;
+  static constexpr int down(int n) { return n * THREADS / PIECES; }
+  static constexpr int across(int n) { return n * THREADS % PIECES; }
+  const u8 *from;
+  tw_at place[COUNT];
+  int rows, pieces;
+
+  TW_FN void start(tw_at tile, const u8 *first, i64 there, int unit, int thread) {
+    int row = thread / PIECES % ROWS, piece = thread % PIECES;
+    from = first + (i64)row * PITCH + (unit * PIECES + piece) * 16;
+    rows = (there < ROWS ? (int)there : ROWS) - row, pieces = PITCH / 16 - unit * PIECES - piece;
 #pragma unroll
-  for (int n = 0; n < (ROWS * PIECES + THREADS - 1) / THREADS; n++) {
-    int i = thread + n * THREADS, row = i / PIECES, piece = i % PIECES;
-    if (ROWS * PIECES % THREADS == 0 || i < ROWS * PIECES)
-      tw_copy16(tile + 16 * tw_piece<PIECES>(row, piece), from + row * pitch + 16 * piece, row < rows && piece < pieces);
+    for (int n = 0; n < COUNT; n++) {
+      place[n] = tile + 16 * tw_piece<PIECES>(row + down(n), piece + across(n));
+      tw_keep(place[n]);
+    }
+    tw_keep(rows);
   }
-}
+  TW_FN void bring(int offset, int units) {
+#pragma unroll
+    for (int n = 0; n < COUNT; n++)
+      tw_copy16(place[n] + offset, from + down(n) * PITCH + across(n) * 16, (ALL || down(n) < rows) && (!RAGGED || across(n) < pieces));
+    from += units * PIECES * 16, pieces -= units * PIECES;
+  }
+};
 
 template <class L, class S> struct tw_team {
   typedef typename L::X X;
@@ -64,7 +93,11 @@ template <class L, class S> struct tw_team {
   static constexpr int W_BYTES = 16 * S::N * W_PIECES, X_BYTES = (16 * S::M * X_PIECES + 127) / 128 * 128;
   static constexpr int STAGE = PARTS * W_BYTES + X_BYTES, MEMORY = S::TEAMS * S::STAGES * STAGE;
   static constexpr int FLUSH = L::GROUP < L::K ? tw_gcd(L::GROUP, S::K) : S::K, FLUSHES = S::K / FLUSH; // k's of one scale
-  static constexpr bool SHIFTED = L::ZEROS || L::OFFSETS;
+  static constexpr bool MATRICES = Code::BITS == X_BITS && L::LANE == 16; // both factors are read as they lie
+  static constexpr bool RAISED = L::GROUPED && COLUMNS == 1 && Code::raised(X());
+  static constexpr bool LEVEL = L::ZEROS && COLUMNS > 1 && sizeof(X) == 2;        // zero points taken off each number
+  static constexpr bool SHIFTED = L::OFFSETS || L::ZEROS && !LEVEL || RAISED; // by so much for each sum of x
+  static constexpr int CHAINS = PARTS * TILES * COLUMNS == 1 ? 2 : 1; // products that need not wait for each other
   static constexpr int WIDE = 16 * TILES + 4; // a row of sums in shared memory
   static constexpr int slab(int columns) { return 4 * PARTS * 8 * columns * WIDE; }
   static constexpr int round(int columns) {
@@ -79,26 +112,60 @@ template <class L, class S> struct tw_team {
   };
 
   const L &layer;
-  int lane, team, across, down, feature, thread;
+  int lane, team, across, down, feature, unit;
   i64 row, rows;
-  u8 *memory;
-  Sum sums[PARTS][TILES][COLUMNS][4], of_x[COLUMNS][4];
+  tw_at w_place[STEPS][2], x_place[STEPS];
+  tw_stream<S::N, W_PIECES, THREADS, W_PITCH, L::N % S::N == 0> w_stream[PARTS];
+  tw_stream<S::M, X_PIECES, THREADS, X_PITCH, S::M == 1> x_stream;
+  Sum sums[CHAINS][PARTS][TILES][COLUMNS][4], of_x[COLUMNS][4];
   f32 scaled[PARTS][TILES][COLUMNS][4];
   tw_scales next;
 
-  TW_FN tw_team(const L &l) : layer(l) {
-    int warp = threadIdx.x / 32;
+  TW_FN tw_team(const L &l, int first) : layer(l) {
+    int warp = threadIdx.x / 32, thread = threadIdx.x % THREADS;
     lane = threadIdx.x % 32, team = warp / WARPS, across = warp % S::ACROSS, down = warp / S::ACROSS % S::DOWN;
-    thread = threadIdx.x % THREADS, row = (i64)blockIdx.x * S::M, feature = blockIdx.y * S::N, rows = l.rows();
-    memory = tw_shared() + team * S::STAGES * STAGE;
+    row = (i64)blockIdx.x * S::M, feature = blockIdx.y * S::N, rows = l.rows(), unit = first + team;
+    tw_at memory = tw_at_of(tw_shared()) + team * S::STAGES * STAGE;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++)
+      w_stream[p].start(memory + p * W_BYTES, layer.weight(p) + (i64)feature * W_PITCH, L::N % S::N ? L::N - feature : S::N, unit, thread);
+    x_stream.start(memory + PARTS * W_BYTES, layer.x() + row * X_PITCH, rows - row, unit, thread);
+  }
+
+  // What can wait until loads are under way.
+  TW_FN void settle() {
+    places();
     clear();
 #pragma unroll
     for (int i = 0; i < PARTS * TILES * COLUMNS * 4; i++) (&scaled[0][0][0][0])[i] = 0;
+    if constexpr (L::GROUPED) ask(unit);
+  }
+
+  // Where a lane reads in the first stage.
+  TW_FN void places() {
+    tw_at memory = tw_at_of(tw_shared()) + team * S::STAGES * STAGE;
+    int w_row = 16 * TILES * across, x_row = 8 * COLUMNS * down, t = lane % 4, low = lane % 8;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      tw_at w = memory, x = memory + PARTS * W_BYTES;
+      if constexpr (MATRICES) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          w_place[step][i] = w + 16 * tw_piece<W_PIECES>(w_row + low + lane / 8 % 2 * 8, 4 * step + 2 * i + lane / 16);
+        x_place[step] = x + 16 * tw_piece<X_PIECES>((x_row + low) % S::M, 4 * step + lane / 8);
+      } else {
+        int w_at = (4 * step + t) * W_LANE, x_at = (4 * step + t) * L::LANE;
+        w_place[step][0] = w + 16 * tw_piece<W_PIECES>(w_row + lane / 4, w_at / 16) + w_at % 16;
+        x_place[step] = x + 16 * tw_piece<X_PIECES>((x_row + lane / 4) % S::M, x_at / 16) + x_at % 16;
+      }
+      tw_keep(w_place[step][0]), tw_keep(x_place[step]);
+      if constexpr (MATRICES) tw_keep(w_place[step][1]);
+    }
   }
 
   TW_FN void clear() {
 #pragma unroll
-    for (int i = 0; i < PARTS * TILES * COLUMNS * 4; i++) (&sums[0][0][0][0])[i] = 0;
+    for (int i = 0; i < CHAINS * PARTS * TILES * COLUMNS * 4; i++) (&sums[0][0][0][0][0])[i] = 0;
 #pragma unroll
     for (int i = 0; i < COLUMNS * 4; i++) (&of_x[0][0])[i] = 0;
   }
@@ -108,61 +175,52 @@ template <class L, class S> struct tw_team {
     else __syncthreads();
   }
 
-  TW_FN void bring(int unit, int slot) {
-    u8 *to = memory + slot * STAGE;
+  TW_FN void bring(int slot) {
 #pragma unroll
-    for (int p = 0; p < PARTS; p++)
-      tw_bring<S::N, W_PIECES, THREADS>(to + p * W_BYTES, layer.weight(p) + (i64)feature * W_PITCH + unit * W_PIECES * 16, W_PITCH,
-                                        L::N - feature, W_PITCH / 16 - unit * W_PIECES, thread);
-    tw_bring<S::M, X_PIECES, THREADS>(to + PARTS * W_BYTES, layer.x() + row * X_PITCH + unit * X_PIECES * 16, X_PITCH, rows - row,
-                                      X_PITCH / 16 - unit * X_PIECES, thread);
+    for (int p = 0; p < PARTS; p++) w_stream[p].bring(slot * STAGE, S::TEAMS);
+    x_stream.bring(slot * STAGE, S::TEAMS);
   }
 
   // The scales of a stage, asked for long before they are used.
   TW_FN void ask(int unit) {
     constexpr int GROUPS = L::K / L::GROUP;
+    int first = min(unit, (L::K - 1) / S::K) * S::K;
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
 #pragma unroll
       for (int i = 0; i < 2 * TILES; i++)
 #pragma unroll
         for (int f = 0; f < FLUSHES; f++) {
-          int n = feature + 16 * TILES * across + 8 * i + lane / 4, group = (unit * S::K + f * FLUSH) / L::GROUP;
-          i64 at = (i64)min(n, L::N - 1) * GROUPS + min(group, GROUPS - 1);
+          int n = min(feature + 16 * TILES * across + 8 * i + lane / 4, L::N - 1), group = (first + f * FLUSH) / L::GROUP;
+          u32 at = n * GROUPS + (L::K % S::K ? min(group, GROUPS - 1) : group);
           next.scale[p][i / 2][i % 2][f] = layer.scale(p)[at];
           if constexpr (L::ZEROS) next.zero[p][i / 2][i % 2][f] = layer.zero(p)[at];
           if constexpr (L::OFFSETS) next.offset[p][i / 2][i % 2][f] = layer.offset(p)[at];
         }
   }
 
-  TW_FN void multiply(int unit, int slot) {
-    const u8 *w = memory + slot * STAGE, *x = w + PARTS * W_BYTES;
+  TW_FN void multiply(int slot) {
     tw_scales now = next;
     if constexpr (L::GROUPED) ask(unit + S::TEAMS);
-    int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 b[COLUMNS][WORDS];
 #pragma unroll
-      for (int j = 0; j < COLUMNS; j++)
-        tw_fetch<L::LANE, X_PIECES>(b[j], x, S::M < 8 ? g % S::M : 8 * (COLUMNS * down + j) + g, (4 * step + t) * L::LANE);
+      for (int j = 0; j < COLUMNS; j++) {
+        tw_at at = x_place[step] + slot * STAGE + j * 128 * X_PIECES;
+        if constexpr (MATRICES) tw_matrices(b[j], at);
+        else tw_fetch<L::LANE>(b[j], at);
+      }
 #pragma unroll
       for (int p = 0; p < PARTS; p++)
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-          u32 raw[2][4], a[2][WORDS];
+          u32 a[WORDS / 2][4];
+          factors(a, now, slot, step, p, i);
 #pragma unroll
-          for (int h = 0; h < 2; h++) {
-            int n = 16 * (TILES * across + i) + 8 * h + g;
-            tw_fetch<W_LANE, W_PIECES>(raw[h], w + p * W_BYTES, n, (4 * step + t) * W_LANE);
-            Code::template decode<WORDS>(X(), a[h], raw[h]);
-          }
+          for (int s = 0; s < WORDS / 2; s++)
 #pragma unroll
-          for (int s = 0; s < WORDS; s += 2) {
-            u32 both[4] = {a[0][s], a[1][s], a[0][s + 1], a[1][s + 1]};
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) tw_mma(X(), sums[p][i][j], both, b[j] + s);
-          }
+            for (int j = 0; j < COLUMNS; j++) tw_mma(X(), sums[s % CHAINS][p][i][j], a[s], b[j] + 2 * s);
         }
       if constexpr (SHIFTED) {
         u32 ones[4] = {tw_ones(X()), tw_ones(X()), tw_ones(X()), tw_ones(X())};
@@ -176,9 +234,36 @@ template <class L, class S> struct tw_team {
     }
   }
 
+  // The first factors of a step's products.
+  TW_FN void factors(u32 (*a)[4], const tw_scales &now, int slot, int step, int p, int i) {
+    int offset = slot * STAGE + p * W_BYTES + i * 256 * W_PIECES;
+    if constexpr (MATRICES) {
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+        tw_matrices(a[s], w_place[step][s] + offset);
+        Code::template decode<RAISED, 4>(X(), a[s], a[s]);
+      }
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      u32 raw[4], decoded[WORDS];
+      tw_fetch<W_LANE>(raw, w_place[step][0] + offset + h * 128 * W_PIECES);
+      Code::template decode<RAISED, WORDS>(X(), decoded, raw);
+      if constexpr (LEVEL) level(decoded, Code::template bias<false>(X()) - (f32)now.zero[p][i][h][step * STEP / FLUSH]);
+#pragma unroll
+      for (int s = 0; s < WORDS; s++) a[s / 2][s % 2 * 2 + h] = decoded[s];
+    }
+  }
+
+  TW_FN void level(u32 *numbers, f32 by) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) numbers[i] = tw_fma2(X(), numbers[i], tw_ones(X()), tw_both(X(), by));
+  }
+
   // Sums of the decoded become sums of the numbers.
   TW_FN void flush(const tw_scales &now, int f) {
-    constexpr f32 FACTOR = Code::factor(X()), BIAS = Code::bias(X());
+    constexpr f32 FACTOR = Code::factor(X()), BIAS = Code::template bias<RAISED>(X());
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
 #pragma unroll
@@ -186,22 +271,25 @@ template <class L, class S> struct tw_team {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           f32 scale = layer.number(now.scale[p][i][h][f]), shift = BIAS * scale;
-          if constexpr (L::ZEROS) shift -= scale * (f32)now.zero[p][i][h][f];
+          if constexpr (L::ZEROS && !LEVEL) shift -= scale * (f32)now.zero[p][i][h][f];
           if constexpr (L::OFFSETS) shift += now.offset[p][i][h][f];
 #pragma unroll
           for (int j = 0; j < COLUMNS; j++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
               f32 &to = scaled[p][i][j][2 * h + e];
-              to += scale * FACTOR * (f32)sums[p][i][j][2 * h + e];
+              to += scale * FACTOR * sum(p, i, j, 2 * h + e);
               if constexpr (SHIFTED) to += shift * (f32)of_x[j][e];
             }
         }
     clear();
   }
 
+  TW_FN f32 sum(int p, int i, int j, int e) {
+    return (f32)(CHAINS == 1 ? sums[0][p][i][j][e] : sums[0][p][i][j][e] + sums[CHAINS - 1][p][i][j][e]);
+  }
   TW_FN f32 total(int p, int i, int j, int e) {
-    return L::GROUPED ? scaled[p][i][j][e] : Code::factor(X()) * (f32)sums[p][i][j][e];
+    return L::GROUPED ? scaled[p][i][j][e] : Code::factor(X()) * sum(p, i, j, e);
   }
 
   // Through shared memory: so that neighbouring threads have neighbouring features, and teams add up.
@@ -235,40 +323,40 @@ template <class L, class S> struct tw_team {
 
   TW_FN void write(i64 m, int n, const f32 *first) {
     constexpr int SLAB = slab(ROUND) / 4;
-    f32 sum[PARTS];
+    f32 all[PARTS];
 #pragma unroll
     for (int p = 0; p < PARTS; p++) {
-      sum[p] = first[8 * p * ROUND * WIDE];
+      all[p] = first[8 * p * ROUND * WIDE];
 #pragma unroll
-      for (int i = 1; i < S::TEAMS; i++) sum[p] += first[8 * p * ROUND * WIDE + i * WARPS * SLAB];
+      for (int i = 1; i < S::TEAMS; i++) all[p] += first[8 * p * ROUND * WIDE + i * WARPS * SLAB];
     }
-    if (gridDim.z == 1) return layer.finish(m, n, sum);
+    if (gridDim.z == 1) return layer.finish(m, n, all);
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) layer.scratch()[((blockIdx.z * PARTS + p) * rows + m) * L::N + n] = sum[p];
+    for (int p = 0; p < PARTS; p++) layer.scratch()[((blockIdx.z * PARTS + p) * rows + m) * L::N + n] = all[p];
   }
 };
 
 template <class L, class S> TW_FN void tw_multiply(const L &layer) {
+  constexpr u32 UNITS = (L::K + S::K - 1) / S::K;
+  int first = 0, last = UNITS;
+  if (gridDim.z > 1) first = UNITS * blockIdx.z / gridDim.z, last = UNITS * (blockIdx.z + 1) / gridDim.z;
   typedef tw_team<L, S> Team;
-  constexpr int UNITS = (L::K + S::K - 1) / S::K;
-  Team team(layer);
-  int first = (int)((i64)UNITS * blockIdx.z / gridDim.z), last = (int)((i64)UNITS * (blockIdx.z + 1) / gridDim.z);
-  int unit = first + team.team, rounds = (last - first + S::TEAMS - 1) / S::TEAMS, slot = 0;
+  Team team(layer, first);
 #pragma unroll
   for (int i = 0; i < S::STAGES - 1; i++) {
-    if (unit + i * S::TEAMS < last) team.bring(unit + i * S::TEAMS, i);
+    if (team.unit + i * S::TEAMS < last) team.bring(i);
     tw_commit();
   }
-  if constexpr (L::GROUPED) team.ask(unit);
-  for (int i = 0; i < rounds; i++, unit += S::TEAMS) {
-    tw_wait<S::STAGES - 2>();
-    team.sync();
-    int ahead = unit + (S::STAGES - 1) * S::TEAMS;
-    if (ahead < last) team.bring(ahead, slot ? slot - 1 : S::STAGES - 1);
-    tw_commit();
-    if (unit < last) team.multiply(unit, slot);
-    slot = slot + 1 == S::STAGES ? 0 : slot + 1;
-  }
+  team.settle();
+  for (int i = Team::WARPS == 1 ? team.unit : first; i < last;)
+#pragma unroll (Team::COLUMNS == 1 ? S::STAGES : 1)
+    for (int slot = 0; slot < S::STAGES && i < last; slot++, i += S::TEAMS, team.unit += S::TEAMS) {
+      tw_wait<S::STAGES - 2>();
+      team.sync();
+      if (team.unit + (S::STAGES - 1) * S::TEAMS < last) team.bring(slot ? slot - 1 : S::STAGES - 1);
+      tw_commit();
+      if (Team::WARPS == 1 || team.unit < last) team.multiply(slot);
+    }
   tw_wait<0>();
   __syncthreads();
   team.finish();

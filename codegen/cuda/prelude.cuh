@@ -36,9 +36,10 @@ TW_FN u32 tw_shared_address(const void *p) { return (u32)__cvta_generic_to_share
 
 // Copies of 16 bytes (4) to shared memory that run on beside the threads; zeros where `on` is false. A commit ends a group
 // of copies, and a wait leaves N groups under way.
-TW_FN void tw_copy16(void *to, const void *from, bool on) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(tw_shared_address(to)), "l"(from), "r"(on ? 16 : 0) : "memory");
+TW_FN void tw_copy16(u32 to, const void *from, bool on) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(on ? 16 : 0) : "memory");
 }
+TW_FN void tw_copy16(void *to, const void *from, bool on) { tw_copy16(tw_shared_address(to), from, on); }
 TW_FN void tw_copy4(void *to, const void *from, bool on) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(tw_shared_address(to)), "l"(from), "r"(on ? 4 : 0) : "memory");
 }
@@ -46,10 +47,11 @@ TW_FN void tw_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> TW_FN void tw_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Four 8x8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8.
-TW_FN void tw_matrices(u32 *r, const void *row) {
+TW_FN void tw_matrices(u32 *r, u32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(tw_shared_address(row)) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
+TW_FN void tw_matrices(u32 *r, const void *row) { tw_matrices(r, tw_shared_address(row)); }
 TW_FN void tw_matrices_transposed(u32 *r, const void *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(tw_shared_address(row)) : "memory");

@@ -66,12 +66,16 @@ class Source:
         self.parts.append("\n".join([f"TW_FN {text} {{", *(f"  {line}" for line in body), "}"]))
 
     def function(self, body: Sequence[str], block: int, grid: tuple[Dim, Dim, Dim], shared: int = 0,
-                 when: tuple[Dim, int, int] | None = None) -> None:  # fmt: skip
-        """A kernel with ``body``, launched behind those before it; one with the same body is not written again."""
+                 when: tuple[Dim, int, int] | None = None, resident: int = 0) -> None:  # fmt: skip
+        """A kernel with ``body``, launched behind those before it; one with the same body is not written again.
+
+        Registers are dealt out so that ``resident`` blocks fit a multiprocessor; 0 leaves that to the compiler.
+        """
         text = "\n".join([*(f"  {line}" for line in body), "}"])
         name = self.written.setdefault((text, block), f"{self.symbol}_{len(self.launches)}")
         if name not in {launch.symbol for launch in self.launches}:
-            head = f'extern "C" __global__ void __launch_bounds__({block}) {name}({", ".join(self.parameters)}) {{'
+            bounds = f"{block}, {resident}" if resident else str(block)
+            head = f'extern "C" __global__ void __launch_bounds__({bounds}) {name}({", ".join(self.parameters)}) {{'
             self.parts.append(f"{head}\n{text}")
         self.launches.append(Launch(name, grid, block, shared, when))
 
