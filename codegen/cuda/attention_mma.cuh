@@ -138,7 +138,8 @@ template <class P> TW_FN void tw_attend_mma(const P &p) {
   using T = typename P::Tile;
   tw_work w;
   if (!tw_take(p, w)) return;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = P::OWN_KEYS ? warp : 0;
+  int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);  // the compiler sees that all lanes have the same
+  int lane = threadIdx.x % 32, own = P::OWN_KEYS ? warp : 0;
   T *queries = (T *)tw_shared(), *ring = queries + P::ROWS * P::KEY_STRIDE + own * P::STAGES * P::STAGE;
   auto key_of = [&](int step) { return step * P::STEP + own * P::KEYS; };
   auto stage_of = [&](int step) { return ring + (step - w.first) % P::STAGES * P::STAGE; };

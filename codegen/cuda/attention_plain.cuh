@@ -7,7 +7,8 @@ template <class P> struct tw_board {
 };
 
 template <class P>
-TW_FN void tw_score_keys(const P &p, const tw_work &w, const tw_board<P> &board, const float *q, const float *keys, int key) {
+TW_FN void tw_score_keys(const P &p, const tw_work &w, const tw_board<P> &board, const float *q, const float *keys,
+                         int key) {
   constexpr int R = P::SCORES_EACH;
   tw_deal<P::ROWS / R, P::KEYS, 1, P::THREADS>(threadIdx.x, [&](int set, int i) {
     float x[R] = {};

@@ -55,7 +55,7 @@ def test_decode_of_a_projection(what: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("what", ROPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_append(what: str, dtype: str) -> None:
     for s, starts, tokens in (("S", [3, 20], 70), (1, [0, 95], 1)):
         case = Case(dtype, 4, 2, 32, ROPES[what], s)
@@ -96,8 +96,9 @@ def test_masks(what: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "stored", "what"), [
-    *((dtype, dtype, what) for dtype in ("f32", "bf16") for what in CACHED),
-    ("f32", "bf16", "window"), ("f32", "f16", "plain"), ("bf16", "f32", "all"), ("f16", "f16", "all"),
+    ("f32", "f32", "plain"), ("f32", "f32", "all"), ("bf16", "bf16", "plain"), ("bf16", "bf16", "chunk"),
+    ("bf16", "bf16", "all"), ("f32", "bf16", "window"), ("f32", "f16", "plain"), ("bf16", "f32", "all"),
+    ("f16", "f16", "all"),
 ])
 def test_attend(dtype: str, stored: str, what: str) -> None:
     """Decode and chunks of a prompt, ragged; the cache holds tokens beyond what a query may see."""
@@ -234,7 +235,7 @@ def test_spaces_hold_the_default_and_only_what_fits(target: str) -> None:
 def test_schedules_from_the_space_run() -> None:
     rng, function = np.random.default_rng(1), attend("f16", "f16", 8, kv(2, 64, 64, 300), 2, softcap=9.0)
     found = space(function)
-    for _ in range(4):
+    for _ in range(3):
         check(kernel_of(function, found.sample(rng).text), {"B": 2}, [5, 298])
 
 
