@@ -88,30 +88,47 @@ TW_FN void tw_adjust(const P &p, const tw_work &w, tw_scores<P> &scores, int row
     }
 }
 
-// Scores become weights relative to the top score so far; sums and weights so far fade to it.
+// Scores become weights relative to a score that the row had: not always the top one, but none is more than 2^8 above it,
+// so that sums and weights so far seldom have to fade.
 template <class P> TW_FN void tw_soften(tw_rows<P> &rows, tw_scores<P> &scores) {
+  float tops[P::TILES][2];
+  bool rises = false;
 #pragma unroll
   for (int r = 0; r < P::TILES; r++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float top = rows.top[r][half], weight = 0.0f;
+      float top = rows.top[r][half];
 #pragma unroll
       for (int j = 0; j < P::KEYS / 8; j++) top = fmaxf(top, fmaxf(scores[r][j][2 * half], scores[r][j][2 * half + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      float base = top == -TW_INF ? 0.0f : top, shift = -base * P::POWER;
-      float fade = tw_exp2((rows.top[r][half] - base) * P::POWER);
+      tops[r][half] = top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      rises |= (top - rows.top[r][half]) * P::POWER > 8.0f;
+    }
+  if (__ballot_sync(~0u, rises)) {
+#pragma unroll
+    for (int r = 0; r < P::TILES; r++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float top = tops[r][half], fade = tw_exp2(top == -TW_INF ? 0.0f : (rows.top[r][half] - top) * P::POWER);
+        rows.top[r][half] = top, rows.weight[r][half] *= fade;
+#pragma unroll
+        for (int j = 0; j < P::VALUE_WIDTH / 8; j++)
+          rows.sums[r][j][2 * half] *= fade, rows.sums[r][j][2 * half + 1] *= fade;
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < P::TILES; r++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float base = rows.top[r][half] == -TW_INF ? 0.0f : rows.top[r][half], shift = -base * P::POWER;
 #pragma unroll
       for (int j = 0; j < P::KEYS / 8; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           float &x = scores[r][j][2 * half + i];
           x = P::BIASED ? tw_exp2((x - base) * P::POWER) : tw_exp2(fmaf(x, P::POWER, shift));
-          weight += x;
+          rows.weight[r][half] += x;
         }
-      rows.top[r][half] = top, rows.weight[r][half] = rows.weight[r][half] * fade + weight;
-#pragma unroll
-      for (int j = 0; j < P::VALUE_WIDTH / 8; j++) rows.sums[r][j][2 * half] *= fade, rows.sums[r][j][2 * half + 1] *= fade;
     }
 }
 

@@ -142,6 +142,17 @@ def test_scales_that_do_not_order_products(scale: float) -> None:
     check(kernel_of(attention("bf16", 2, 1, 16, 16, scale=scale)), {"B": 1, "S": 5, "T": 40})
 
 
+def test_top_scores_that_rise_by_much_and_by_little() -> None:
+    """Keys grow: each tile's scores are above those of the one before."""
+    function = attend("bf16", "bf16", 4, kv(2, 32, 32, 600), "S", scale=1.0)
+    given = operands(function, {"B": 1, "S": 64}, [530])
+    for growth in (0.002, 0.02, 0.2):
+        grown = given[1][0] * np.exp(growth * np.arange(600) - growth * 600)[None, :, None, None]
+        given[1] = grown.astype(DType.bf16.np) * 4, given[1][1]
+        (got,), (want,) = kernel_of(function)(given, {"B": 1, "S": 64}), expected(function, given)
+        compare(got, want, LIMIT["bf16"])
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
