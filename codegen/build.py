@@ -29,6 +29,7 @@ from tilewright.codegen.workers import Compilation, Job
 from tilewright.ir import Dim, Function, Module, State, Value, Weight, canonical, dim_text, ops, print_module
 from tilewright.runtime.artifact import (
     DEVICE,
+    WEIGHTS,
     ArtifactWriter,
     DimSpec,
     EntrySpec,
@@ -38,6 +39,7 @@ from tilewright.runtime.artifact import (
     TargetSpec,
     TensorSpec,
     WeightSpec,
+    WeightsPlan,
     native_sources,
     plan_weights,
 )
@@ -81,7 +83,7 @@ class Build:
     """One build of ``module`` for ``target``.
 
     ``schedules`` overrides the default schedule of kernels by name, ``origins`` says where these are from; ``store`` keeps
-    compiled kernels between builds.
+    compiled kernels between builds. Without ``weights`` the artifact only says where they lie.
     """
 
     module: Module
@@ -90,6 +92,7 @@ class Build:
     origins: Mapping[str, str] = field(default_factory=dict)
     progress: Progress = lambda stage, done, total: None
     store: KernelStore | None = None
+    weights: bool = True
     report: BuildReport = field(default_factory=BuildReport)
 
     def write(self, out: ArtifactWriter, meta: Mapping[str, str]) -> Manifest:
@@ -148,16 +151,23 @@ class Build:
         wanted = self.wanted_weights(codes)
         keys = {(w.name, p): f"{w.name}|{p}" if p else w.name for w, p in wanted}
         specs = [WeightSpec(keys[w.name, p], *packed_spec(w.tensor, p)) for w, p in wanted]
+        for (_, packing), spec in zip(wanted, specs):
+            kind = packing.split("{")[0] or "plain"
+            self.report.weight_bytes[kind] = self.report.weight_bytes.get(kind, 0) + spec.size
         plan = plan_weights(specs)
+        if self.weights:
+            self.write_numbers(out, plan, wanted)
+        else:
+            out.add(WEIGHTS, plan.header)
+        return {key: plan.offsets[name] for key, name in keys.items()}
+
+    def write_numbers(self, out: ArtifactWriter, plan: WeightsPlan, wanted: Sequence[tuple[Weight, str]]) -> None:
         with out.weights(plan) as stream:
-            for i, ((weight, packing), spec) in enumerate(zip(wanted, specs)):
+            for i, ((weight, packing), spec) in enumerate(zip(wanted, plan.specs)):
                 self.progress("weights", i, len(wanted))
                 stream.write(spec.name, pack(weight.load(), packing, weight.dtype))
                 weight.release()
-                kind = packing.split("{")[0] or "plain"
-                self.report.weight_bytes[kind] = self.report.weight_bytes.get(kind, 0) + spec.size
         self.progress("weights", len(wanted), len(wanted))
-        return {key: plan.offsets[name] for key, name in keys.items()}
 
     def wanted_weights(self, codes: Mapping[str, KernelCode]) -> list[tuple[Weight, str]]:
         found: dict[tuple[Weight, str], None] = {}

@@ -162,6 +162,18 @@ class Device:
         raise UnsupportedHostError(f"{where}: compiled for {arch}, and this GPU, {self.name}, has compute capability "
                                    f"{major}.{minor}; compile for cuda{{arch=sm_{major}{minor}}}", (arch,))
 
+    def settle(self) -> None:
+        """Wait for what was asked for on the default stream, which other streams do not wait for."""
+        self.use()
+        self.driver("cuStreamSynchronize", None)
+
+    def read(self, address: int, out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Copy from the GPU's memory into ``out``, which is given back."""
+        self.use()
+        self.driver("cuMemcpyDtoHAsync_v2", out.ctypes.data, address, out.nbytes, None)
+        self.settle()
+        return out
+
     def free(self) -> tuple[int, int]:
         """Bytes that are free, and bytes in all."""
         free, total = Size(), Size()
@@ -188,14 +200,14 @@ class Memory:
     def zero(self) -> None:
         self.device.use()
         self.device.driver("cuMemsetD8_v2", self.address, 0, max(self.bytes, 1))
-        self.device.driver("cuStreamSynchronize", None)  # other streams do not wait for the default one
+        self.device.settle()
 
     def fill(self, source: int, count: int) -> None:
         """Copy from the host's memory; done when it returns."""
         self.device.use()
         for at in range(0, count, _PIECE):
             self.device.driver("cuMemcpyHtoD_v2", self.address + at, source + at, min(_PIECE, count - at))
-        self.device.driver("cuStreamSynchronize", None)
+        self.device.settle()
 
 
 class _Pinned:

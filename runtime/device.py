@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.runtime.brought import BroughtWeights
 from tilewright.runtime.cuda import Device, Graph, Memory, Modules, Stream, pinned, pointers
 from tilewright.runtime.dlpack import DeviceArray, is_on_gpu, read
 from tilewright.runtime.errors import DeviceError, ProgramError, SessionError
@@ -64,7 +65,7 @@ def read_functions(text: str | bytes, where: str) -> list[FunctionSpec]:
 class DeviceProgram(Program):
     """A loaded artifact whose weights and kernels are on a GPU."""
 
-    def __init__(self, path: Path, manifest: Manifest, library: Library, weights: Weights, device: Device,
+    def __init__(self, path: Path, manifest: Manifest, library: Library, weights: Weights | BroughtWeights, device: Device,
                  functions: Sequence[FunctionSpec], cubins: Mapping[str, bytes]) -> None:  # fmt: skip
         super().__init__(path, manifest, library, weights)
         self.device, self.functions = device, functions
@@ -72,7 +73,10 @@ class DeviceProgram(Program):
         found = [self.modules.function(cubins[f.kernel], f.symbol, f.shared) for f in functions]
         self.function_addresses = pointers(found)
         self.on_device = Memory(device, weights.size, f"the weights of {path}")
-        self.on_device.fill(weights.address, weights.size)
+        if isinstance(weights, BroughtWeights):
+            weights.on_device(self.on_device, device)
+        else:
+            self.on_device.fill(weights.address, weights.size)
 
     def session(self, threads: int | None = None, batch: int = 1) -> Session:
         """Memory on the GPU to run the entries with; ``batch``: the most sequences that the KV states hold."""

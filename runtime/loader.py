@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tilewright.runtime.artifact import Folder
+from tilewright.runtime.brought import Bring, BroughtWeights
 from tilewright.runtime.errors import ArtifactError, DamagedArtifactError, InputError
 from tilewright.runtime.host import check_host
 from tilewright.runtime.manifest import DEVICE, KERNELS, WEIGHTS, Manifest
 from tilewright.runtime.memory import advise
 from tilewright.runtime.native import Library
 from tilewright.runtime.session import Session
-from tilewright.runtime.weights import data_offset
+from tilewright.runtime.weights import data_offset, read_table
 
 if TYPE_CHECKING:
     from tilewright.runtime.cuda import Device
@@ -27,7 +28,7 @@ _ATTEMPTS = 10
 
 class Weights:
     """The mapped weights file, read-only. ``address``: of the data section, where tensor offsets count from; ``size``: its
-    bytes, ``bytes`` those of the file."""
+    bytes, ``bytes`` those of the file. ``left_out``: the tensors of a file that is no more than a header."""
 
     def __init__(self, descriptor: int, where: str) -> None:
         size = os.fstat(descriptor).st_size
@@ -38,14 +39,14 @@ class Weights:
         self._view = np.frombuffer(self._mapping, np.uint8)
         self.address = self._view.ctypes.data + offset
         self.bytes, self.size = size, size - offset
+        self.left_out = read_table(os.dup(descriptor)) if size == offset else {}
 
 
 class Program:
     """A loaded artifact. Immutable and shared by any number of sessions; ``path`` is where it was loaded from."""
 
-    def __init__(
-        self, path: Path, manifest: Manifest, library: Library, weights: Weights, threads: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, manifest: Manifest, library: Library, weights: Weights | BroughtWeights,
+                 threads: int | None = None) -> None:  # fmt: skip
         self.path = path
         self.manifest = manifest
         self.library = library
@@ -64,11 +65,13 @@ class Program:
         return f"Program({str(self.path)!r}, entries={self.entries}, target={self.manifest.target.text!r})"
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, device: int = 0) -> Program:
+def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool = True, device: int = 0,
+         weights: Bring | None = None) -> Program:  # fmt: skip
     """Opens the artifact folder ``path``.
 
     ``threads``: the default of its sessions. ``verify=False`` skips the checksums (sizes are always compared). ``device``:
-    which GPU, of an artifact for one.
+    which GPU, of an artifact for one. ``weights``, of an artifact that was compiled without, writes them: it is given an
+    array for each, by name, on the GPU where the artifact is for one.
     Raises a subclass of ArtifactError that says what is wrong, UnsupportedHostError before any code is mapped, and
     MemoryError when the weights do not fit a GPU.
     """
@@ -77,7 +80,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     for attempt in range(_ATTEMPTS):
         with Folder(path) as folder:
             try:
-                return _load(folder, threads, verify, device)
+                return _load(folder, threads, verify, device, weights)
             except ArtifactError:
                 # A save that replaced the artifact removes the old files: then the new ones are what was asked for.
                 if attempt == _ATTEMPTS - 1 or not folder.replaced():
@@ -85,7 +88,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, verify: bool 
     raise AssertionError("unreachable")
 
 
-def _load(folder: Folder, threads: int | None, verify: bool, device: int) -> Program:
+def _load(folder: Folder, threads: int | None, verify: bool, device: int, bring: Bring | None) -> Program:
     manifest = folder.manifest()
     check_host(manifest.target.features, str(folder.path), manifest.target.text)
     arch = cuda_arch(manifest.target.text)
@@ -95,14 +98,25 @@ def _load(folder: Folder, threads: int | None, verify: bool, device: int) -> Pro
     try:
         weights = folder.open(WEIGHTS)
         library = Library(kernels, str(folder.path / KERNELS), list(manifest.entries))
-        mapped = Weights(weights, str(folder.path / WEIGHTS))
+        found = _weights(weights, str(folder.path / WEIGHTS), bring)
     finally:
         os.close(kernels)
         if weights >= 0:
             os.close(weights)
     if gpu is not None:
-        return _on_gpu(folder, manifest, library, mapped, gpu)
-    return Program(Path(folder.path), manifest, library, mapped, threads)
+        return _on_gpu(folder, manifest, library, found, gpu)
+    if isinstance(found, BroughtWeights):
+        found.on_host()
+    return Program(Path(folder.path), manifest, library, found, threads)
+
+
+def _weights(descriptor: int, where: str, bring: Bring | None) -> Weights | BroughtWeights:
+    found = Weights(descriptor, where)
+    if bring is None and found.left_out:
+        raise ArtifactError(f"{where}: the artifact was compiled without weights; bring them: load(..., weights=...)")
+    if bring is not None and not found.left_out:
+        raise InputError("weights", "an artifact that was compiled without weights", f"{where} with them")
+    return found if bring is None else BroughtWeights(found.left_out, found.bytes, bring)
 
 
 def cuda_arch(target: str) -> str | None:
@@ -119,7 +133,8 @@ def _gpu(ordinal: int, arch: str, where: str) -> Device:
     return found
 
 
-def _on_gpu(folder: Folder, manifest: Manifest, library: Library, weights: Weights, gpu: Device) -> Program:
+def _on_gpu(folder: Folder, manifest: Manifest, library: Library, weights: Weights | BroughtWeights, gpu: Device
+            ) -> Program:  # fmt: skip
     from tilewright.runtime.device import DeviceProgram, read_functions
 
     functions = read_functions(_read(folder, DEVICE, manifest), str(folder.path / DEVICE))

@@ -192,8 +192,11 @@ def data_offset(head: bytes, file_bytes: int, where: str) -> int:
     return begin
 
 
-def read_table(path: str | os.PathLike[str]) -> dict[str, tuple[str, Sequence[int], int]]:
-    """The tensors of a weights file: name -> (dtype, shape, offset from the beginning of the file)."""
+def read_table(path: str | os.PathLike[str] | int) -> dict[str, tuple[str, Sequence[int], int]]:
+    """The tensors of a weights file: name -> (dtype, shape, offset from the beginning of the file).
+
+    A descriptor, in the place of a path, is closed.
+    """
     with open(path, "rb") as stream:
         head = stream.read(8)
         begin = data_offset(head, os.fstat(stream.fileno()).st_size, str(path))

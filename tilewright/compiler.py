@@ -54,6 +54,7 @@ def compile(
     sizes: Mapping[str, int] | None = None,
     calibration: Any = None,
     sensitivity: bool = False,
+    weights: bool = True,
 ) -> Compiled:
     """Compile a model.
 
@@ -68,7 +69,8 @@ def compile(
     Schedules of kernels are those that ``tilewright.tune`` left in the database ``db`` (a file or a URL), else what the
     ``cost_model`` predicts (a file, the one that comes with tilewright, or None), else their families' rules; the report
     says which. ``sizes`` gives symbolic dims (``{"S": 512}``) the values to choose for.
-    The artifact is written to ``out``, or kept in a temporary folder until :meth:`Compiled.save`.
+    The artifact is written to ``out``, or kept in a temporary folder until :meth:`Compiled.save`. With ``weights=False`` it
+    has none: ``tilewright.load(out, weights=...)`` brings them.
 
     Raises a subclass of ``TilewrightError`` that names the module, the op and the line it is about.
     """
@@ -84,8 +86,8 @@ def compile(
     with started("trace"):
         module, source = trace(model, args, kwargs, dynamic, dtype)
         module.meta |= {"task": task} if task else {}
-    return lower(module, pipeline, wanted, source=source, out=out, stages=started, errors=errors, db=db,
-                 cost_model=cost_model, sizes=sizes, calibration=given, sensitivity=sensitivity)  # fmt: skip
+    return lower(module, pipeline, wanted, source=source, out=out, stages=started, errors=errors, db=db, sizes=sizes,
+                 cost_model=cost_model, calibration=given, sensitivity=sensitivity, weights=weights)  # fmt: skip
 
 
 def check_sensitivity(pipeline: Pipeline, calibration: Calibration | None) -> None:
@@ -143,6 +145,7 @@ def lower(
     sizes: Mapping[str, int] | None = None,
     calibration: Calibration | None = None,
     sensitivity: bool = False,
+    weights: bool = True,
 ) -> Compiled:
     """Run the passes on ``module`` (in place), generate code and write the artifact."""
     stages = stages or Stages(None)
@@ -169,7 +172,7 @@ def lower(
     path = Path(out) if out is not None else holder.path  # type: ignore[union-attr]
     with stages("build"), ArtifactWriter(path) as writer:
         store = KernelStore(default_folder())
-        build = Build(module, target, schedules.chosen, schedules.origins, progress=stages.progress, store=store)
+        build = Build(module, target, schedules.chosen, schedules.origins, stages.progress, store, weights)
         manifest = build.write(writer, {**module.meta, "pipeline": str(pipeline)})
         report.notes += carry(source, writer)
         report.kernels = [asdict(k) for k in build.report.kernels]
