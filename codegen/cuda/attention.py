@@ -44,7 +44,9 @@ class CudaAttentionEmitter:
         if reason := next((reason for op in kernel.body if is_elementwise(op) and (reason := refusal(op))), None):
             return reason
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
-        return f"no attention of {narrow[0].dtype.value}" if narrow else None
+        if narrow or not isinstance(found, (ops.Attention, ops.Attend)):
+            return f"no attention of {narrow[0].dtype.value}" if narrow else None
+        return Tiling(self.default_schedule(kernel, target), heads_of(found)).refusal(target)
 
     def default_schedule(self, kernel: Function, target: CudaTarget) -> CudaAttentionSchedule:
         op = find(kernel, is_elementwise)

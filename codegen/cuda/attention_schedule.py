@@ -218,9 +218,10 @@ def _mma(rows: int | None) -> Iterator[CudaAttentionSchedule]:
 
 
 def _plain(rows: int | None) -> Iterator[CudaAttentionSchedule]:
-    rows = min(_PLAIN_ROWS, 1 << (rows - 1).bit_length()) if rows else _PLAIN_ROWS
+    most = min(_PLAIN_ROWS, 1 << (rows - 1).bit_length()) if rows else _PLAIN_ROWS
     for keys, stages in ((32, 3), (32, 2), (16, 2)):
-        yield CudaAttentionSchedule("plain", "keys", rows, keys, 4, stages)
+        yield CudaAttentionSchedule("plain", "keys", most, keys, 4, stages)
+    yield CudaAttentionSchedule("plain", "keys", min(4, most), 16, 4, 2)
 
 
 def _parts(blocks: int, keys: int | None, target: CudaTarget) -> int:

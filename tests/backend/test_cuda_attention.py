@@ -361,6 +361,7 @@ def test_refusals() -> None:
     assert matched(KVType(1, 8, 8, 8, DType.i8)).startswith("no kernel for kv<")
     assert matched(KVType(1, 8, 8, 8, DType.f32, "paged")).startswith("no kernel for kv<")
     assert reason(attention("f64", 1, 1, 8, 8)) == "no attention of f64"
+    assert "bytes of shared memory" in reason(attention("f32", 1, 1, 4096, 512))
     function = attention("f32", 1, 1, 8, 8)
     function.body.pop()
     function.append(Return(function.append(ops.Exp(function.body[-1].result)).results))
