@@ -74,7 +74,7 @@ def sources(count: int, seed: int) -> Iterator[Source]:
 
 
 def write_checkpoint(architecture: str, config: dict[str, Any], folder: Path) -> None:
-    """A Hugging Face folder with whatever numbers memory holds."""
+    """A Hugging Face folder whose numbers are all equal: only shapes matter."""
     import torch
     import transformers
 
@@ -83,7 +83,11 @@ def write_checkpoint(architecture: str, config: dict[str, Any], folder: Path) ->
     made.architectures = [architecture]
     with torch.device("meta"):
         model = kind(made).to(torch.bfloat16)
-    model.to_empty(device="cpu").save_pretrained(folder)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.02)
+    model.save_pretrained(folder)
     save_tokenizer(512, folder)
 
 
