@@ -295,7 +295,8 @@ template <class L, class S> struct tw_team {
   // Through shared memory: so that neighbouring threads have neighbouring features, and teams add up.
   TW_FN void finish() {
     constexpr int SLAB = slab(ROUND) / 4, COUNT = 8 * ROUND * 16 * TILES, EACH = (COUNT + 32 * S::TEAMS - 1) / (32 * S::TEAMS);
-    f32 *all = (f32 *)tw_shared(), *mine = all + threadIdx.x / 32 * SLAB, *first = all + threadIdx.x / 32 % WARPS * SLAB;
+    const f32 *first = (f32 *)tw_shared() + threadIdx.x / 32 % WARPS * SLAB;
+    f32 *mine = (f32 *)tw_shared() + threadIdx.x / 32 * SLAB + lane % 4 * 2 * WIDE + lane / 4;
 #pragma unroll
     for (int start = 0; start < COLUMNS; start += ROUND) {
 #pragma unroll
@@ -306,15 +307,15 @@ template <class L, class S> struct tw_team {
           for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-              mine[(8 * (p * ROUND + j) + 2 * (lane % 4) + e % 2) * WIDE + 16 * i + lane / 4 + e / 2 * 8] = total(p, i, start + j, e);
+              mine[(8 * (p * ROUND + j) + e % 2) * WIDE + 16 * i + e / 2 * 8] = total(p, i, start + j, e);
       if constexpr (S::TEAMS == 1) __syncwarp();
       else __syncthreads();
+      i64 m = row + 8 * (COLUMNS * down + start);
+      int n = feature + 16 * TILES * across, there = (int)(rows - m < 8 * ROUND ? rows - m : 8 * ROUND);
 #pragma unroll (EACH < 8 ? EACH : 8)
       for (int k = 0; k < EACH; k++) {
         int e = 32 * (team + k * S::TEAMS) + lane, r = e / (16 * TILES), c = e % (16 * TILES);
-        i64 m = row + 8 * (COLUMNS * down + start) + r;
-        int n = feature + 16 * TILES * across + c;
-        if (e < COUNT && m < rows && n < L::N) write(m, n, first + r * WIDE + c);
+        if (r < there && (L::N % S::N == 0 || n + c < L::N)) write(m + r, n + c, first + r * WIDE + c);
       }
       if constexpr (S::TEAMS == 1) __syncwarp();
       else __syncthreads();
