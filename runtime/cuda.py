@@ -254,9 +254,10 @@ class Stream:
         """Set ``count`` bytes."""
         self.device.driver("cuMemsetD8Async", address, byte, count, self.handle)
 
-    def launch(self, function: int, grid: Sequence[int], block: int, shared: int, parameters: Any) -> None:
-        """Run a kernel; ``parameters`` are the addresses of what it takes."""
-        self.device.driver("cuLaunchKernel", function, *grid, block, 1, 1, shared, self.handle, parameters, None)
+    def launch(self, function: int, grid: Sequence[int], block: int, shared: int, parameters: Parameters) -> None:
+        """Run a kernel."""
+        given = parameters.pointers
+        self.device.driver("cuLaunchKernel", function, *grid, block, 1, 1, shared, self.handle, given, None)
 
     def wait(self) -> None:
         """Until all that was asked for is done. Raises DeviceError when a kernel failed."""
@@ -341,3 +342,11 @@ class Timer:
 def pointers(addresses: Sequence[int]) -> Any:
     """Addresses as native code takes them."""
     return (Pointer * max(1, len(addresses)))(*addresses)
+
+
+class Parameters:
+    """What a kernel takes: integers of 64 bits (addresses too) and doubles. ``pointers``, to each, are for a launch."""
+
+    def __init__(self, values: Sequence[int | float]) -> None:
+        self._values = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values]
+        self.pointers = pointers([ctypes.addressof(v) for v in self._values])

@@ -83,7 +83,7 @@ def driver(bundle, tmp_path_factory) -> str:
 
 
 def run(bundle: Path, driver: str, out: Path, *options: str) -> int:
-    return main(["run", str(bundle), "--driver", driver, "--out", str(out), "--budget", "2s", *options])
+    return main(["run", str(bundle), "--driver", driver, "--out", str(out), "--budget", "2m", *options])
 
 
 def read(bundle: Path) -> Bundle:
