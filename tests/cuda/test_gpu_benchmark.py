@@ -174,6 +174,9 @@ def test_the_peer_decodes_what_it_would_prefill() -> None:
     for i in range(5, 9):
         got = net(ids[:, i : i + 1], places[i : i + 1], False)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    whole = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(ids[:, 8:], places[8:], False), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole(ids, places, True), want, rtol=1e-4, atol=1e-6)
     other = net(ids[:, 8:], places[7:8], False)
     assert not torch.allclose(other, want, rtol=1e-3)
 
