@@ -58,6 +58,8 @@ def model_command(
     from tilewright.costmodel.jobs import Job, parse_duration, read_job
 
     if bundle is not None:
+        if budget or db or resume or page:
+            raise typer.BadParameter("--emit-bundle measures nothing: leave out --budget, --db, --resume and --report")
         emit(model, bundle, passes=passes, target=target, dtype=dtype, max_length=max_length, trials=trials, seed=seed,
              sizes=sizes_of(size or []))  # fmt: skip
         return

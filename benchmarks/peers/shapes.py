@@ -63,3 +63,10 @@ SHAPES = {
     "L": Shape("L", "TinyLlama-1.1B", "LlamaForCausalLM", "bfloat16", _decoder(2048, 22, 32, 4, 5632, 32000, False)),
     "E": Shape("E", "MiniLM-L6", "BertModel", "float32", _ENCODER),
 }
+
+_8B = _decoder(4096, 32, 32, 8, 14336, 128256, False)
+GPU_SHAPES = {
+    "1B": Shape("1B", "TinyLlama-1.1B", "LlamaForCausalLM", "bfloat16", SHAPES["L"].config),
+    "8B": Shape("8B", "Llama-3.1-8B", "LlamaForCausalLM", "bfloat16", _8B),
+}
+"""Those of `benchmarks.gpu`, which needs no checkpoints."""

@@ -45,10 +45,14 @@ template <int BITS_, bool SIGNED> struct tw_integers {
   static constexpr int BITS = BITS_;
   static constexpr u32 HALF = SIGNED ? 1 << (BITS - 1) : 0;
   static constexpr bool IN_HIGH_BITS = SIGNED && BITS < 8; // as bytes
-  template <class X> static constexpr f32 factor(X) { return sizeof(X) == 1 && IN_HIGH_BITS ? 1.0f / (1 << (8 - BITS)) : 1.0f; }
+  template <class X> static constexpr f32 factor(X) {
+    return sizeof(X) == 1 && IN_HIGH_BITS ? 1.0f / (1 << (8 - BITS)) : 1.0f;
+  }
   template <bool RAISED> static constexpr f32 bias(f16) { return 0; }
   template <bool RAISED> static constexpr f32 bias(i8) { return BITS == 8 && !SIGNED ? 128 : 0; }
-  template <bool RAISED> static constexpr f32 bias(bf16) { return RAISED ? -128.0f - HALF : BITS == 8 && !SIGNED ? 128 : 0; }
+  template <bool RAISED> static constexpr f32 bias(bf16) {
+    return RAISED ? -128.0f - HALF : BITS == 8 && !SIGNED ? 128 : 0;
+  }
   template <class X> static constexpr bool raised(X) { return false; }
   static constexpr bool raised(bf16) { return BITS < 8; }
 
@@ -81,7 +85,8 @@ template <int BITS_, bool SIGNED> struct tw_integers {
       if constexpr (BITS == 2)
 #pragma unroll
         for (int j = 0; j < WORDS; j += 2) {
-          u32 even = __byte_perm(part[0], part[1], j ? 0x7362 : 0x5140), odd = __byte_perm(part[2], part[3], j ? 0x7362 : 0x5140);
+          u32 which = j ? 0x7362 : 0x5140;
+          u32 even = __byte_perm(part[0], part[1], which), odd = __byte_perm(part[2], part[3], which);
           to[j] = __byte_perm(even, odd, 0x5410), to[j + 1] = __byte_perm(even, odd, 0x7632);
         }
     }

@@ -103,7 +103,7 @@ def matched(kernel: Function) -> Pattern:
 
 def library(on_tensor_cores: bool) -> str:
     """The C that the struct of a layer goes into."""
-    names = ("linear.cuh", "linear_mma.cuh") if on_tensor_cores else ("linear_plain.cuh",)
+    names = ("linear.cuh", "linear_stream.cuh", "linear_mma.cuh") if on_tensor_cores else ("linear_plain.cuh",)
     return "".join((Path(__file__).parent / name).read_text() for name in names)
 
 

@@ -1,14 +1,12 @@
 // Linear layers on tensor cores: 16-bit floats with sums in f32, or bytes with sums in i32.
 //
-// Features are the rows of mma's first factor, rows of x the columns of its second: a tile of sums is [16, 8]. Both factors lie
-// in shared memory row by row, as they come, in pieces of 16 bytes whose order in a row depends on the row, so that neither
-// copies nor reads meet in a bank. Weights of fewer bits than x are decoded on the way to mma: lane t of the four that share a
-// row takes LANE bytes of x, and what mma thinks are columns 2 t, 2 t + 1, 2 t + 8 ... are LANE / 2 neighbours, equally in both
-// factors, for sums do not depend on the order of k.
+// Features are the rows of mma's first factor, rows of x the columns of its second: a tile of sums is [16, 8]. Weights of fewer
+// bits than x are decoded on the way to mma: lane t of the four that share a row takes LANE bytes of x, and what mma thinks are
+// columns 2 t, 2 t + 1, 2 t + 8 ... are LANE / 2 neighbours, in both factors alike: sums do not depend on the order of k.
 //
-// The warps of a team share a tile of ACROSS * DOWN times [16 TILES features, 8 COLUMNS rows]; teams of a block, and blocks
-// along z, divide K. A team of one warp waits for nobody but itself. `L` is the layer, `S` the shape:
-// N features and M rows of a team (M of 1, 2, 4: no more rows are there), K of a stage, STAGES of which are under way.
+// The warps of a team share a tile of ACROSS * DOWN times [16 TILES features, 8 COLUMNS rows]; the teams of a block, and blocks
+// along z, divide K. A team of one warp waits for nobody but itself. `L` is the layer, `S` the shape: N features and M rows of
+// a team (where M is 1, 2 or 4 there are no more rows), K of a stage, STAGES of which are under way.
 
 template <int N_, int M_, int K_, int ACROSS_, int DOWN_, int TEAMS_, int STAGES_> struct tw_shape {
   static constexpr int N = N_, M = M_, K = K_, ACROSS = ACROSS_, DOWN = DOWN_, TEAMS = TEAMS_, STAGES = STAGES_;
@@ -23,62 +21,6 @@ TW_FN u32 tw_both(bf16, f32 x) { return tw_pack_bf16(x, x); }
 TW_FN u32 tw_both(f16, f32 x) { return tw_pack_f16(x, x); }
 
 constexpr int tw_gcd(int a, int b) { return b ? tw_gcd(b, a % b) : a; }
-
-// Where a piece of a row of PIECES lies.
-template <int PIECES> TW_FN int tw_piece(int row, int piece) {
-  constexpr int MASK = (PIECES < 8 ? PIECES : 8) - 1;
-  return row * PIECES + (piece ^ ((row & 1) << 2 | (row & 2) | (row >> 2 & 1)) & MASK);
-}
-
-// Shared memory by address, of a register where it is plain. `tw_keep` keeps a value in a register that would be computed anew
-// in each turn of a loop; `tw_fetch` reads BYTES, a power of two up to 16.
-#ifdef TW_EMULATED
-typedef u8 *tw_at;
-TW_FN tw_at tw_at_of(u8 *p) { return p; }
-template <class T> TW_FN void tw_keep(T &) {}
-template <int BYTES> TW_FN void tw_fetch(u32 *to, tw_at from) { to[0] = 0, memcpy(to, from, BYTES); }
-#else
-typedef u32 tw_at;
-TW_FN tw_at tw_at_of(u8 *p) { return tw_shared_address(p); }
-template <class T> TW_FN void tw_keep(T &x) { asm volatile("" : "+r"(x)); }
-template <int BYTES> TW_FN void tw_fetch(u32 *to, tw_at from) {
-  if constexpr (BYTES == 16)
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
-  if constexpr (BYTES == 8) asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
-  if constexpr (BYTES == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(from) : "memory");
-  if constexpr (BYTES == 2) asm volatile("ld.shared.u16 %0, [%1];" : "=r"(to[0]) : "r"(from) : "memory");
-}
-#endif
-
-// A thread's part of copying ROWS rows of PIECES to a tile, stage after stage; what is not there becomes zero.
-// ALL: the rows are surely there. Threads beyond the last piece copy the first ones once more.
-template <int ROWS, int PIECES, int THREADS, int PITCH, bool ALL> struct tw_stream {
-  static constexpr int COUNT = (ROWS * PIECES + THREADS - 1) / THREADS;
-  static constexpr bool RAGGED = PITCH / 16 % PIECES != 0;
-  static constexpr int down(int n) { return n * THREADS / PIECES; }
-  static constexpr int across(int n) { return n * THREADS % PIECES; }
-  const u8 *from;
-  tw_at place[COUNT];
-  int rows, pieces;
-
-  TW_FN void start(tw_at tile, const u8 *first, i64 there, int unit, int thread) {
-    int row = thread / PIECES % ROWS, piece = thread % PIECES;
-    from = first + (i64)row * PITCH + (unit * PIECES + piece) * 16;
-    rows = (there < ROWS ? (int)there : ROWS) - row, pieces = PITCH / 16 - unit * PIECES - piece;
-#pragma unroll
-    for (int n = 0; n < COUNT; n++) {
-      place[n] = tile + 16 * tw_piece<PIECES>(row + down(n), piece + across(n));
-      tw_keep(place[n]);
-    }
-    tw_keep(rows);
-  }
-  TW_FN void bring(int offset, int units) {
-#pragma unroll
-    for (int n = 0; n < COUNT; n++)
-      tw_copy16(place[n] + offset, from + down(n) * PITCH + across(n) * 16, (ALL || down(n) < rows) && (!RAGGED || across(n) < pieces));
-    from += units * PIECES * 16, pieces -= units * PIECES;
-  }
-};
 
 template <class L, class S> struct tw_team {
   typedef typename L::X X;
@@ -95,7 +37,7 @@ template <class L, class S> struct tw_team {
   static constexpr int FLUSH = L::GROUP < L::K ? tw_gcd(L::GROUP, S::K) : S::K, FLUSHES = S::K / FLUSH; // k's of one scale
   static constexpr bool MATRICES = Code::BITS == X_BITS && L::LANE == 16; // both factors are read as they lie
   static constexpr bool RAISED = L::GROUPED && COLUMNS == 1 && Code::raised(X());
-  static constexpr bool LEVEL = L::ZEROS && COLUMNS > 1 && sizeof(X) == 2;        // zero points taken off each number
+  static constexpr bool LEVEL = L::ZEROS && COLUMNS > 1 && sizeof(X) == 2;    // zero points taken off each number
   static constexpr bool SHIFTED = L::OFFSETS || L::ZEROS && !LEVEL || RAISED; // by so much for each sum of x
   static constexpr int CHAINS = PARTS * TILES * COLUMNS == 1 ? 2 : 1; // products that need not wait for each other
   static constexpr int WIDE = 16 * TILES + 4; // a row of sums in shared memory
@@ -128,7 +70,7 @@ template <class L, class S> struct tw_team {
     tw_at memory = tw_at_of(tw_shared()) + team * S::STAGES * STAGE;
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
-      w_stream[p].start(memory + p * W_BYTES, layer.weight(p) + (i64)feature * W_PITCH, L::N % S::N ? L::N - feature : S::N, unit, thread);
+      w_stream[p].start(memory + p * W_BYTES, layer.weight(p) + (i64)feature * W_PITCH, L::N - feature, unit, thread);
     x_stream.start(memory + PARTS * W_BYTES, layer.x() + row * X_PITCH, rows - row, unit, thread);
   }
 
@@ -295,7 +237,8 @@ template <class L, class S> struct tw_team {
   // Through shared memory: so that neighbouring threads have neighbouring features, and teams add up.
   TW_FN void finish() {
     constexpr int SLAB = slab(ROUND) / 4, COUNT = 8 * ROUND * 16 * TILES, EACH = (COUNT + 32 * S::TEAMS - 1) / (32 * S::TEAMS);
-    f32 *all = (f32 *)tw_shared(), *mine = all + threadIdx.x / 32 * SLAB, *first = all + threadIdx.x / 32 % WARPS * SLAB;
+    const f32 *first = (f32 *)tw_shared() + threadIdx.x / 32 % WARPS * SLAB;
+    f32 *mine = (f32 *)tw_shared() + threadIdx.x / 32 * SLAB + lane % 4 * 2 * WIDE + lane / 4;
 #pragma unroll
     for (int start = 0; start < COLUMNS; start += ROUND) {
 #pragma unroll
@@ -306,15 +249,15 @@ template <class L, class S> struct tw_team {
           for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-              mine[(8 * (p * ROUND + j) + 2 * (lane % 4) + e % 2) * WIDE + 16 * i + lane / 4 + e / 2 * 8] = total(p, i, start + j, e);
+              mine[(8 * (p * ROUND + j) + e % 2) * WIDE + 16 * i + e / 2 * 8] = total(p, i, start + j, e);
       if constexpr (S::TEAMS == 1) __syncwarp();
       else __syncthreads();
+      i64 m = row + 8 * (COLUMNS * down + start);
+      int n = feature + 16 * TILES * across, there = (int)(rows - m < 8 * ROUND ? rows - m : 8 * ROUND);
 #pragma unroll (EACH < 8 ? EACH : 8)
       for (int k = 0; k < EACH; k++) {
         int e = 32 * (team + k * S::TEAMS) + lane, r = e / (16 * TILES), c = e % (16 * TILES);
-        i64 m = row + 8 * (COLUMNS * down + start) + r;
-        int n = feature + 16 * TILES * across + c;
-        if (e < COUNT && m < rows && n < L::N) write(m, n, first + r * WIDE + c);
+        if (r < there && (L::N % S::N == 0 || n + c < L::N)) write(m + r, n + c, first + r * WIDE + c);
       }
       if constexpr (S::TEAMS == 1) __syncwarp();
       else __syncthreads();

@@ -7,7 +7,7 @@ template <class L, int M, int FEATURES> TW_FN void tw_multiply_few(const L &laye
   int lane = threadIdx.x % 32, feature = (blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * FEATURES;
   if (feature >= L::N) return;
   f32 sums[L::PARTS][FEATURES][M] = {};
-#pragma unroll 4
+#pragma unroll 8
   for (int k = lane; k < L::K; k += 32) {
     f32 x[M];
 #pragma unroll

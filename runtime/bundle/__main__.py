@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = Options(given.device, given.driver, budget, duration(given.timeout))
         given.out.parent.mkdir(parents=True, exist_ok=True)
         return measure(Run(given.folder, options, show, lambda results: results.write(given.out)), given.out)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except (ArtifactError, DeviceError, OSError, ValueError) as error:
         show("")
         print(f"error: {error}", file=sys.stderr)

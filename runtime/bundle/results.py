@@ -91,6 +91,7 @@ class Results:
     def page(self) -> str:
         """In Markdown."""
         facts = [f"- {name}: {value}" for name, value in self.about.items()]
+        facts += [f"- the best schedules take {gain:.3f} of the default's time" for gain in self.gain()]
         table = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|", *(self._row(w) for w in range(len(self.bundle.workloads)))]
         return "\n".join(["# Kernels on a GPU", "", *facts, f"- {self.verdict()}", "", *table, "", *self._complaints(), ""])
 
@@ -101,19 +102,32 @@ class Results:
         missing = sum(len(w.candidates) for w in self.bundle.workloads) - len(self.outcomes)
         return f"{len(self.bundle.workloads)} kernels: {told}" + (f", {missing} not tried" if missing else "")
 
+    def gain(self) -> Iterator[float]:
+        """The time of all kernels that were timed, with the best schedule of each, relative to the default's."""
+        best = {w: self._best(w) for w in range(len(self.bundle.workloads))}
+        times = [(self.bundle.workloads[w].weight * b[1], b[2]) for w, b in best.items() if b is not None]
+        if times:
+            yield sum(default * ratio for default, ratio in times) / sum(default for default, _ in times)
+
+    def _best(self, index: int) -> tuple[int, float, float] | None:
+        """The fastest candidate of a workload, the default's seconds, and its time relative to that."""
+        timed = {i: o for i, o in self.of(index).items() if o.ratio is not None}
+        if not timed:
+            return None
+        best = min(timed, key=lambda i: (timed[i].ratio, i))
+        default = timed[0].seconds if 0 in timed else timed[best].baseline
+        return best, default or 0.0, timed[best].ratio or 1.0
+
     def _row(self, index: int) -> str:
         workload, outcomes = self.bundle.workloads[index], self.of(index)
-        right = [i for i, o in outcomes.items() if o.status == "ok"]
-        timed = {i: ratio for i in right if (ratio := outcomes[i].ratio) is not None}
+        right, best = [i for i, o in outcomes.items() if o.status == "ok"], self._best(index)
         cells = [workload.name.replace("|", "/"), f"{workload.weight:g}", str(len(right)), str(len(outcomes) - len(right))]
-        if not timed:
+        if best is None:
             return f"| {' | '.join([*cells, *[''] * 6])} |"
-        best = min(timed, key=lambda i: timed[i])
-        default = outcomes[0].seconds if 0 in timed else outcomes[best].baseline
-        seconds = (default or 0.0) * timed[best]
-        rates = workload.bytes_moved / seconds / 1e9, workload.flops / seconds / 1e12
-        cells += [_us(default or 0.0), _us(seconds), f"{timed[best]:.3f}", f"{rates[0]:.0f}", f"{rates[1]:.2f}"]
-        return f"| {' | '.join(cells)} | `{workload.candidates[best].schedule}` |"
+        candidate, default, ratio = best
+        rates = workload.bytes_moved / (default * ratio) / 1e9, workload.flops / (default * ratio) / 1e12
+        cells += [_us(default), _us(default * ratio), f"{ratio:.3f}", f"{rates[0]:.0f}", f"{rates[1]:.2f}"]
+        return f"| {' | '.join(cells)} | `{workload.candidates[candidate].schedule}` |"
 
     def _complaints(self) -> Iterator[str]:
         for w, reason in self.skipped.items():

@@ -6,19 +6,17 @@ behind it that must stay as they are. Caches are changed in place, and restored 
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tilewright.runtime.bundle.arrays import Array, Arrays
 from tilewright.runtime.bundle.format import CandidateSpec, LaunchSpec, WorkloadSpec
-from tilewright.runtime.cuda import Device, Memory, Modules, Stream, Timer, pointers
+from tilewright.runtime.cuda import Device, Memory, Modules, Parameters, Stream, Timer
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.measuring import inliers, spread
 from tilewright.runtime.tolerance import Expected
@@ -75,8 +73,8 @@ class Kernel:
 
     stream: Stream
     functions: list[tuple[int, LaunchSpec]]
-    parameters: Any
-    kept: tuple[Any, ...]
+    parameters: Parameters
+    scratch: list[Memory]
 
     def __call__(self) -> None:
         for function, launch in self.functions:
@@ -119,9 +117,7 @@ class Bench:
         functions = [(self.modules.function(image, x.symbol, x.shared), x) for x in candidate.launches]
         scratch = [Memory(self.device, size, "temporaries") for size in candidate.scratch]
         places = [*self._arguments(candidate), *self._tensors(), *(m.address for m in scratch)]
-        values = (ctypes.c_int64 * (len(candidate.numbers) + len(places)))(*candidate.numbers, *places)
-        first, step = ctypes.addressof(values), ctypes.sizeof(ctypes.c_int64)
-        return Kernel(self.stream, functions, pointers([first + step * i for i in range(len(values))]), (values, scratch))
+        return Kernel(self.stream, functions, Parameters([*candidate.numbers, *places]), scratch)
 
     def _arguments(self, candidate: CandidateSpec) -> Iterator[int]:
         changed = {r.argument: result for r, result in zip(self.workload.results, self.results) if r.argument is not None}

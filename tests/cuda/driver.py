@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.cuda.emulator import HERE, compile_cpp
+from tests.cuda.emulator import compile_cpp
 from tilewright.codegen.cuda.compile import prelude
 from tilewright.runtime.bundle.format import Bundle
 
@@ -35,7 +35,7 @@ def bundle_driver(bundle: Path, folder: Path, plants: Mapping[str, str] | None =
 
 def library(sources: Mapping[str, str], functions: Sequence[tuple[str, str]], folder: Path) -> Path:
     """A driver with the functions (source, symbol) of ``sources``."""
-    text = [f'#include "{HERE}/emulator.h"', prelude(), f'#include "{HERE}/emulator_tail.h"']
+    text = ['#include "emulator.h"', prelude(), '#include "emulator_tail.h"']
     for name, source in sources.items():  # helper functions of kernels may have equal names
         text += [f"namespace {name}_ {{", source, "}"]
     rows = []
@@ -44,7 +44,7 @@ def library(sources: Mapping[str, str], functions: Sequence[tuple[str, str]], fo
         rows.append(f'{{"{symbol}", [](void **p) {{ emu_call({entry}, p); }}, fake_pointers({entry}), 0}}')
     text += ["#include <vector>", "template <class... A> auto fake_pointers(void (*)(A...))",
              "{ return std::vector<bool>{std::is_pointer_v<A>...}; }"]  # fmt: skip
-    text += [f"#define FAKE_KERNELS {', '.join(rows)}", f'#include "{HERE}/fake_driver.h"']
+    text += [f"#define FAKE_KERNELS {', '.join(rows)}", '#include "fake_driver.h"']
     path, out = folder / "driver.cpp", folder / "libcuda.so"
     path.write_text("\n".join(text))
     compile_cpp(path, out, "-fvisibility=hidden")

@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from tilewright.codegen.kernel import DeviceCode, KernelCode
 from tilewright.ir import eval_dim
 
 HERE = Path(__file__).parent
+COMPILE = ("g++", "-std=c++17", "-O1", "-w", "-fPIC", "-ffp-contract=off")
 
 
 def translation(device: DeviceCode) -> str:
     """C++ of a kernel's functions, and ``emu_<symbol>(gx, gy, gz, threads, params)`` for each."""
-    text = [f'#include "{HERE}/emulator.h"', prelude(), f'#include "{HERE}/emulator_tail.h"', device.source]
+    text = ['#include "emulator.h"', prelude(), '#include "emulator_tail.h"', device.source]
     for name in dict.fromkeys(launch.symbol for launch in device.launches):
         text.append(f'extern "C" void emu_{name}(unsigned x, unsigned y, unsigned z, unsigned threads, void **params) {{ '
                     f"emu_run([](void **p) {{ emu_call({name}, p); }}, {{x, y, z}}, threads, params); }}")  # fmt: skip
@@ -36,8 +38,19 @@ def library(device: DeviceCode, folder: Path, name: str = "kernel") -> Path:
 
 def compile_cpp(source: Path, out: Path, *more: str) -> None:
     """A shared library of a C++ file."""
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", *more, str(source)]
-    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+    run([*COMPILE, "-shared", f"-I{headers().name}", f"-I{HERE}", *more, str(source), "-o", str(out)])
+
+
+@cache
+def headers() -> tempfile.TemporaryDirectory[str]:
+    """A folder with the emulator's header compiled: reading it takes longer than most kernels."""
+    folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="tilewright-emulator-")
+    run([*COMPILE, "-x", "c++-header", str(HERE / "emulator.h"), "-o", f"{folder.name}/emulator.h.gch"])
+    return folder
+
+
+def run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:6000]
 
 

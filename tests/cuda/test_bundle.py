@@ -83,7 +83,7 @@ def driver(bundle, tmp_path_factory) -> str:
 
 
 def run(bundle: Path, driver: str, out: Path, *options: str) -> int:
-    return main(["run", str(bundle), "--driver", driver, "--out", str(out), "--budget", "2s", *options])
+    return main(["run", str(bundle), "--driver", driver, "--out", str(out), "--budget", "2m", *options])
 
 
 def read(bundle: Path) -> Bundle:
@@ -218,6 +218,7 @@ def test_the_command_takes_an_artifact(bundle, tmp_path) -> None:
     assert "wrote 2 kernels under 3 schedules" in done.output
     assert "python -m tilewright.runtime.bundle run" in done.output
     assert [w.key for w in read(tmp_path / "b").workloads] == [w.key for w in read(bundle).workloads]
+    assert "measures nothing" in CliRunner().invoke(app, [*command, "--budget", "5m"]).output
 
 
 # ---- the whole way -----------------------------------------------------------------------------------------------------
@@ -229,6 +230,7 @@ def test_measured_imported_and_chosen(bundle, driver, tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "device: emulated GPU" in printed
     assert "2 kernels: 27 right, 1 refused" in printed
+    assert "- the best schedules take 0.868 of the default's time" in printed, "(31 + 2) of (31 + 7) us"
     assert printed.startswith((tmp_path / "results.md").read_text())
     rows = measured(out)
     assert rows[UNWANTED]["status"] == "refused"
