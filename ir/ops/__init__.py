@@ -33,7 +33,7 @@ from tilewright.ir.ops.nn import (
     Softmax,
 )
 from tilewright.ir.ops.quant import Dequantize, Expand, Lookup, Quantize
-from tilewright.ir.ops.sparse import SparseLinear
+from tilewright.ir.ops.sparse import SparseLinear, Threshold
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -78,6 +78,7 @@ __all__ = [
     "Sort",
     "SparseLinear",
     "TakeAlong",
+    "Threshold",
     "TopK",
     "Transpose",
     *_elementwise,
