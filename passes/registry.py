@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "outlier-columns": "outlier_columns:OutlierColumns",
     "outlier-weights": "outlier_weights:OutlierWeights",
     "plan-memory": "plan_memory:PlanMemory",
+    "prune": "prune:Prune",
     "quantize": "quantize:Quantize",
     "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
