@@ -30,6 +30,7 @@ PASSES: dict[str, str] = {
     "quantize": "quantize:Quantize",
     "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
+    "sparsify-activations": "sparsify_activations:SparsifyActivations",
 }
 """name -> ``file:class`` in this package."""
 
