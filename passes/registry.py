@@ -27,6 +27,8 @@ PASSES: dict[str, str] = {
     "outlier-weights": "outlier_weights:OutlierWeights",
     "plan-memory": "plan_memory:PlanMemory",
     "prune": "prune:Prune",
+    "prune-layers": "prune_layers:PruneLayers",
+    "prune-structured": "prune_structured:PruneStructured",
     "quantize": "quantize:Quantize",
     "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
