@@ -89,7 +89,6 @@ def fixed_cost(function: Function, groups: Iterable[Group], cost: Cost) -> float
     return sum(cost(int(w.shape[0]), int(w.shape[1]), w.dtype) for w in left)
 
 
-_LEAST = "that much cannot go: something of each structure has to stay; ask for less, or for more units"
 _SLACK = 1e-9  # sums of costs are not exact
 
 # ---- how far to go -----------------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ def lowest(ladders: Sequence[Ladder], budget: float) -> list[int]:
     wanted = sum(float(lad.costs[0]) for lad in ladders) - budget
     count = int(np.searchsorted(saved, wanted * (1 - _SLACK)))
     if count > len(steps):
-        raise PassError(_LEAST)
+        raise PassError(too_much(ladders))
     taken = np.bincount([i for _, i, _ in steps[:count]], minlength=len(ladders))
     return [int(n) for n in taken]
 
@@ -142,9 +141,15 @@ def cheapest(ladders: Sequence[Ladder], budget: float, parts: int = 4096) -> lis
         best = new
         chosen.append(choice)
     if not np.isfinite(best[parts]):
-        raise PassError(_LEAST)
+        raise PassError(too_much(ladders))
     left, found = parts, []
     for lad, choice in zip(reversed(ladders), reversed(chosen)):
         found.append(int(choice[left]))
         left -= int(np.ceil(lad.costs[found[-1]] / unit - _SLACK))
     return found[::-1]
+
+
+def too_much(ladders: Sequence[Ladder]) -> str:
+    """What to say when more is asked for than can go."""
+    whole, least = (sum(float(lad.costs[i]) for lad in ladders) for i in (0, -2))
+    return f"so much cannot go: of what can be pruned {1 - least / whole:.1%} at most, as something of each structure stays"
