@@ -63,11 +63,13 @@ class SparsifyActivations(Pass):
         check_patterns(self.name, module, self.skip, self.only)
         function, batches = calibration(module, ctx, self.name)
         rw = Rewriter(module, pattern=self.name)
-        places = self.row.find(rw, self.chosen(function, rw), self.rank)
+        layers = self.chosen(function, rw)
+        places = self.row.find(rw, layers, self.rank)
         ctx.take(rw)
         if not places:
-            reasons = sorted({skip.reason for skip in rw.skips}) or ["there is no linear layer"]
-            raise PassError(f"{self}: no layer can have sparse inputs: {'; '.join(reasons)}")
+            given = f"none of {len(layers)} layers is gated" if layers else "there is no linear layer"
+            reason = rw.skips[0].reason if rw.skips and not layers else given
+            raise PassError(f"{self}: no layer can have sparse inputs: {reason}")
         self.report(fill(function, batches, places, self.choose(module, function, batches, places)), ctx)
         ctx.note(f"limits are those of {sum(map(rows, batches))} tokens")
         return True

@@ -24,20 +24,18 @@ class Block:
 
 
 def blocks_of(function: Function, places: Sequence[Place]) -> list[Block]:
-    """The blocks that hold places: each but the first begins where the next attention does."""
+    """The blocks that hold places; each but the first begins with the next attention."""
     stops = {place.stop: place for place in places}
-    blocks: list[list[tuple[list[Op], Value]]] = []
-    for segment in _segments(function):
-        if blocks and _attends(blocks[-1]) and _attends([segment]):
-            blocks.append([])
-        blocks = blocks or [[]]
-        blocks[-1].append(segment)
-    held = [(tuple(stops[op] for part, _ in block for op in part if op in stops), block[-1][1]) for block in blocks]
-    return [Block(found, result) for found, result in held if found]
-
-
-def _attends(segments: Sequence[tuple[list[Op], Value]]) -> bool:
-    return any(isinstance(op, ops.Attention) for part, _ in segments for op in part)
+    found: dict[int, Block] = {}
+    attended = 0
+    for part, result in _segments(function):
+        attended += any(isinstance(op, ops.Attention) for op in part)
+        held = tuple(stops[op] for op in part if op in stops)
+        if held:
+            number = max(attended, 1)
+            before = found[number].places if number in found else ()
+            found[number] = Block((*before, *held), result)
+    return list(found.values())
 
 
 def _segments(function: Function) -> Iterator[tuple[list[Op], Value]]:
