@@ -36,8 +36,8 @@ class PruneStructured(Pass):
     less of those that turn the hidden state far; ``auto`` is ``global`` for flap, else ``uniform``. ``compensate``:
     ``bias`` adds the means of what goes to the biases of what read it, ``weights`` also corrects the columns that stay;
     ``auto`` is ``bias`` for flap, ``weights`` for ziplm, else ``none``. Channels that stay are a multiple of ``multiple``.
-    ``cost``: ``bytes`` of weights, or seconds, ``measured`` or ``predicted``, of layers that are stored as the scheme
-    ``stored`` says. ``skip`` are patterns of weight names. Needs calibration data, but for ``magnitude`` alone.
+    ``cost``: ``bytes`` of weights, or seconds ``measured`` of layers that are stored as the scheme ``stored`` says.
+    ``skip`` are patterns of weight names. Needs calibration data, but for ``magnitude`` without any of these.
     """
 
     name: ClassVar[str] = "prune-structured"
@@ -49,7 +49,7 @@ class PruneStructured(Pass):
     compensate: Literal["auto", "none", "bias", "weights"] = "auto"
     multiple: int = 32
     damping: float = 0.01
-    cost: Literal["bytes", "measured", "predicted"] = "bytes"
+    cost: Literal["bytes", "measured"] = "bytes"
     stored: str = ""
     skip: tuple[str, ...] = ()
 
@@ -110,8 +110,8 @@ class PruneStructured(Pass):
             return bytes_of
         given = ctx.options.get(COSTS)
         if given is None:
-            raise PassError(f"{self.name}: no {self.cost} times of layers here: compile() has them; or take cost=bytes")
-        found: Cost = given(self.cost, self.stored)
+            raise PassError(f"{self.name}: nothing here times layers; tilewright.compile does. Or take cost=bytes")
+        found: Cost = given(self.stored)
         return found
 
     def groups(self, function: Function, rw: Rewriter) -> list[Group]:
@@ -179,7 +179,7 @@ class PruneStructured(Pass):
                 ctx.note(f"{lad.group.name}: {before} {lad.group.kind} became {after}")
         whole = sum(float(lad.costs[0]) for lad in plan.ladders)
         left = sum(float(lad.costs[n]) for lad, n in zip(plan.ladders, taken))
-        unit = "bytes" if self.cost == "bytes" else f"seconds, {self.cost},"
+        unit = "bytes" if self.cost == "bytes" else "measured seconds"
         ctx.note(f"{1 - left / whole:.1%} of the {unit} of what can be pruned; all linear layers cost "
                  f"{(whole + fixed) / (left + fixed):.3f} times less")  # fmt: skip
 
