@@ -219,7 +219,7 @@ def test_quantized_behind_and_cached(behind: str) -> None:
     [
         ("ratio=0", "a ratio above 0"), ("ratio=1", "below 1"), ("speedup=1", "a speedup above 1"),
         ("ratio=0.2 speedup=1.2", "not both"), ("ratio=0.2 units=[heads,groups]", "heads or groups"),
-        ("ratio=0.2 units=[]", "units of"), ("ratio=0.2 multiple=0", "multiple is 1 or more"),
+        ("ratio=0.2 multiple=0", "multiple is 1 or more"),
         ("ratio=0.2 damping=0", "damping above 0"), ("ratio=0.2 method=ziplm budget=uniform", "leave budget out"),
         ("method=flap", "how much"), ("ratio=0.2 skip=*nothing*", "no weight is named"),
         ("ratio=0.2 cost=measured", "nothing here times layers"), ("ratio=0.97", "at most"),
