@@ -31,7 +31,7 @@ _ROW = (ops.Softmax, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
 _REDUCING = (*_ROW, ops.Reduce, ops.ArgMax, ops.Quantize)
 _MOVES = (ops.Transpose, ops.Broadcast, ops.Slice, ops.Gather, ops.GatherND, ops.TakeAlong, ops.Embedding)
 _LONGEST_ROW = 16384
-DECODING = (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress)
+DECODING = (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress, ops.SparseExpand)
 """What makes numbers of the parts of a quantized tensor."""
 
 
@@ -49,6 +49,8 @@ def is_copied(op: Op, user: Op) -> bool:
     """Whether ``user`` takes its own copy of ``op`` into its kernel: the weight or input that it dequantizes itself."""
     if isinstance(op, ops.Expand):
         return isinstance(user, ops.Dequantize)
+    if isinstance(op, ops.SparseExpand) and isinstance(user, ops.Dequantize):
+        return True
     return isinstance(op, DECODING) and isinstance(user, (ops.Linear, ops.GatedLinear, ops.Embedding))
 
 
