@@ -29,6 +29,7 @@ PASSES: dict[str, str] = {
     "quantize": "quantize:Quantize",
     "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
+    "sparse-store": "sparse_store:SparseStore",
 }
 """name -> ``file:class`` in this package."""
 

@@ -97,7 +97,17 @@ class MaskLayout:
 
     def count(self, weight: Any) -> int:
         """Elements of the values that ``weight`` ``[rows, columns]`` takes, without spare ones."""
-        return sum(int(self.advance(flags.sum(2)).sum()) for _, flags, _ in self.blocks(weight))
+        raw = np.ascontiguousarray(weight).view(f"u{self.dtype.size}")
+        if self.unit == 1 and not self.nibbles:
+            return int(np.count_nonzero(raw))
+        total, rows, wide = 0, ROWS * _BLOCKS_AT_ONCE, self.steps(weight.shape[1]) * self.pair
+        for start in range(0, len(raw), rows):
+            part = raw[start : start + rows] != 0
+            part = np.pad(part, ((0, -len(part) % ROWS), (0, wide - part.shape[1])))
+            part = part.reshape(-1, ROWS, wide // self.pair, self.pair)
+            counts = part.sum((1, 3)) if self.nibbles else part.any(3)
+            total += int(self.advance(counts).sum())
+        return total
 
     def types(self, rows: int, columns: int, room: int) -> tuple[TensorType, TensorType, TensorType]:
         """Of values (``room`` and the spare ones), mask and starts."""
