@@ -15,6 +15,7 @@ from tilewright.codegen.target import Target
 from tilewright.ir import CodegenError, DType, Function, TensorType, canonical
 
 FAMILIES: dict[str, str] = {
+    "mlir.columns": "tilewright.codegen.mlir.columns_emitter:ColumnsEmitter",
     "mlir.linear": "tilewright.codegen.mlir.linear_emitter:LinearEmitter",
     "mlir.attention": "tilewright.codegen.mlir.attention_emitter:AttentionEmitter",
     "mlir.sparse": "tilewright.codegen.mlir.sparse_emitter:SparseEmitter",

@@ -74,6 +74,8 @@ class Pattern:
     biases: tuple[Value, ...]
     tail: tuple[Op, ...]
     result: Value
+    threshold: ops.Threshold | None = None
+    """What x goes through before it meets the weights."""
 
     @property
     def rows(self) -> Dim:
@@ -96,8 +98,11 @@ class Pattern:
         return self.anchor.act if isinstance(self.anchor, ops.GatedLinear) else None
 
 
-def find(kernel: Function, refuse: Callable[[Pattern], str | None]) -> Pattern | str:
-    """The pattern of ``kernel``, or why it has none; ``refuse`` says what a family of kernels does not do."""
+def find(kernel: Function, refuse: Callable[[Pattern], str | None], skips: bool = False) -> Pattern | str:
+    """The pattern of ``kernel``, or why it has none; ``refuse`` says what a family of kernels does not do.
+
+    ``skips``: whether the family leaves out what x has no part in, below a threshold.
+    """
     anchors = [op for op in kernel.body if isinstance(op, (ops.Linear, ops.GatedLinear))]
     if len(anchors) != 1 or len(kernel.returns) != 1:
         return "not one linear layer with one result"
@@ -106,16 +111,20 @@ def find(kernel: Function, refuse: Callable[[Pattern], str | None]) -> Pattern |
         factors, biases = [anchor.weight], [anchor.bias]
     else:
         factors, biases = [anchor.gate, anchor.up], [anchor.gate_bias, anchor.up_bias]
-    x, weights = Tensor.of(anchor.x), tuple(map(Tensor.of, factors))
+    lead = anchor.x.owner if isinstance(anchor.x.owner, ops.Threshold) else None
+    if lead is not None and not skips:
+        return "it multiplies all of x, a threshold or not"
+    x, weights = Tensor.of(lead.x if lead else anchor.x), tuple(map(Tensor.of, factors))
     given = tuple(bias for bias in biases if bias is not None)
     if len(given) not in (0, len(weights)):
         return "only one of gate and up has a bias"
     before = {v.owner for v in (anchor.x, *factors)}
     before |= {op.codes.owner for op in before if isinstance(op, ops.Dequantize)}
+    before |= {lead, *(v.owner for v in lead.operands if list(v.users) == [lead])} if lead else set()
     if x.compressed or x.sparse or not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
         return "an operand of the linear layer is computed in the kernel"
     tail = tuple(op for op in kernel.body[:-1] if op is not anchor and op not in before)
-    pattern = Pattern(anchor, x, weights, given, tail, kernel.returns[0])
+    pattern = Pattern(anchor, x, weights, given, tail, kernel.returns[0], lead)
     return refusal(pattern) or refuse(pattern) or pattern
 
 

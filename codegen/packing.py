@@ -20,6 +20,7 @@ from typing import Self
 
 import numpy as np
 
+from tilewright.codegen.column_packing import ColumnPacking, turn
 from tilewright.codegen.text import format_call, parse_call
 from tilewright.ir import CodegenError, DType
 
@@ -130,7 +131,7 @@ class Packing:
         target = packed.view(self._stored).reshape(*self.shape[:2], -1).view(self._unit)
         for panel in range(self.panels):
             rows = source[panel * self.panel:(panel + 1) * self.panel]
-            _transpose(self._units(rows), target[panel, :, :len(rows)])
+            turn(self._units(rows), target[panel, :, :len(rows)])
             target[panel, :, len(rows):] = 0
         return packed
 
@@ -284,16 +285,10 @@ class RowPacking:
         return packed
 
 
-AnyPacking = Packing | RowPacking
+AnyPacking = Packing | RowPacking | ColumnPacking
 
 
 def parse_packing(text: str) -> AnyPacking:
     """The layout that ``text`` names. Raises ValueError."""
-    return (RowPacking if text.startswith("rows{") else Packing).parse(text)
-
-
-def _transpose(rows: np.ndarray, target: np.ndarray, block: int = 2048) -> None:
-    """target[k, n] = rows[n, k], a feature at a time: long strided writes are what numpy does fastest here."""
-    for start in range(0, rows.shape[1], block):
-        for feature, row in enumerate(rows[:, start:start + block]):
-            target[start:start + block, feature] = row
+    kinds: dict[str, type[RowPacking | ColumnPacking]] = {"rows": RowPacking, "columns": ColumnPacking}
+    return kinds.get(text.partition("{")[0], Packing).parse(text)

@@ -73,7 +73,7 @@ _TITLES = {
     "core": "core: creating, reducing, ordering and moving",
     "nn": "nn: layers",
     "quant": "quant: integers with scales",
-    "sparse": "sparse: few weights, and where they belong",
+    "sparse": "sparse: few weights and where they belong, few inputs",
     "moe": "moe: mixtures of experts",
     "kv": "kv: caches",
     "kernel": "kernel: fused regions",

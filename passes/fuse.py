@@ -76,7 +76,7 @@ class Fuse(Pass):
         users = [u for r in op.results for u in r.users]
         if is_creation(op):
             return not any(is_anchor(u) or isinstance(u, (Return, ops.Reshape, ops.Call)) for u in users)
-        if isinstance(op, DECODING):
+        if isinstance(op, (*DECODING, ops.Threshold)):
             return all(is_copied(op, user) for user in users)
         return isinstance(op, ops.Slice) and is_view_of_columns(op) and all(map(reads_columns, users))
 

@@ -29,6 +29,7 @@ _ANCHORS = (
 _CREATION = (ops.Full, ops.Iota, ops.SizeOf)
 _ROW = (ops.Softmax, ops.LayerNorm, ops.RmsNorm, ops.GroupNorm)
 _REDUCING = (*_ROW, ops.Reduce, ops.ArgMax, ops.Quantize)
+_LAYERS = (ops.Linear, ops.GatedLinear)
 _MOVES = (ops.Transpose, ops.Broadcast, ops.Slice, ops.Gather, ops.GatherND, ops.TakeAlong, ops.Embedding)
 _LONGEST_ROW = 16384
 DECODING = (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress, ops.SparseExpand)
@@ -46,12 +47,20 @@ def is_creation(op: Op) -> bool:
 
 
 def is_copied(op: Op, user: Op) -> bool:
-    """Whether ``user`` takes its own copy of ``op`` into its kernel: the weight or input that it dequantizes itself."""
+    """Whether ``user`` takes its own copy of ``op`` into its kernel: a weight or an input that it dequantizes itself, an
+    input whose small elements it leaves out."""
     if isinstance(op, ops.Expand):
         return isinstance(user, ops.Dequantize)
     if isinstance(op, ops.SparseExpand) and isinstance(user, ops.Dequantize):
         return True
-    return isinstance(op, DECODING) and isinstance(user, (ops.Linear, ops.GatedLinear, ops.Embedding))
+    if isinstance(op, ops.Threshold):
+        return isinstance(user, _LAYERS) and user.operands[0] is op.result and list(user.operands).count(op.result) == 1
+    return isinstance(op, DECODING) and isinstance(user, (*_LAYERS, ops.Embedding))
+
+
+def leads(op: Op) -> bool:
+    """Whether ``op`` makes elements zero for linear layers alone, each of which takes it into its kernel."""
+    return isinstance(op, ops.Threshold) and all(is_copied(op, user) for user in op.result.users)
 
 
 def is_rotated_by(op: Op, user: Op) -> bool:
@@ -64,7 +73,7 @@ def is_rotated_by(op: Op, user: Op) -> bool:
 
 def may_trail(anchor: Op, op: Op) -> bool:
     """Whether ``op`` can run on each result tile of a linear layer before it is stored."""
-    if not isinstance(anchor, (ops.Linear, ops.GatedLinear)) or not isinstance(op, ops.Elementwise):
+    if not isinstance(anchor, _LAYERS) or not isinstance(op, ops.Elementwise) or leads(op):
         return False
     if isinstance(op, (ops.Where, ops.Compare)) or not op.result.dtype.is_float:
         return False

@@ -170,9 +170,13 @@ class _Work:
 
 def gated(b: Builder, act: str, gate: Value, up: Value) -> Op:
     """What a gated layer does with its two products."""
-    active: Value = b.add(_ACTIVATIONS[act](gate)) if act in _ACTIVATIONS else gate
-    product: Op = ops.Mul(active, up)
+    product: Op = ops.Mul(active(b, act, gate), up)
     return product
+
+
+def active(b: Builder, act: str, gate: Value) -> Value:
+    """The gate of a gated layer behind its activation."""
+    return b.add(_ACTIVATIONS[act](gate)) if act in _ACTIVATIONS else gate
 
 
 def is_outliers(op: Op) -> bool:

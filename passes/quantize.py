@@ -68,6 +68,9 @@ class Quantize(Pass):
         check_patterns(self.name, module, self.skip, self.only)
         layers = {op: found for op in linear_layers(module) if (found := self.chosen(op, rw)) is not None}
         numbers = self.chooser.sources(module, ctx, {op: list(found.values()) for op, found in layers.items()})
+        thresholds = [op for op in layers if isinstance(op.operands[0].owner, ops.Threshold)]
+        if thresholds and self.row.activations is not None:
+            ctx.note(f"{self.scheme} rounds the inputs of {len(thresholds)} layers, whose zeros no kernel leaves out then")
         done: dict[Weight, Parts] = {}
         for function in module.entries():
             rows: dict[Value, Value] = {}

@@ -26,10 +26,14 @@ PASSES: dict[str, str] = {
     "outlier-columns": "outlier_columns:OutlierColumns",
     "outlier-weights": "outlier_weights:OutlierWeights",
     "plan-memory": "plan_memory:PlanMemory",
+    "prune": "prune:Prune",
+    "prune-layers": "prune_layers:PruneLayers",
+    "prune-structured": "prune_structured:PruneStructured",
     "quantize": "quantize:Quantize",
     "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
     "sparse-store": "sparse_store:SparseStore",
+    "sparsify-activations": "sparsify_activations:SparsifyActivations",
 }
 """name -> ``file:class`` in this package."""
 

@@ -8,6 +8,7 @@ import resource
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tilewright.codegen.store import KernelStore, default_folder
 from tilewright.codegen.target import Target, parse_cpu, parse_target
 from tilewright.fallbacks import lower_refused
 from tilewright.ir import CheckpointError, Module, PassError, TilewrightError
+from tilewright.layer_costs import layer_costs
 from tilewright.layer_errors import layer_errors, sample_of
 from tilewright.passes.base import PassContext
 from tilewright.passes.pipeline import Pipeline, PipelineReport
@@ -151,7 +153,7 @@ def lower(
     stages = stages or Stages(None)
     before = copy_of(module) if errors else None
     inputs = None if calibration is None else calibration.inputs(module)
-    options = {} if inputs is None else {"calibration": inputs}
+    options = {"layer_costs": partial(layer_costs, target)} | ({} if inputs is None else {"calibration": inputs})
     sensitive = []
     if sensitivity:
         with stages("sensitivity"):

@@ -151,6 +151,8 @@ template <class T> TW_FN bool tw_le(T a, T b) { return a <= b; }
 template <class T> TW_FN bool tw_gt(T a, T b) { return a > b; }
 template <class T> TW_FN bool tw_ge(T a, T b) { return a >= b; }
 template <class T> TW_FN T tw_where(bool c, T a, T b) { return c ? a : b; }
+template <class T, class B> TW_FN T tw_threshold(T x, f32 limit, B by) { return tw_abs(by) < limit ? T(0) : x; }
+template <class T> TW_FN T tw_threshold(T x, f32 limit) { return tw_threshold(x, limit, x); }
 
 // Of integers as in numpy, where dividing by 0 gives 0.
 template <class T> TW_FN T tw_div(T a, T b) { return b == 0 ? 0 : b == (T)-1 ? (T)(0 - a) : a / b; }

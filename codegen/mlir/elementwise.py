@@ -81,7 +81,7 @@ def compute_dtype(dtype: DType) -> str:
 
 def lowers(op: Op) -> bool:
     """Whether :func:`apply` knows the operation."""
-    return type(op) in UNARY or type(op) in BINARY or isinstance(op, (ops.Where, ops.Cast))
+    return type(op) in UNARY or type(op) in BINARY or isinstance(op, (ops.Where, ops.Cast, ops.Threshold))
 
 
 def apply(op: Op, operands: Sequence[Val]) -> Val:
@@ -93,9 +93,17 @@ def apply(op: Op, operands: Sequence[Val]) -> Val:
     if isinstance(op, ops.Where):
         cond, a, b = operands
         return cond.select(a, b)
+    if isinstance(op, ops.Threshold):
+        return threshold(*operands)
     if type(op) in UNARY:
         return UNARY[type(op)](operands[0])
     return BINARY[type(op)](operands[0], operands[1])
+
+
+def threshold(x: Val, limit: Val, by: Val | None = None) -> Val:
+    """x where ``by``, or x itself, is not smaller than the limit."""
+    size = (x if by is None else by).abs()
+    return (size < limit.to(size.dtype)).select(constant(0, x.dtype, x.lanes), x)
 
 
 def dim_value(dim: Dim, dims: Mapping[str, Val]) -> Val:

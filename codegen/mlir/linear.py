@@ -58,25 +58,27 @@ def emit_linear(kernel: Kernel, spec: LinearSpec, schedule: LinearSchedule, m: V
     replaces the store to ``buffers.y``.
     """
     schedule.validate(kernel.target)
-    _Linear(kernel, spec, schedule, m, buffers, epilogue, sink).emit()
+    LinearTasks(kernel, spec, schedule, m, buffers, epilogue, sink).emit()
 
 
-class _Linear(Products):
+class LinearTasks(Products):
     """The state of one emission."""
 
     def __init__(self, kernel: Kernel, spec: LinearSpec, schedule: LinearSchedule, m: Val, buffers: LinearBuffers,
-                 epilogue: Epilogue | None, sink: Sink | None) -> None:
+                 epilogue: Epilogue | None, sink: Sink | None = None) -> None:
         super().__init__(kernel, spec, schedule, m, buffers)
         self.epilogue, self.sink = epilogue, sink or self._store
         self.y_stride = spec.y_stride or spec.n
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
-    def emit(self) -> None:
+    def emit(self, begin: Val | None = None, end: Val | None = None) -> None:
+        """The tasks that the kernel is called for, or those from ``begin`` to ``end``."""
         kernel, tile_m = self.kernel, self.schedule.tile_m
+        begin, end = begin or kernel.begin, end or kernel.end
         blocks = ((self.m + (self.schedule.block_m - 1)) // self.schedule.block_m).max(1)
         height = ((self.m + blocks - 1) // blocks + (tile_m - 1)) // tile_m * tile_m
-        with kernel.loop(kernel.begin, kernel.end, carry=[self.m]) as tasks:
+        with kernel.loop(begin, end, carry=[self.m]) as tasks:
             if self.schedule.first == "rows":
                 panel, row = tasks.index % self.packing.panels, tasks.index // self.packing.panels * height
             else:
@@ -88,7 +90,7 @@ class _Linear(Products):
             for part in range(self.spec.parts):
                 self._start(part, panel, rows)
                 self.multiply(part, panel, row, rows)
-            self._finish(panel * self.panel, row, rows)
+            self.finish(panel * self.panel, row, rows)
             tasks.next(row)
 
     def _correct(self, row: Val, rows: Val) -> None:
@@ -115,7 +117,7 @@ class _Linear(Products):
 
     # --- from sums to y -----------------------------------------------------------------------------------------------
 
-    def _finish(self, col: Val, row: Val, rows: Val) -> None:
+    def finish(self, col: Val, row: Val, rows: Val) -> None:
         kernel, panel = self.kernel, self.panel
         with kernel.loop(0, rows) as loop:
             if self.spec.n % panel == 0:

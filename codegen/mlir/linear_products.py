@@ -49,7 +49,7 @@ class LinearBuffers:
 
 
 @dataclass(frozen=True)
-class _Path:
+class Path:
     """Micro-kernels by count of rows, and the buffers of x and weights that they were made for.
 
     With ``reads`` they expand sparse weights themselves.
@@ -104,7 +104,7 @@ class Products:
         dense = Packing(self.spec.weight, self.panel, count, self.panel, self.packing.pair)
         return self.kernel.scratch(dense.panel_size, dense.stored)
 
-    def _paths(self) -> tuple[_Path, _Path | None]:
+    def _paths(self) -> tuple[Path, Path | None]:
         """Micro-kernels for few rows, which read x and the packed weights where they are, and maybe others for many."""
         spec, tile_m, target = self.spec, self.schedule.tile_m, self.kernel.target
         codes = (spec.weight, self.panel, self.kernel.lanes, spec.k)
@@ -128,20 +128,20 @@ class Products:
             return self._direct(feed, tile_m), self._expanded(feed)
         return self._direct(feed, _FEW), self._wide(feed)
 
-    def _direct(self, feed: AnyFeed, tallest: int) -> _Path:
+    def _direct(self, feed: AnyFeed, tallest: int) -> Path:
         """Micro-kernels that read x and the packed weights where they are."""
         x, stride = self.buffers.x, self.x_stride
         if feed.x_dtype != self.spec.x_dtype:
             x, stride = self.kernel.scratch(tallest * self.spec.k, feed.x_dtype), self.spec.k
         return self._path("direct", feed, tallest, x, self.weights[0], stride, reads=bool(self.spec.sparse))
 
-    def _expanded(self, feed: AnyFeed) -> _Path | None:
+    def _expanded(self, feed: AnyFeed) -> Path | None:
         """Micro-kernels over expanded blocks of sparse weights."""
         if not self.spec.sparse:
             return None
         return self._path("wide", feed, self.schedule.tile_m, self.buffers.x, self.weights[0], self.x_stride)
 
-    def _wide(self, feed: Feed | WidenFeed | ExpandFeed) -> _Path:
+    def _wide(self, feed: Feed | WidenFeed | ExpandFeed) -> Path:
         """Micro-kernels that read blocks converted, from ``feed``, for many rows."""
         core = self._core(feed)
         block = self._block(min(self.schedule.block_k, _WIDE_BLOCK * (4 if isinstance(core, DotFeed) else 1)))
@@ -169,7 +169,7 @@ class Products:
         return max(k // size, 1) * size
 
     def _path(self, name: str, feed: AnyFeed, tallest: int, x: Buffer, w: Buffer, x_stride: int, block: int = 0,
-              stored: Feed | WidenFeed | ExpandFeed | RowFeed | None = None, reads: bool = False) -> _Path:
+              stored: Feed | WidenFeed | ExpandFeed | RowFeed | None = None, reads: bool = False) -> Path:
         kernel, schedule, tiles = self.kernel, self.schedule, {}
         for rows in range(1, tallest + 1):
             # A tall tile is long enough by itself, and so is a step of many factors.
@@ -194,7 +194,7 @@ class Products:
             else:
                 buffers = (x, w, self.sums[0], *self._tables(feed))
                 tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, buffers)
-        return _Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored, reads)
+        return Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored, reads)
 
     def _opened(self, feed: AnyFeed, tile: Tile) -> Callable[[Buffer, Sequence[Buffer], Val], Reader]:
         """Reads sparse weights inside of a micro-kernel, from a vector of the weight on."""
@@ -264,14 +264,14 @@ class Products:
         with self.kernel.when(~at_once):
             self._multiply_blocks(self.wide, part, (panel, row, rows), constant(self.wide.block))
 
-    def _multiply_blocks(self, path: _Path, part: int, where: tuple[Val, Val, Val], block: Val) -> None:
+    def _multiply_blocks(self, path: Path, part: int, where: tuple[Val, Val, Val], block: Val) -> None:
         panel, row, rows = where
         stored = path.stored or path.feed
         with self.kernel.loop(0, self.spec.k, block) as blocks:
             start = blocks.index
             count = block.min(constant(self.spec.k) - start)
             x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
-            w, w_at = self.weights[part], panel * self.packing.panel_size + start // stored.step * stored.stride
+            w, w_at = self.weights[part], self.place(panel, start, stored)
             if self.spec.sparse:
                 w_at = constant(0)
                 if not path.reads:
@@ -286,7 +286,11 @@ class Products:
                 x, x_at = path.x, constant(0)
             self._walk_rows(path, rows, self._call(path, part, (x, w), (x_at, w_at), panel, start, count))
 
-    def _convert(self, path: _Path, part: int, w: Buffer, panel: Val, start: Val, count: Val) -> None:
+    def place(self, panel: Val, start: Val, stored: AnyFeed) -> Val:
+        """Where the weights of a panel are from the k ``start`` on."""
+        return panel * self.packing.panel_size + start // stored.step * stored.stride
+
+    def _convert(self, path: Path, part: int, w: Buffer, panel: Val, start: Val, count: Val) -> None:
         """A block of K of the weights at ``w``, as the path's micro-kernels read it."""
         stored, groups = path.stored, self.spec.steps if self.spec.expands else self.groups
         if isinstance(stored, ExpandFeed):
@@ -306,7 +310,7 @@ class Products:
         first = panel * self.panel
         return first, (constant(self.spec.n) - first).min(constant(self.panel))
 
-    def _call(self, path: _Path, part: int, streams: tuple[Buffer, Buffer], at: tuple[Val, Val], panel: Val, start: Val,
+    def _call(self, path: Path, part: int, streams: tuple[Buffer, Buffer], at: tuple[Val, Val], panel: Val, start: Val,
               count: Val) -> Callable[[int, Val], None]:
         """Calls the micro-kernel of so many rows, from some row of the block on."""
         (x, w), (x_at, w_at), k, step = streams, at, self.spec.k, path.feed.step
@@ -348,7 +352,7 @@ class Products:
 
         return call
 
-    def _walk_rows(self, path: _Path, rows: Val, call: Callable[[int, Val], None]) -> None:
+    def _walk_rows(self, path: Path, rows: Val, call: Callable[[int, Val], None]) -> None:
         full = rows // path.tallest * path.tallest
         with self.kernel.loop(0, full, path.tallest) as loop:
             call(path.tallest, loop.index)

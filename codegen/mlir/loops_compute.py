@@ -84,7 +84,7 @@ def compute(op: Op, values: Sequence[Val]) -> Val:
         # A scalar condition picks whole vectors; the branches must agree.
         cond, a, b = values
         return cond.splat(lanes if cond.lanes else 0).select(a.splat(lanes), b.splat(lanes))
-    return apply(op, values)
+    return apply(op, [v.splat(lanes) for v in values])
 
 
 def _unary(op: Op, x: Val) -> Val:

@@ -23,12 +23,12 @@ def widen_weights(kernel: Kernel, feed: Feed | WidenFeed, core: Feed, w: Buffer,
     with kernel.loop(0, whole, step) as loop:
         for column in range(0, feed.panel, feed.lanes):
             rows = _weights(feed, w, loop.index, column, step)
-            _store(core, block, loop.index, column, rows)
+            store_weights(core, block, loop.index, column, rows)
     with kernel.when((count - whole).ne(0)):
         for column in range(0, feed.panel, feed.lanes):
             rows = _weights(feed, w, whole, column, step, tail=True)
             rows += [constant(0.0, "f32", feed.lanes)] * (len(rows) % core.pair)
-            _store(core, block, whole, column, rows)
+            store_weights(core, block, whole, column, rows)
 
 
 def _weights(feed: Feed | WidenFeed, w: Buffer, k: Val, column: int, step: int, tail: bool = False) -> list[Val]:
@@ -40,7 +40,8 @@ def _weights(feed: Feed | WidenFeed, w: Buffer, k: Val, column: int, step: int, 
     return [w.load((k + i) * feed.panel + column, feed.lanes).to("f32") for i in range(1 if tail else step)]
 
 
-def _store(core: Feed, block: Buffer, k: Val, column: int, rows: list[Val]) -> None:
+def store_weights(core: Feed, block: Buffer, k: Val, column: int, rows: list[Val]) -> None:
+    """f32 weights of a vector of features from ``column`` on, a k after the other, as ``core`` reads them."""
     for i in range(0, len(rows), core.pair):
         place = (k + i) * core.panel + core.pair * column
         if core.pair == 2:

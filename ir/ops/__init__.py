@@ -33,7 +33,7 @@ from tilewright.ir.ops.nn import (
     Softmax,
 )
 from tilewright.ir.ops.quant import Dequantize, Expand, Lookup, Quantize
-from tilewright.ir.ops.sparse import SparseLinear
+from tilewright.ir.ops.sparse import SparseLinear, Threshold
 from tilewright.ir.ops.sparse_expand import SparseExpand
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "SparseExpand",
     "SparseLinear",
     "TakeAlong",
+    "Threshold",
     "TopK",
     "Transpose",
     *_elementwise,

@@ -1,4 +1,4 @@
-"""``sparse``: layers whose weights are few numbers and where they belong."""
+"""``sparse``: layers whose weights are few numbers and where they belong, and inputs that are made zero."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.ops import numerics as num
-from tilewright.ir.ops.shapes import expect_dim, expect_rank
-from tilewright.ir.types import Dim, DType, Type, as_dim
+from tilewright.ir.ops.elementwise import Elementwise
+from tilewright.ir.ops.shapes import broadcast, expect_dim, expect_rank
+from tilewright.ir.types import Dim, DType, TensorType, Type, as_dim
 
 
 class SparseLinear(Op):
@@ -45,3 +46,35 @@ class SparseLinear(Op):
 
     def flops(self) -> Dim:
         return as_dim(2 * self.result.tensor.elements * self.values.shape[1])
+
+
+class Threshold(Elementwise):
+    """x where ``|by| >= limits``, else 0; ``by`` is x unless given. A NaN in ``by`` and a NaN limit keep x.
+
+    The limits are f32, one for all (``[]`` or ``[1]``) or one for each of the last axis (``[K]``); x and ``by`` broadcast.
+    In front of a linear layer it lets the layer leave out what belongs to zeros: TEAL (arXiv:2408.14690), CATS
+    (arXiv:2404.08763).
+    """
+
+    name = "sparse.threshold"
+    x: Value
+    limits: Value
+    by: Value | None = None
+
+    def infer(self) -> tuple[Type, ...]:
+        self.expect(self.x.dtype.is_float, f"x is {self.x.dtype.value}")
+        self.expect(self.limits.dtype is DType.f32, f"limits are {self.limits.dtype.value}, not f32")
+        self.expect(self.limits.tensor.rank < 2, f"limits are {self.limits.type}, not one or a row")
+        shape = broadcast(self, self.x.shape, self.limits.shape)
+        if self.by is not None:
+            self.expect(self.by.dtype.is_float, f"by is {self.by.dtype.value}")
+            shape = broadcast(self, shape, self.by.shape)
+        return (TensorType(shape, self.x.dtype),)
+
+    def evaluate(self, env: Env, x: Any, limits: Any, by: Any) -> Any:
+        with np.errstate(invalid="ignore"):
+            small = np.abs(num.wide(x if by is None else by)) < limits
+        return np.where(small, x.dtype.type(0), x)
+
+    def flops(self) -> Dim:
+        return 0

@@ -28,7 +28,7 @@ def calibration(module: Module, ctx: PassContext, why: str) -> tuple[Function, l
     if given is None:
         raise PassError(f"{why} needs calibration data; give them with {REMEDY}")
     batches = _listed(given)
-    function = _runnable(module, why)
+    function = runnable(module, why)
     for i, batch in enumerate(batches):
         _check(function, module, batch, f"calibration data, entry {i}")
     tokens = sum(map(rows, batches))
@@ -45,7 +45,8 @@ def _listed(given: Any) -> list[Batch]:
     return list(given)
 
 
-def _runnable(module: Module, why: str) -> Function:
+def runnable(module: Module, why: str) -> Function:
+    """The function that calibration runs; raises PassError when it has caches, or is cut into kernels."""
     function = module.functions.get(FUNCTION)
     states = function is not None and any(isinstance(v, State) for op in function.body for v in op.operands)
     if function is None or states or any(function.walk(ops.Call)):

@@ -6,7 +6,8 @@ Cholesky factor of ``inv(H)``. Later columns of a block of 128 are corrected at 
 
 With ``order`` columns go by falling ``H[j, j]`` (act-order), while groups stay neighbours along K: their scales are fitted
 beforehand (static groups). Without it a group is fitted when its first column comes, to what the errors so far made of it.
-Columns that no input reached are rounded to the nearest.
+Columns that no input reached are rounded to the nearest. Weights that are exactly 0 stay 0, whatever earlier columns ask
+of them: later columns make up for that too, as in SparseGPT (arXiv:2301.00774) with a given mask.
 
 Memory: H, and what factoring it takes, in f64: 40 K^2 bytes at most. Of the weight a block of rows is in work: rows do not
 know of each other.
@@ -14,7 +15,7 @@ know of each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,6 +40,34 @@ class Prepared:
     importance: Array
 
 
+def factored(hessian: Array, damping: float, by_size: bool, name: str) -> Prepared:
+    """Factor ``hessian`` f64 ``[K, K]`` with ``damping``; ``by_size`` takes columns by falling diagonal.
+
+    Raises PassError that names the weight ``name`` when numbers are not finite, or it cannot be factored.
+    """
+    if not np.isfinite(hessian).all():
+        raise PassError(f"the inputs of the layer with @{name} became NaN or infinite during calibration")
+    diagonal = np.diag(hessian).copy()
+    order = np.argsort(-diagonal, kind="stable") if by_size else np.arange(len(diagonal))
+    h = hessian[np.ix_(order, order)]
+    h[np.diag_indices_from(h)] += added(diagonal, damping)[order]
+    return Prepared(inverse_factor(h, name), order, diagonal.astype(np.float32))
+
+
+def compensate(left: Array, factor: Array, bounds: Sequence[int], column: Callable[[int], Array]) -> None:
+    """Settle the columns of a weight one by one: ``left`` f32 ``[K, R]`` holds them in order and takes the corrections.
+
+    ``column(i)`` settles the i-th as ``left[i]`` is by then and gives what it lost, ``[R]``. Columns between two of the
+    ``bounds`` are corrected at once, those beyond by one product.
+    """
+    for start, stop in pairwise(bounds):
+        errors = np.empty((stop - start, left.shape[1]), np.float32)
+        for i in range(start, stop):
+            errors[i - start] = column(i) / factor[i, i]
+            left[i + 1 : stop] -= factor[i, i + 1 : stop, None] * errors[i - start]
+        left[stop:] -= factor[start:stop, stop:].T @ errors
+
+
 @dataclass(frozen=True)
 class Gptq:
     """The method with its settings, for weights of any format.
@@ -56,13 +85,7 @@ class Gptq:
 
         Raises PassError that names the weight when it has numbers that are not finite, or cannot be factored.
         """
-        if not np.isfinite(hessian).all():
-            raise PassError(f"the inputs of the layer with @{name} became NaN or infinite during calibration")
-        diagonal = np.diag(hessian).copy()
-        order = np.argsort(-diagonal, kind="stable") if self.order else np.arange(len(diagonal))
-        h = hessian[np.ix_(order, order)]
-        h[np.diag_indices_from(h)] += added(diagonal, self.damping)[order]
-        return Prepared(inverse_factor(h, name), order, diagonal.astype(np.float32))
+        return factored(hessian, self.damping, self.order, name)
 
     def round(self, weight: Array, prepared: Prepared, name: str = "weight") -> tuple[tuple[Array, ...], Array]:
         """The arrays of ``format.parts`` for ``weight`` ``[N, K]``, and the weight that they mean, f32.
@@ -104,6 +127,7 @@ class _Rows:
         self.importance = prepared.importance.reshape(self.groups, self.size)
         self.shared = self.format.shared(grouped, self.importance)
         self.order, self.left = order, np.ascontiguousarray(rows.T[order])
+        self.zeros = self.left == 0
         self.decoded = np.empty_like(rows.T, order="C")
         self.codes: Array = np.empty(0)
         self.fitted: list[Params | None] = [None] * self.groups
@@ -122,12 +146,7 @@ class _Rows:
         return joined | {key: found[0][key] for key in found[0].keys() & self.shared.keys()}
 
     def run(self) -> None:
-        for start, stop in pairwise(self.bounds()):
-            errors = np.empty((stop - start, self.left.shape[1]), np.float32)
-            for i in range(start, stop):
-                errors[i - start] = self.column(i) / self.factor[i, i]
-                self.left[i + 1 : stop] -= self.factor[i, i + 1 : stop, None] * errors[i - start]
-            self.left[stop:] -= self.factor[start:stop, stop:].T @ errors
+        compensate(self.left, self.factor, self.bounds(), self.column)
 
     def bounds(self) -> list[int]:
         """Where blocks begin, and the end. A group that a block holds the first column of is either all in the block or
@@ -141,8 +160,8 @@ class _Rows:
         """Round the ``i``-th column in order; gives its error ``[R]``."""
         j = int(self.order[i])
         params = self.group(j // self.size)
-        column = self.left[i][:, None, None]
-        codes = self.format.encode(column, params)
+        column = np.where(self.zeros[i], 0, self.left[i])
+        codes = self.format.encode(column[:, None, None], params)
         if not self.codes.size:
             self.codes = np.empty(self.left.shape, codes.dtype)
         self.codes[j] = codes[:, 0, 0]
@@ -154,7 +173,8 @@ class _Rows:
         """The params of a group; without act-order fitted to what its columns are by now."""
         params = self.fitted[g]
         if params is None:
-            rows = self.left[g * self.size : (g + 1) * self.size].T
+            here = slice(g * self.size, (g + 1) * self.size)
+            rows = np.where(self.zeros[here], 0, self.left[here]).T
             params = self.fit(np.ascontiguousarray(rows)[:, None], self.importance[g : g + 1])
             self.fitted[g] = params
         return params

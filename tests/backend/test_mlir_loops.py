@@ -108,6 +108,25 @@ def test_bool_and_where(target, rng):
 
 
 @each_target
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_threshold(target, dtype, rng):
+    """Small elements become zero; a NaN and a limit that is none keep what there is."""
+
+    def build(b, x, limits, one, by):
+        return [b(ops.Threshold, x, limits), b(ops.Threshold, x, one), b(ops.Threshold, x, limits, by)]
+
+    def inputs(n):
+        x, by = (random_array(rng, (3, n), dtype) for _ in range(2))
+        x[0, 0], by[1, 0] = np.nan, np.inf
+        limits = random_array(rng, (n,), "f32", 0, 2)
+        limits[-1] = np.nan
+        return [x, limits, np.full(1, 0.5, np.float32), by]
+
+    types = ((3, N), dtype), ((N,), "f32"), ((1,), "f32"), ((3, N), dtype)
+    run_all(kernel_of(build, *types), [inputs(n) for n in SIZES], target)
+
+
+@each_target
 @pytest.mark.parametrize("source", [*FLOATS, *INTS, "bool"])
 def test_casts(target, source, rng):
     kinds = [DType(d) for d in (*FLOATS, *INTS, "bool") if not (d == "u8" and source in FLOATS)]

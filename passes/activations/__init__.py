@@ -1,0 +1,1 @@
+"""Activation sparsity: where inputs of layers become zero, and below which limits."""
