@@ -15,7 +15,7 @@ FLOATS = ("f32", "bf16", "f16")
 class Tensor:
     """An operand of the layer: an argument, or the codes, scales and zero points that are dequantized to it.
 
-    Of a compressed one, ``data`` is what ``compressed`` decompresses to, which is no argument.
+    Of a compressed or sparse one, ``data`` is what is made of ``compressed`` or by ``sparse``, which is no argument.
     """
 
     data: Value
@@ -25,10 +25,13 @@ class Tensor:
     table: Value | None = None
     step: Value | None = None
     offset: Value | None = None
+    sparse: ops.SparseExpand | None = None
 
     @classmethod
     def of(cls, value: Value) -> Tensor:
         op = value.owner
+        if isinstance(op, ops.SparseExpand):
+            return cls(value, sparse=op)
         if isinstance(op, ops.Decompress):
             return cls(value, compressed=tuple(op.operands))
         if isinstance(op, ops.Lookup):
@@ -38,18 +41,22 @@ class Tensor:
         inner = op.codes.owner
         if isinstance(inner, ops.Expand):
             return cls(inner.codes, op.scale, inner.zero, step=inner.scale)
+        if isinstance(inner, ops.SparseExpand):
+            return cls(op.codes, op.scale, op.zero, offset=op.offset, sparse=inner)
         return cls(op.codes, op.scale, op.zero, offset=op.offset)
 
     @property
     def values(self) -> tuple[Value, ...]:
         """What of it the kernel is given."""
-        parts = (self.data, self.scale, self.zero, self.table, self.step, self.offset)
-        return self.compressed or tuple(v for v in parts if v is not None)
+        data = self.compressed or (self.sparse.operands if self.sparse else (self.data,))
+        parts = (self.scale, self.zero, self.table, self.step, self.offset)
+        return (*data, *(v for v in parts if v is not None))
 
     @property
     def format(self) -> tuple[object, ...]:
         """What tensors that one kernel treats alike have in common."""
-        return tuple((v.dtype, v.shape) for v in self.values)
+        stored = self.sparse and (self.sparse.layout, self.data.shape)
+        return (stored, *((v.dtype, v.shape) for v in self.values))
 
     @property
     def groups(self) -> int:
@@ -114,7 +121,7 @@ def find(kernel: Function, refuse: Callable[[Pattern], str | None], skips: bool 
     before = {v.owner for v in (anchor.x, *factors)}
     before |= {op.codes.owner for op in before if isinstance(op, ops.Dequantize)}
     before |= {lead, *(v.owner for v in lead.operands if list(v.users) == [lead])} if lead else set()
-    if x.compressed or not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
+    if x.compressed or x.sparse or not all(isinstance(v, Argument) for t in (x, *weights) for v in (*t.values, *given)):
         return "an operand of the linear layer is computed in the kernel"
     tail = tuple(op for op in kernel.body[:-1] if op is not anchor and op not in before)
     pattern = Pattern(anchor, x, weights, given, tail, kernel.returns[0], lead)

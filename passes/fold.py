@@ -35,7 +35,7 @@ class Fold(Pass):
     def constant(self, op: Op, rw: Rewriter) -> None:
         if op.has_effect or len(op.results) != 1 or not op.operands or not all(map(is_constant, op.operands)):
             return
-        if isinstance(op, (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress)):
+        if isinstance(op, (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress, ops.SparseExpand)):
             return  # it is there to keep the weight small
         size = static_bytes(op.result)
         weights = [v for v in dict.fromkeys(op.operands) if isinstance(v, Weight)]

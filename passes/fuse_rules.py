@@ -32,7 +32,7 @@ _REDUCING = (*_ROW, ops.Reduce, ops.ArgMax, ops.Quantize)
 _LAYERS = (ops.Linear, ops.GatedLinear)
 _MOVES = (ops.Transpose, ops.Broadcast, ops.Slice, ops.Gather, ops.GatherND, ops.TakeAlong, ops.Embedding)
 _LONGEST_ROW = 16384
-DECODING = (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress)
+DECODING = (ops.Dequantize, ops.Lookup, ops.Expand, ops.Decompress, ops.SparseExpand)
 """What makes numbers of the parts of a quantized tensor."""
 
 
@@ -51,6 +51,8 @@ def is_copied(op: Op, user: Op) -> bool:
     input whose small elements it leaves out."""
     if isinstance(op, ops.Expand):
         return isinstance(user, ops.Dequantize)
+    if isinstance(op, ops.SparseExpand) and isinstance(user, ops.Dequantize):
+        return True
     if isinstance(op, ops.Threshold):
         return isinstance(user, _LAYERS) and user.operands[0] is op.result and list(user.operands).count(op.result) == 1
     return isinstance(op, DECODING) and isinstance(user, (*_LAYERS, ops.Embedding))

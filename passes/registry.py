@@ -32,6 +32,7 @@ PASSES: dict[str, str] = {
     "quantize": "quantize:Quantize",
     "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
+    "sparse-store": "sparse_store:SparseStore",
     "sparsify-activations": "sparsify_activations:SparsifyActivations",
 }
 """name -> ``file:class`` in this package."""

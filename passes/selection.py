@@ -23,6 +23,11 @@ def left_alone(weight: Weight | None, skip: Sequence[str], only: Sequence[str]) 
         return "its weight is computed"
     if not weight.dtype.is_float:
         return f"@{weight.name} is {weight.dtype.value}"
+    return left_out(weight, skip, only)
+
+
+def left_out(weight: Weight, skip: Sequence[str], only: Sequence[str]) -> str | None:
+    """Why patterns of names leave a weight out, if they do."""
     if any(fnmatch(weight.name, pattern) for pattern in skip):
         return f"the option skip names @{weight.name}"
     if only and not any(fnmatch(weight.name, pattern) for pattern in only):

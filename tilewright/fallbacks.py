@@ -21,8 +21,8 @@ LINEAR = ("mlir.linear", "cuda.linear")
 def lower_refused(module: Module, target: Target) -> list[str]:
     """Replace the fused kernels that no kernel family lowers whole; gives a line for the report on each.
 
-    Weights that are coded in a way that no linear kernel reads are stored as the numbers they mean. If that does not
-    help, the operations run one by one.
+    Sparse weights that no linear kernel reads are stored dense, those that are coded so as the numbers they mean. If that
+    does not help, the operations run one by one.
     """
     lines, numbers = [], Numbers(module)
     for kernel in module.kernels():
@@ -30,9 +30,11 @@ def lower_refused(module: Module, target: Target) -> list[str]:
         if why is None:
             continue
         what = f"{operations(kernel)} ({kernel.body[0].loc.describe()})"
-        if decode(module, kernel, numbers):
-            lines.append(f"{what} take weights that are stored dequantized: {next(why[f] for f in LINEAR if f in why)}")
-            why = refusal(kernel, target)
+        for change, how in ((fill, "sparse weights that are stored dense"),
+                            (decode, "weights that are stored dequantized")):  # fmt: skip
+            if why is not None and change(module, kernel, numbers):
+                lines.append(f"{what} take {how}: {next(why[f] for f in LINEAR if f in why)}")
+                why = refusal(kernel, target)
         if why is not None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items())
             lines.append(f"{what} run one by one: {reasons}")
@@ -57,17 +59,27 @@ def operations(kernel: Function) -> str:
 def decode(module: Module, kernel: Function, numbers: Numbers) -> bool:
     """Give a linear kernel its coded weights as numbers, computed when the artifact is written; whether it had some."""
     anchors = [op for op in kernel.body if isinstance(op, (ops.Linear, ops.GatedLinear))]
-    calls = [op for op in module.ops(ops.Call) if isinstance(op, ops.Call) and op.callee == kernel.name]
     factors = [v for op in anchors for v in (op.operands[1:] if isinstance(op, ops.Linear) else (op.gate, op.up))]
-    coded = [v for v in dict.fromkeys(factors) if isinstance(v.owner, DECODING) and _are_weights(v, kernel, calls)]
-    for value in coded:
+    return _computed(module, kernel, numbers, [v for v in factors if isinstance(v.owner, DECODING)])
+
+
+def fill(module: Module, kernel: Function, numbers: Numbers) -> bool:
+    """Give a kernel its sparse weights, or their codes, dense; whether it had some."""
+    return _computed(module, kernel, numbers, [op.result for op in kernel.body if isinstance(op, ops.SparseExpand)])
+
+
+def _computed(module: Module, kernel: Function, numbers: Numbers, values: Sequence[Value]) -> bool:
+    """Make arguments of those ``values`` that depend on weights alone, computed when the artifact is written."""
+    calls = [op for op in module.ops(ops.Call) if isinstance(op, ops.Call) and op.callee == kernel.name]
+    found = [v for v in dict.fromkeys(values) if _are_weights(v, kernel, calls)]
+    for value in found:
         made = Argument(f"w{len(kernel.args)}", value.type)
         for call in calls:
             _set_args(call, (*call.args, numbers.of(value, dict(zip(kernel.args, call.args)))))
         kernel.args.append(made)
         value.replace_all_uses(made)
     _drop_unused(kernel, calls)
-    return bool(coded)
+    return bool(found)
 
 
 def _are_weights(value: Value, kernel: Function, calls: Sequence[ops.Call]) -> bool:

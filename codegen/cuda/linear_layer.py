@@ -106,6 +106,8 @@ def refusal(p: Pattern) -> str | None:
     """What of a pattern the CUDA kernels do not do."""
     if any(w.compressed for w in p.weights):
         return "compressed weights"
+    if any(w.sparse for w in p.weights):
+        return "sparse weights"
     if p.result.dtype.bits < 8 or p.result.dtype.is_narrow_float:
         return f"a result of {p.result.dtype.value}"
     after = {p.anchor.result}

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 from torch_mlir import ir
 from torch_mlir.dialects import func, memref, scf, vector
 
@@ -39,6 +40,7 @@ class Kernel:
         """``dims`` are the names of int64 arguments, ``buffers`` the (name, dtype) of pointer arguments, in order."""
         self.name, self.target = name, target
         self._dim_names, self._buffer_specs = tuple(dims), tuple(buffers)
+        self._tables: set[str] = set()
 
     @property
     def lanes(self) -> int:
@@ -138,6 +140,17 @@ class Kernel:
         kind = ir.MemRefType.get([count], mlir_type("i8" if dtype == "bool" else dtype))
         with ir.InsertionPoint.at_block_begin(self._entry):
             return Buffer(memref.alloca(kind, [], [], alignment=64), dtype)
+
+    def table(self, name: str, numbers: Sequence[int]) -> Buffer:
+        """Constant bytes; the same ``name`` stands for the same numbers everywhere in the kernel."""
+        kind, symbol = ir.MemRefType.get([len(numbers)], mlir_type("u8")), f"{self.name}.{name}"
+        if name not in self._tables:
+            self._tables.add(name)
+            values = ir.DenseElementsAttr.get(np.array(numbers, np.uint8).view(np.int8), type=mlir_type("u8"))
+            with ir.InsertionPoint(self.module.body):
+                memref.GlobalOp(symbol, ir.TypeAttr.get(kind), sym_visibility="private", initial_value=values,
+                                constant=True, alignment=64)  # fmt: skip
+        return Buffer(memref.get_global(kind, symbol), "u8")
 
     def mask(self, remaining: Val, lanes: int) -> Val:
         """A bool vector, true in the first ``remaining`` lanes (an index; all lanes when it is ``>= lanes``)."""

@@ -99,6 +99,8 @@ def refusal(p: Pattern) -> str | None:
     """What of a pattern the kernels do not do."""
     if p.threshold is None:
         return "no threshold says which inputs to leave out"
+    if p.weights[0].sparse:
+        return "no inputs are left out: sparse weights have no columns"
     if p.x.scale or p.weights[0].compressed or p.weights[0].table or p.weights[0].data.dtype.value not in WEIGHTS:
         what = "x in codes" if p.x.scale else f"weights that are {'compressed' if p.weights[0].compressed else 'coded so'}"
         return f"no inputs are left out: no kernel for {what}; there are those for {', '.join(WEIGHTS)}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.microkernel import Weights
 from tilewright.codegen.mlir.value import BITS, Val, constant, intrinsic
 from tilewright.codegen.packing import code_pair, code_planes
 
@@ -73,7 +74,7 @@ class CodeFeed:
         """k's beyond whole steps."""
         return self.k % self.step
 
-    def load(self, w: Buffer, place: Val | int) -> list[Val]:
+    def load(self, w: Weights, place: Val | int) -> list[Val]:
         """The words of each feature, as i32."""
         return [w.load(place + start, 4 * self.lanes).bitcast("i32") for start in self.spread]
 
@@ -111,7 +112,7 @@ class DotFeed(CodeFeed):
     def parts(self) -> int:
         return 2 if self.bits == 8 and not self.vnni else self.step // 4
 
-    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
+    def weights(self, w: Weights, place: Val | int, tail: bool = False) -> list[Val]:
         words = self.load(w, place)
         if self.bits < 8:
             return [self.codes(words, quad, 0, 0x01010101).bitcast("u8") for quad in range(self.step // 4)]

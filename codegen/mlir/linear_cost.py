@@ -20,7 +20,7 @@ def linear_space(spec: LinearSpec, target: CpuTarget, rows: int) -> Space:
     if rows <= min(LinearSchedule.domains()["block_m"]):
         idle |= {"block_m", "first"}
     narrow = {key: (getattr(default, key),) for key in idle}
-    if spec.compressed and target.lanes % ROWS:
+    if (spec.compressed or spec.sparse) and target.lanes % ROWS:
         narrow["tile_v"] = tuple(v for v in LinearSchedule.domains()["tile_v"] if v * target.lanes % ROWS == 0)
     longest = next((k for k in LinearSchedule.domains()["block_k"] if k >= spec.k), None)
     if longest:  # one block: longer ones are the same

@@ -13,6 +13,7 @@ from tilewright.codegen.mlir.linear import LinearBuffers, Place, emit_linear
 from tilewright.codegen.mlir.linear_cost import linear_features, linear_space
 from tilewright.codegen.mlir.linear_expand import largest_step
 from tilewright.codegen.mlir.linear_lossless import Compressed
+from tilewright.codegen.mlir.linear_sparse import Sparse, element
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.value import Val, constant
@@ -42,6 +43,7 @@ def spec_of(p: Pattern) -> LinearSpec:
         row_tables=weight.table is not None and weight.table.shape[0] != 1,
         offset=weight.offset is not None,
         expands=p.depth // int(weight.step.shape[-1]) if weight.step else 0,
+        sparse=weight.sparse.layout if weight.sparse else None,
     )
 
 
@@ -90,7 +92,7 @@ class LinearEmitter:
             raise CodegenError(f"{self.name} cannot lower @{kernel.name} with {schedule}: {found}")
         spec, dims = spec_of(found), tuple(kernel.symbols())
         packed = packings(found, spec, schedule, target)
-        pairs = [(f"a{i}", packed[v].stored if v in packed else v.dtype.value) for i, v in enumerate(kernel.args)]
+        pairs = [(f"a{i}", packed[v].stored if v in packed else element(v.dtype)) for i, v in enumerate(kernel.args)]
         with Kernel(symbol, target, dims, [*pairs, ("y", spec.out_dtype)]) as k:
             by_value: dict[Value, Buffer] = dict(zip(kernel.args, k.buffers))
             buffers = roles(found, by_value, k.buffers[-1])
@@ -116,7 +118,8 @@ def packings(found: Pattern, spec: LinearSpec, schedule: LinearSchedule, target:
     """The layouts in which weights and what belongs to them must come."""
     layouts: dict[Value, AnyPacking] = {}
     for weight in (w for w in found.weights if not w.compressed):
-        layouts[weight.data] = spec.packing(schedule, target)
+        if not weight.sparse:
+            layouts[weight.data] = spec.packing(schedule, target)
         for value in (weight.scale, weight.zero, weight.offset):
             if value is not None and (value is weight.scale or not spec.expands):
                 layouts[value] = spec.group_packing(value.dtype.value, schedule, target)
@@ -134,7 +137,7 @@ def roles(found: Pattern, buffers: dict[Value, Buffer], y: Buffer) -> LinearBuff
 
     return LinearBuffers(
         buffers[found.x.data],
-        every([weight.data for weight in found.weights if not weight.compressed]),
+        every([weight.data for weight in found.weights if not (weight.compressed or weight.sparse)]),
         every([weight.scale for weight in found.weights]),
         every([weight.zero for weight in found.weights]),
         every(list(found.biases)),
@@ -144,6 +147,7 @@ def roles(found: Pattern, buffers: dict[Value, Buffer], y: Buffer) -> LinearBuff
         every([weight.table for weight in found.weights]),
         every([weight.step for weight in found.weights]),
         every([weight.offset for weight in found.weights]),
+        [sparse(weight.sparse, buffers) for weight in found.weights if weight.sparse],
     )
 
 
@@ -151,6 +155,11 @@ def compressed(weight: Tensor, buffers: Mapping[Value, Buffer]) -> Compressed:
     """The arguments that a weight is decompressed from."""
     blocks, steps = map(int, weight.compressed[0].shape[:2])
     return Compressed(*(buffers[v] for v in weight.compressed), blocks, steps)
+
+
+def sparse(op: ops.SparseExpand, buffers: Mapping[Value, Buffer]) -> Sparse:
+    """The arguments that a weight is expanded from."""
+    return Sparse(*(buffers[v] for v in op.operands), op.layout, op.rows, op.columns)
 
 
 class Epilogue:

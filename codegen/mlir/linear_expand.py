@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.linear_codes import CODES, DotFeed
 from tilewright.codegen.mlir.linear_groups import Groups
-from tilewright.codegen.mlir.microkernel import Tile, sum_steps
+from tilewright.codegen.mlir.microkernel import Tile, Weights, sum_steps
 from tilewright.codegen.mlir.value import Val, constant, intrinsic
 
 
@@ -56,12 +56,12 @@ class ExpandFeed(DotFeed):
     def parts(self) -> int:
         return self.step // 4 * (1 if self.vnni else 2)
 
-    def expanded(self, w: Buffer, place: Val | int, levels: Levels) -> list[Val]:
+    def expanded(self, w: Weights, place: Val | int, levels: Levels) -> list[Val]:
         """Words of four weights plus 128: the k's of one step."""
         words = self.load(w, place)
         return [levels.expand(self.codes(words, quad, 0, 0x01010101)) for quad in range(self.step // 4)]
 
-    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
+    def weights(self, w: Weights, place: Val | int, tail: bool = False) -> list[Val]:
         assert self.levels is not None
         assert isinstance(place, int)
         return [factor for words in self.expanded(w, place, self.levels[place]) for factor in self.bytes(words)]

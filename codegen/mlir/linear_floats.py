@@ -15,7 +15,7 @@ import numpy as np
 
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.linear_codes import CODES, CodeFeed, is_integer, shifted
-from tilewright.codegen.mlir.microkernel import split_bf16
+from tilewright.codegen.mlir.microkernel import Weights, split_bf16
 from tilewright.codegen.mlir.narrow import F8_FACTORS, widen_f8
 from tilewright.codegen.mlir.value import Val, constant, fma, intrinsic, literals, shuffle
 from tilewright.ir.types import DType
@@ -66,7 +66,7 @@ class PairFeed(FloatFeed):
         (table,) = more
         return replace(self, entries=repeated(table.load(0, 1 << self.bits), 32))
 
-    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
+    def weights(self, w: Weights, place: Val | int, tail: bool = False) -> list[Val]:
         words = [word.bitcast("i16") for word in self.load(w, place)]
         if self.weight.startswith("f8"):
             return [_pick_magnitudes(shifted(words[0], bit), self.weight) for bit in (0, 8)]
@@ -111,7 +111,7 @@ class WidenFeed(FloatFeed):
         (table,) = more
         return replace(self, entries=self.widest(table.load(0, 1 << self.bits).to("f32")))
 
-    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
+    def weights(self, w: Weights, place: Val | int, tail: bool = False) -> list[Val]:
         words = self.load(w, place)
         return [self.number(words, i) for i in range(self.rest if tail else self.pair)]
 

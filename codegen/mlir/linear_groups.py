@@ -8,12 +8,12 @@ correction ``-zero * sum x``. The same holds for a scale a channel, where all of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.linear_codes import quad_sums
-from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, sum_steps
+from tilewright.codegen.mlir.microkernel import AnyFeed, Reading, Tile, Weights, carried, resumed, sum_steps
 from tilewright.codegen.mlir.narrow import widen_f8e8m0
 from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
 from tilewright.codegen.schedule import registers
@@ -32,7 +32,10 @@ class Groups:
 
 @dataclass(frozen=True)
 class Streams:
-    """What a panel brings along K, and what x does: buffers, not offset. The last four may be missing."""
+    """What a panel brings along K, and what x does: buffers, not offset. The last six may be missing.
+
+    Sparse weights have a ``mask`` and ``starts``.
+    """
 
     x: Buffer
     codes: Buffer
@@ -42,52 +45,67 @@ class Streams:
     corrections: Buffer | None = None
     table: Buffer | None = None
     offsets: Buffer | None = None
+    mask: Buffer | None = None
+    starts: Buffer | None = None
+
+    @property
+    def optional(self) -> tuple[Buffer | None, ...]:
+        """The last six."""
+        return self.zeros, self.corrections, self.table, self.offsets, self.mask, self.starts
 
     @property
     def buffers(self) -> list[Buffer]:
-        given = (self.x, self.codes, self.scales, self.sums, self.zeros, self.corrections, self.table, self.offsets)
+        given = (self.x, self.codes, self.scales, self.sums, *self.optional)
         return [buffer for buffer in given if buffer is not None]
 
     def like(self, buffers: Sequence[Buffer]) -> Streams:
         """The same roles for other buffers, in the order of ``buffers``."""
         x, codes, scales, sums, *rest = buffers
-        given = [rest.pop(0) if mine else None for mine in (self.zeros, self.corrections, self.table, self.offsets)]
+        given = [rest.pop(0) if mine else None for mine in self.optional]
         return Streams(x, codes, scales, sums, *given)
 
 
-def emit_group_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, groups: Groups, streams: Streams) -> Function:
+def emit_group_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, groups: Groups, streams: Streams,
+                      opened: Callable[[Buffer, Sequence[Buffer], Val], Reading] | None = None) -> Function:
     """``sums[rows][features] += x[rows] @ features.T`` over some groups of K, as the inner function ``name``.
 
     Numbers of a call: first element of x, of the codes, of the sums, of the scales (and zeros) and of the corrections,
-    and the count of groups.
+    and the count of groups. ``opened`` reads sparse weights, as that of `emit_micro_kernel`.
     """
     with kernel.function(name, streams.buffers, numbers=6) as micro:
         x_at, w_at, sums_at, scales_at, corrections_at, count = micro.numbers
         inner = streams.like(micro.buffers)
         feed = feed.bound([inner.table] if inner.table else [])
-        _GroupKernel(kernel, feed, tile, groups, inner, (x_at, w_at, scales_at, corrections_at)).emit(sums_at, count)
+        codes = inner.codes.at(w_at)
+        if opened and inner.mask and inner.starts:
+            codes = opened(inner.codes, (inner.mask, inner.starts), w_at)
+        _GroupKernel(kernel, feed, tile, groups, inner, codes, (x_at, scales_at, corrections_at)).emit(sums_at, count)
     return micro
 
 
 class _GroupKernel:
     """The state of one emission."""
 
-    def __init__(self, kernel: Kernel, feed: AnyFeed, tile: Tile, groups: Groups, streams: Streams,
-                 starts: tuple[Val, Val, Val, Val]) -> None:
+    def __init__(self, kernel: Kernel, feed: AnyFeed, tile: Tile, groups: Groups, streams: Streams, codes: Weights,
+                 starts: tuple[Val, Val, Val]) -> None:
         self.kernel, self.feed, self.tile, self.groups, self.streams = kernel, feed, tile, groups, streams
-        self.x_at, self.w_at, self.scales_at, self.corrections_at = starts
+        self.codes = codes
+        self.x_at, self.scales_at, self.corrections_at = starts
         self.places = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
 
     def emit(self, sums_at: Val, count: Val) -> None:
         sums = self.streams.sums.at(sums_at)
         at = [r * self.tile.sums_stride + v * self.feed.lanes for r, v in self.places]
         if not keeps_totals(self.tile.rows, self.tile.vectors, self.kernel.target):
-            with self.kernel.loop(0, count) as loop:
+            with self.kernel.loop(0, count, carry=carried(self.codes)) as loop:
+                resumed(self.codes, loop.values)
                 self._flush_to_memory(loop.index, sums, at)
+                loop.next(*carried(self.codes))
             return
         totals = [sums.load(place, self.feed.lanes) for place in at]
-        with self.kernel.loop(0, count, carry=totals) as loop:
-            loop.next(*self._ended(loop.index, loop.values))
+        with self.kernel.loop(0, count, carry=[*totals, *carried(self.codes)]) as loop:
+            totals = self._ended(loop.index, resumed(self.codes, loop.values))
+            loop.next(*totals, *carried(self.codes))
         for place, total in zip(at, loop.results):
             sums.store(total, place)
 
@@ -121,7 +139,11 @@ class _GroupKernel:
         """The f32 sums of one group."""
         steps = self.groups.size // self.feed.step
         x = self.streams.x.at(self.x_at + group * self.groups.size)
-        codes = self.streams.codes.at(self.w_at + group * (steps * self.feed.stride))
+        codes = self.codes
+        if isinstance(codes, Buffer):
+            codes = codes.at(group * (steps * self.feed.stride))
+        else:
+            codes = codes.after(group * steps)
         totals = sum_steps(self.kernel, self.feed, self.tile, (x, codes), constant(steps), self._start(group))
         return [total.to("f32") for total in totals]
 

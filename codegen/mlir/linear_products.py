@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,14 @@ from tilewright.codegen.mlir.linear_floats import PairFeed, WidenFeed
 from tilewright.codegen.mlir.linear_groups import Streams, emit_group_kernel, keeps_totals
 from tilewright.codegen.mlir.linear_lossless import Compressed, emit_decompress, panel_room
 from tilewright.codegen.mlir.linear_rows import RowFeed, emit_row_kernel, look_up_rows
+from tilewright.codegen.mlir.linear_sparse import Reader, Sparse, emit_expand_function
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.mlir.microkernel import AnyFeed, Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.mlir.widen import core_feed, widen_inputs, widen_weights
-from tilewright.codegen.packing import RowPacking
+from tilewright.codegen.packing import Packing, RowPacking
 from tilewright.codegen.schedule import LinearSchedule, registers
+from tilewright.ir.ops.sparse_expand import ROWS, SEGMENT
 
 _FEW = 4  # rows up to which converting weights in registers beats storing the converted block
 _STREAMED = 2  # rows up to which fetching ahead pays
@@ -28,7 +31,7 @@ _WIDE_BLOCK = 128  # k's of a converted block; four times as many of one byte
 class LinearBuffers:
     """Arguments of the kernel: x (and its scales), for each weight what belongs to it, y (unless a sink stores).
 
-    Weights are packed, or else ``compressed``.
+    Weights are packed, or else ``compressed`` or ``sparse``.
     """
 
     x: Buffer
@@ -42,11 +45,15 @@ class LinearBuffers:
     tables: Sequence[Buffer] = ()
     steps: Sequence[Buffer] = ()
     offsets: Sequence[Buffer] = ()
+    sparse: Sequence[Sparse] = ()
 
 
 @dataclass(frozen=True)
 class Path:
-    """Micro-kernels by count of rows, and the buffers of x and weights that they were made for."""
+    """Micro-kernels by count of rows, and the buffers of x and weights that they were made for.
+
+    With ``reads`` they expand sparse weights themselves.
+    """
 
     feed: AnyFeed
     tiles: dict[int, Function]
@@ -55,6 +62,7 @@ class Path:
     x_stride: int
     block: int
     stored: Feed | WidenFeed | ExpandFeed | RowFeed | None = None  # what blocks are converted from
+    reads: bool = False
 
     @property
     def tallest(self) -> int:
@@ -74,12 +82,14 @@ class Products:
         self.kernel, self.spec, self.schedule, self.m, self.buffers = kernel, spec, schedule, m, buffers
         self.packing, self.groups = spec.packing(schedule, kernel.target), spec.groups
         self.panel = self.packing.panel
-        self.x_stride = spec.x_stride or spec.k
+        self.x_stride, self.grouped = spec.x_stride or spec.k, spec.grouped
         self.weights = buffers.weights
         if buffers.compressed:  # a panel at a time is made of them
             self.weights = [kernel.scratch(panel_room(spec.k, self.panel), "bf16")] * spec.parts
+        if buffers.sparse:  # a block of a panel at a time is
+            self.weights = [self._room()] * spec.parts
+            self.expand = emit_expand_function(kernel, buffers.sparse[0], self.panel, self.weights[0])
         self.rows = -(-schedule.block_m // schedule.tile_m) * schedule.tile_m
-        self.grouped = spec.grouped
         self.acc = "i32" if spec.dynamic and not self.grouped else "f32"
         self.sums = [kernel.scratch(self.rows * self.panel, self.acc) for _ in range(spec.parts)]
         self.corrections = None
@@ -87,6 +97,12 @@ class Products:
             kind = "i32" if spec.dynamic else "f32"
             self.corrections = kernel.scratch(self.rows * self.groups.count, kind)
         self.direct, self.wide = self._paths()
+
+    def _room(self) -> Buffer:
+        """Memory for an expanded block."""
+        count = min(self._block(self.schedule.block_k), self.packing.steps * self.packing.pair)
+        dense = Packing(self.spec.weight, self.panel, count, self.panel, self.packing.pair)
+        return self.kernel.scratch(dense.panel_size, dense.stored)
 
     def _paths(self) -> tuple[Path, Path | None]:
         """Micro-kernels for few rows, which read x and the packed weights where they are, and maybe others for many."""
@@ -99,7 +115,8 @@ class Products:
             expand = ExpandFeed(*codes, target.has_vnni)
             return self._direct(expand, _FEW), self._wide(expand)
         if spec.dynamic:
-            return self._direct(DotFeed(*codes, target.has_vnni), tile_m), None
+            dots = DotFeed(*codes, target.has_vnni)
+            return self._direct(dots, tile_m), self._expanded(dots)
         if spec.coded:
             feed = WidenFeed(*codes, spec.x_dtype, spec.table)
             if target.has_bf16_dot and spec.x_dtype == "bf16" and feed.in_bf16:
@@ -108,7 +125,7 @@ class Products:
         dot = target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
         feed = Feed(spec.x_dtype, spec.weight, self.panel, self.kernel.lanes, dot)
         if feed == core_feed(self.kernel, feed):
-            return self._direct(feed, tile_m), None
+            return self._direct(feed, tile_m), self._expanded(feed)
         return self._direct(feed, _FEW), self._wide(feed)
 
     def _direct(self, feed: AnyFeed, tallest: int) -> Path:
@@ -116,7 +133,13 @@ class Products:
         x, stride = self.buffers.x, self.x_stride
         if feed.x_dtype != self.spec.x_dtype:
             x, stride = self.kernel.scratch(tallest * self.spec.k, feed.x_dtype), self.spec.k
-        return self._path("direct", feed, tallest, x, self.weights[0], stride)
+        return self._path("direct", feed, tallest, x, self.weights[0], stride, reads=bool(self.spec.sparse))
+
+    def _expanded(self, feed: AnyFeed) -> Path | None:
+        """Micro-kernels over expanded blocks of sparse weights."""
+        if not self.spec.sparse:
+            return None
+        return self._path("wide", feed, self.schedule.tile_m, self.buffers.x, self.weights[0], self.x_stride)
 
     def _wide(self, feed: Feed | WidenFeed | ExpandFeed) -> Path:
         """Micro-kernels that read blocks converted, from ``feed``, for many rows."""
@@ -141,10 +164,12 @@ class Products:
         size = self.spec.expands or (self.groups.size if self.grouped else 1)
         if isinstance(self.packing, RowPacking):
             size = self.packing.block
+        if self.spec.sparse:
+            size = math.lcm(size, SEGMENT * self.spec.sparse.pair)
         return max(k // size, 1) * size
 
     def _path(self, name: str, feed: AnyFeed, tallest: int, x: Buffer, w: Buffer, x_stride: int, block: int = 0,
-              stored: Feed | WidenFeed | ExpandFeed | RowFeed | None = None) -> Path:
+              stored: Feed | WidenFeed | ExpandFeed | RowFeed | None = None, reads: bool = False) -> Path:
         kernel, schedule, tiles = self.kernel, self.schedule, {}
         for rows in range(1, tallest + 1):
             # A tall tile is long enough by itself, and so is a step of many factors.
@@ -159,12 +184,26 @@ class Products:
                 buffers = (x, w, self.sums[0], *self._levels())
                 tiles[rows] = emit_expand_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.steps, buffers)
             elif self.grouped:
-                streams = self._streams(feed, x, w)
-                tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams)
+                streams, opened = self._streams(feed, x, w, reads=reads), self._opened(feed, tile) if reads else None
+                tiles[rows] = emit_group_kernel(kernel, f"{name}{rows}", feed, tile, self.groups, streams, opened)
+            elif reads:
+                values, *more = self.buffers.sparse[0].buffers
+                buffers = (x, values, self.sums[0], *more)
+                opened = self._opened(feed, tile)
+                tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, buffers, opened)
             else:
                 buffers = (x, w, self.sums[0], *self._tables(feed))
                 tiles[rows] = emit_micro_kernel(kernel, f"{name}{rows}", feed, tile, self.spec.k, buffers)
-        return Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored)
+        return Path(feed, tiles, x, w, x_stride, block or self._block(schedule.block_k), stored, reads)
+
+    def _opened(self, feed: AnyFeed, tile: Tile) -> Callable[[Buffer, Sequence[Buffer], Val], Reader]:
+        """Reads sparse weights inside of a micro-kernel, from a vector of the weight on."""
+
+        def opened(values: Buffer, more: Sequence[Buffer], first: Val) -> Reader:
+            weight = self.buffers.sparse[0].inside(values, *more)
+            return Reader(self.kernel, weight, first, tile.vectors, self.panel, feed.step)
+
+        return opened
 
     def _fetches(self, rows: int) -> bool:
         """Whether a tile of so many rows may fetch weights ahead: one that waits for them rather than multiplies."""
@@ -176,20 +215,26 @@ class Products:
         if isinstance(feed, RowFeed):
             return most
         widths = [w for w in range(most, 0, -1) if most % w == 0]
+        if self.spec.sparse:  # blocks are not cut
+            widths = [w for w in widths if w * self.kernel.lanes % ROWS == 0]
         if self.grouped:
-            return next((w for w in widths if keeps_totals(rows, w, target)), 1)
+            return next((w for w in widths if keeps_totals(rows, w, target)), widths[-1])
 
         def needed(w: int) -> int:
             held = 3 * w if isinstance(feed, ExpandFeed) else 0  # its levels
             return rows * w + (w if rows > w else 1) * feed.parts + held + 2
 
-        return next((w for w in widths if needed(w) <= registers(target)), 1) if self.spec.coded else widths[0]
+        return next((w for w in widths if needed(w) <= registers(target)), widths[-1]) if self.spec.coded else widths[0]
 
-    def _streams(self, feed: AnyFeed, x: Buffer, w: Buffer, part: int = 0) -> Streams:
+    def _streams(self, feed: AnyFeed, x: Buffer, w: Buffer, part: int = 0, reads: bool = False) -> Streams:
         zeros = self.buffers.zeros[part] if self.spec.asymmetric else None
         (table,) = self._tables(feed, part) or (None,)
         offsets = self.buffers.offsets[part] if self.spec.offset else None
-        return Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections, table, offsets)
+        found = Streams(x, w, self.buffers.scales[part], self.sums[part], zeros, self.corrections, table, offsets)
+        if not reads:
+            return found
+        values, mask, starts = self.buffers.sparse[part].buffers
+        return replace(found, codes=values, mask=mask, starts=starts)
 
     def _levels(self, part: int = 0) -> list[Buffer]:
         """What codes expand by: steps and perhaps zero points."""
@@ -227,6 +272,12 @@ class Products:
             count = block.min(constant(self.spec.k) - start)
             x, x_at = self.buffers.x, row * self.x_stride + (start + self.spec.x_offset)
             w, w_at = self.weights[part], self.place(panel, start, stored)
+            if self.spec.sparse:
+                w_at = constant(0)
+                if not path.reads:
+                    pair = self.spec.sparse.pair
+                    steps = (count + (pair - 1)) // pair
+                    self.expand((*self.buffers.sparse[part].buffers, w), (panel, start // pair, steps))
             if path.stored:
                 self._convert(path, part, w.at(w_at), panel, start, count)
                 w, w_at = path.weights, constant(0)
@@ -269,18 +320,24 @@ class Products:
             buffers, groups = [x, w, self.sums[part], *self._levels(part)], self.spec.steps
             scales_at = (panel * groups.count + start // groups.size) * self.panel
         elif self.grouped:
-            buffers, group = self._streams(path.feed, x, w, part).buffers, start // self.groups.size
+            buffers, group = self._streams(path.feed, x, w, part, path.reads).buffers, start // self.groups.size
             groups = count // self.groups.size
             scales_at = (panel * self.groups.count + group) * self.panel
         else:
             buffers = [x, w, self.sums[part], *self._tables(path.feed, part)]
+            if path.reads:
+                values, *more_buffers = self.buffers.sparse[part].buffers
+                buffers = [x, values, self.sums[part], *more_buffers]
             tail = (start + count).eq(k).to("index") if k % step else constant(0)
             ahead = (self.m <= path.tallest).select(constant(self.schedule.prefetch), 0)  # else the caches have the block
 
         def call(rows: int, row: Val) -> None:
             for vector in range(0, self.schedule.tile_v, self._width(path.feed, rows)):
                 sums_at = row * self.packing.panel + vector * self.kernel.lanes
-                places = (x_at + row * path.x_stride, w_at + vector * _spacing(path.feed), sums_at)
+                w_place = w_at + vector * _spacing(path.feed)
+                if path.reads:
+                    w_place = panel * self.schedule.tile_v + vector
+                places = (x_at + row * path.x_stride, w_place, sums_at)
                 if isinstance(path.feed, RowFeed):
                     more = features
                 elif isinstance(path.feed, ExpandFeed):

@@ -14,6 +14,7 @@ from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.packing import AnyPacking, Packing, RowPacking, code_pair
 from tilewright.codegen.schedule import LinearSchedule
 from tilewright.codegen.target import CpuTarget
+from tilewright.ir.ops.sparse_expand import MaskLayout
 
 _SHARED = 28  # panels that threads share evenly
 _CACHED = 4 << 20  # bytes of a weight that may well be read again for each block of rows
@@ -38,7 +39,8 @@ class LinearSpec:
     scale; ``row_tables``: each row has a table of its own (see linear_rows.py). ``x_dtype`` i8 are codes too, with one f32
     scale a row. ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see linear_expand.py). ``gated``:
     two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside
-    wider rows (0 = dense). ``compressed`` bf16 weights are decompressed a panel at a time (see linear_lossless.py).
+    wider rows (0 = dense). ``compressed`` bf16 weights are decompressed a panel at a time (see linear_lossless.py), those
+    with a layout ``sparse`` expanded (see linear_sparse.py).
     """
 
     n: int
@@ -60,6 +62,7 @@ class LinearSpec:
     row_tables: bool = False
     expands: int = 0
     offset: bool = False
+    sparse: MaskLayout | None = None
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in ACTIVATIONS:
@@ -71,6 +74,8 @@ class LinearSpec:
 
     def refusal(self) -> str | None:
         """What of the quantization the kernels do not do."""
+        if self.sparse and (self.table or self.expands or self.weight != self.sparse.dtype.value):
+            return f"sparse weights of {self.weight} with tables or steps"
         if self.dynamic and (not is_integer(self.weight) or self.table):
             return f"int8 activations with {f'a table of {self.table}' if self.table else self.weight} weights"
         if not self.coded:
@@ -157,7 +162,7 @@ class LinearSpec:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
         if self.dynamic or self.asymmetric or self.offset or self.parts * self.packing(wide, target).nbytes <= _CACHED:
             wide = replace(wide, first="rows")  # the sums of x are found once a block of rows
-        if self.expands:
+        if self.expands or self.sparse:
             wide = replace(wide, block_m=240)  # each block of rows expands the weights once
         enough = _SHARED // 2 if grouped else _SHARED
         return wide if self.n >= enough * self.panel(wide, target) else replace(wide, tile_v=2)

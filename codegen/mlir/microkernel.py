@@ -11,7 +11,7 @@ Those of codes are in linear_codes.py and linear_floats.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,6 +20,30 @@ from tilewright.codegen.mlir.value import SIZES, Val, constant, fma, intrinsic
 
 _HIGH_HALF = -0x10000
 _MIN_CHAINS = 8  # independent accumulators that hide the latency of fma
+
+
+class Reading(Protocol):
+    """Weights that come one after the other, in the place of a buffer (see linear_sparse.py).
+
+    ``carried`` says how far each of them was read, which loops hand on.
+    """
+
+    carried: list[Val]
+
+    def after(self, steps: Val) -> Reading:
+        """Steps are counted from here on."""
+
+    def at_step(self, step: Val) -> Reading:
+        """Loads are of this step."""
+
+    def load(self, place: Val | int, lanes: int) -> Val:
+        """As of a buffer, from the start of the step."""
+
+    def prefetch(self, ahead: Val | int) -> None:
+        """Ask for what comes so many bytes later."""
+
+
+Weights = Buffer | Reading
 
 
 class AnyFeed(Protocol):
@@ -66,7 +90,7 @@ class AnyFeed(Protocol):
     def bound(self, more: Sequence[Buffer]) -> AnyFeed:
         """The feed inside of a function that has ``more`` buffers: the tables that weights are looked up in."""
 
-    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
+    def weights(self, w: Weights, place: Val | int, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only what K has beyond whole steps."""
 
     def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
@@ -119,7 +143,7 @@ class Feed:
     def bound(self, more: Sequence[Buffer]) -> Feed:
         return self
 
-    def weights(self, w: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
+    def weights(self, w: Weights, place: Val | int, tail: bool = False) -> list[Val]:
         """The factors of one step for the vector of features at ``place``; ``tail``: only its first k."""
         if self.w_dtype == "bf16":
             pairs = w.load(place, 2 * self.lanes)
@@ -177,19 +201,20 @@ class Tile:
         return len(self.columns)
 
 
-def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: int, buffers: Sequence[Buffer]) -> Function:
+def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: int, buffers: Sequence[Buffer],
+                      opened: Callable[[Buffer, Sequence[Buffer], Val], Reading] | None = None) -> Function:
     """``sums[rows][features] += x[rows] @ features.T`` over some steps of K, as the inner function ``name``.
 
     ``buffers`` are x, the packed weight, the sums and what else the feed needs. Numbers of a call: first element of x,
     of the weight and of the sums, the count of steps, 1 when what K has beyond whole steps follows them, and perhaps
-    bytes to fetch ahead.
+    bytes to fetch ahead. ``opened`` reads weights from the second and the last buffers and the second number.
     """
     with kernel.function(name, buffers, numbers=6 if tile.told else 5) as micro:
         x, w, sums, *more = micro.buffers
-        feed = feed.bound(more)
         x_at, w_at, sums_at, steps, tail, *ahead = micro.numbers
         tile = replace(tile, prefetch=ahead[0]) if tile.told else tile
-        x, w, sums = x.at(x_at), w.at(w_at), sums.at(sums_at)
+        feed, w = (feed, opened(w, more, w_at)) if opened else (feed.bound(more), w.at(w_at))
+        x, sums = x.at(x_at), sums.at(sums_at)
         places = [r * tile.sums_stride + v * feed.lanes for r in range(tile.rows) for v in range(tile.vectors)]
         zero = constant(0, feed.acc, feed.lanes)
         totals = [zero if tile.fresh else sums.load(place, feed.lanes) for place in places]
@@ -199,42 +224,60 @@ def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: i
             sums.store(total, place)
         if k % feed.step:
             with kernel.when(tail.ne(0)):
-                _add_tail(feed, tile, x.at(steps * feed.step), w.at(steps * feed.stride), sums)
+                _add_tail(feed, tile, x.at(steps * feed.step), _at_step(feed, w, steps), sums)
     return micro
 
 
-def sum_steps(kernel: Kernel, feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Buffer], steps: Val,
+def sum_steps(kernel: Kernel, feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Weights], steps: Val,
               totals: Sequence[Val], split: int = 1) -> list[Val]:
     """``totals`` after so many steps along x and the weights; each is kept as ``split`` sums meanwhile."""
-    count = len(totals)
+    count, w = len(totals), streams[1]
     zero = constant(0, feed.acc, feed.lanes)
     whole = steps // tile.unroll * tile.unroll
-    with kernel.loop(0, whole, tile.unroll, [*totals, *[zero] * (count * (split - 1))]) as loop:
-        chains = loop.values
+    with kernel.loop(0, whole, tile.unroll, [*totals, *[zero] * (count * (split - 1)), *carried(w)]) as loop:
+        chains = resumed(w, loop.values)
         for u in range(tile.unroll):
             part = slice((u % split) * count, (u % split + 1) * count)
             chains[part] = _one_step(feed, tile, streams, loop.index + u, chains[part])
-        loop.next(*chains)
-    chains = loop.results
+        loop.next(*chains, *carried(w))
+    chains = resumed(w, loop.results)
     for part in range(1, split):
         chains[:count] = [a + b for a, b in zip(chains[:count], chains[part * count:])]
     if tile.unroll == 1:
         return chains
-    with kernel.loop(whole, steps, carry=chains[:count]) as loop:
-        loop.next(*_one_step(feed, tile, streams, loop.index, loop.values))
-    return loop.results
+    with kernel.loop(whole, steps, carry=[*chains[:count], *carried(w)]) as loop:
+        sums = _one_step(feed, tile, streams, loop.index, resumed(w, loop.values))
+        loop.next(*sums, *carried(w))
+    return resumed(w, loop.results)
 
 
-def _one_step(feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Buffer], step: Val, totals: Sequence[Val]) -> list[Val]:
-    x, w = streams
-    place = step * feed.stride
-    _prefetch(feed, tile, w, place)
+def carried(w: Weights) -> list[Val]:
+    """What loops over steps hand on of the weights."""
+    return [] if isinstance(w, Buffer) else w.carried
+
+
+def resumed(w: Weights, values: Sequence[Val]) -> list[Val]:
+    """``values`` of a loop less those at their end that are of the weights, which go on from there."""
+    if isinstance(w, Buffer):
+        return list(values)
+    rest = len(values) - len(w.carried)
+    w.carried = list(values[rest:])
+    return list(values[:rest])
+
+
+def _at_step(feed: AnyFeed, w: Weights, step: Val) -> Weights:
+    return w.at(step * feed.stride) if isinstance(w, Buffer) else w.at_step(step)
+
+
+def _one_step(feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Weights], step: Val, totals: Sequence[Val]) -> list[Val]:
+    x, w = streams[0], _at_step(feed, streams[1], step)
+    _prefetch(feed, tile, w)
     if tile.rows > tile.vectors:
-        return _row_by_row(feed, tile, x.at(step * feed.step), w.at(place), totals)
-    return _vector_by_vector(feed, tile, x.at(step * feed.step), w.at(place), totals)
+        return _row_by_row(feed, tile, x.at(step * feed.step), w, totals)
+    return _vector_by_vector(feed, tile, x.at(step * feed.step), w, totals)
 
 
-def _row_by_row(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
+def _row_by_row(feed: AnyFeed, tile: Tile, x: Buffer, w: Weights, totals: Sequence[Val]) -> list[Val]:
     """Weights stay in registers while the rows pass."""
     weights = [feed.weights(w, column) for column in tile.columns]
     sums = []
@@ -245,7 +288,7 @@ def _row_by_row(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequenc
     return sums
 
 
-def _vector_by_vector(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: Sequence[Val]) -> list[Val]:
+def _vector_by_vector(feed: AnyFeed, tile: Tile, x: Buffer, w: Weights, totals: Sequence[Val]) -> list[Val]:
     """Inputs stay in registers while the weights pass."""
     inputs = [feed.inputs(x, r * tile.x_stride) for r in range(tile.rows)]
     sums = list(totals)
@@ -257,20 +300,23 @@ def _vector_by_vector(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, totals: S
     return sums
 
 
-def _prefetch(feed: AnyFeed, tile: Tile, w: Buffer, place: Val) -> None:
+def _prefetch(feed: AnyFeed, tile: Tile, w: Weights) -> None:
     """Fetch ahead into the second-level cache: the first has too few miss buffers to keep memory busy."""
     if isinstance(tile.prefetch, int) and not tile.prefetch:
+        return
+    if not isinstance(w, Buffer):
+        w.prefetch(tile.prefetch)
         return
     size = SIZES[feed.w_dtype]
     lines = {(column + start) * size // 64 for column in tile.columns for start in feed.spread}
     for line in sorted(lines):
-        w.prefetch(place + tile.prefetch // size + line * 64 // size, locality=2)
+        w.prefetch(constant(line * 64 // size) + tile.prefetch // size, locality=2)
 
 
-def _add_tail(feed: AnyFeed, tile: Tile, x: Buffer, w: Buffer, sums: Buffer) -> None:
+def _add_tail(feed: AnyFeed, tile: Tile, x: Buffer, w: Weights, sums: Buffer) -> None:
+    columns = [feed.weights(w, column, tail=True) for column in tile.columns]
     for r in range(tile.rows):
         inputs = feed.inputs(x, r * tile.x_stride, tail=True)
-        for v, column in enumerate(tile.columns):
+        for v, weights in enumerate(columns):
             place = r * tile.sums_stride + v * feed.lanes
-            weights = feed.weights(w, column, tail=True)
             sums.store(feed.accumulate(sums.load(place, feed.lanes), weights, inputs), place)

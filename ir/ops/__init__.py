@@ -34,6 +34,7 @@ from tilewright.ir.ops.nn import (
 )
 from tilewright.ir.ops.quant import Dequantize, Expand, Lookup, Quantize
 from tilewright.ir.ops.sparse import SparseLinear, Threshold
+from tilewright.ir.ops.sparse_expand import SparseExpand
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -76,6 +77,7 @@ __all__ = [
     "Slice",
     "Softmax",
     "Sort",
+    "SparseExpand",
     "SparseLinear",
     "TakeAlong",
     "Threshold",

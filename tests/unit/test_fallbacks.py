@@ -23,6 +23,20 @@ module @m {
   }
 }
 """
+SPARSE = """
+module @m {
+  dim B : 1..8
+  weight @w : tensor<32x64xi8>
+  weight @w.scale : tensor<32x1xf32>
+  weight @least : tensor<1xf32>
+  func @forward(%x: tensor<Bx64xf32>) {
+    %0 = quant.dequantize(@w, @w.scale) : tensor<32x64xf32>
+    %1 = sparse.threshold(%x, @least) : tensor<Bx64xf32>
+    %2 = nn.linear(%1, %0) : tensor<Bx32xf32>
+    return([%2])
+  }
+}
+"""
 ROUNDED = """{
     %8, %9 = quant.quantize(%x) : tensor<Bx40xi8>, tensor<Bx1xf32>
     %10 = quant.dequantize(%8, %9) : tensor<Bx40xf32>
@@ -52,3 +66,21 @@ def test_weights_that_no_kernel_decodes_are_stored_as_numbers(rounded: bool) -> 
     assert all("groups of 4" in line for line in decoded)
     assert any("run one by one" in line for line in done.report.fallbacks) == rounded
     assert sum(done.report.weight_bytes.values()) < 3 * 32 * 40 * 4  # once each, though two layers take one of them
+
+
+def test_sparse_weights_that_no_kernel_reads_are_stored_dense() -> None:
+    """A layer that leaves out inputs wants columns, which a mask has not."""
+
+    def sparse():
+        made = module(SPARSE)
+        codes = made.weights["w"].source.load()
+        made.weights["w"].source = ArraySource(np.where(np.random.default_rng(2).random(codes.shape) < 0.3, codes, 0))
+        return made
+
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    want = interpret(sparse(), "forward", [x])[0]
+    done = tilewright.compile(sparse(), passes="sparse-store,fuse,plan-memory")
+    np.testing.assert_allclose(done(x), want, rtol=1e-4, atol=1e-4)
+    (line,) = done.report.fallbacks
+    assert "take sparse weights that are stored dense" in line
+    assert sum(done.report.weight_bytes.values()) < 3 * 32 * 64  # codes, not numbers

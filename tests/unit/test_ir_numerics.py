@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.ir_cases import attention, core, elementwise, lossless, nn, quant, sparse, spatial
+from tests.ir_cases import attention, core, elementwise, lossless, nn, quant, sparse, sparse_expand, spatial
 from tests.ir_cases.case import Case, check
 from tilewright.ir import DType, Op
 
-FAMILIES = (elementwise, core, nn, lossless, quant, sparse, spatial, attention)
+FAMILIES = (elementwise, core, nn, lossless, quant, sparse, sparse_expand, spatial, attention)
 CASES = [case for family in FAMILIES for case in family.CASES]
 STRUCTURAL = {"return", "kernel.call", "kv.append", "kv.attend"}  # tested in test_ir_interpreter.py, test_ir_kv.py
 
