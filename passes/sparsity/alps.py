@@ -39,8 +39,11 @@ class Spectrum:
         scale = 1 / np.sqrt(np.diag(h))
         h *= scale[:, None] * scale
         values, vectors = np.linalg.eigh(h)
-        h, values, vectors, scale = (a.astype(np.float32) for a in (h, np.maximum(values, 0), vectors, scale))
-        return cls(h, values, vectors, scale, diagonal > 0)
+        return cls(_narrow(h), _narrow(np.maximum(values, 0)), _narrow(vectors), _narrow(scale), diagonal > 0)
+
+
+def _narrow(array: Array) -> Array:
+    return array.astype(np.float32)
 
 
 def prune(rows: Array, spectrum: Spectrum, pattern: Pattern, sparsity: float) -> Array:
