@@ -59,5 +59,5 @@ STRUCTURE_GOALS: tuple[Goal, ...] = (
            "20 % of channels and heads, magnitude"),
     better("FLAP by layers better than by scores alone", "20 % of channels, flap, by layers", "20 % of channels, flap"),
     better("biases help", "20 % of channels and heads, flap", "20 % of channels and heads, flap without biases"),
-    better("ZipLM better than FLAP at 1.3 times fewer bytes", "1.3 times fewer bytes, ziplm", "1.3 times fewer bytes, flap"),
+    better("ZipLM better than FLAP at equal bytes", "1.3 times fewer bytes, ziplm", "1.3 times fewer bytes, flap"),
 )  # fmt: skip
