@@ -49,8 +49,8 @@ PASSES = {
     "ternary": f"{_HEAD}quantize{{scheme=ternary layers=body}}{_TAIL}",
     "w4a8 and outlier weights": f"{_HEAD}outlier-weights,{_BODY}{_TAIL}",
     "w4a8 and outlier columns": f"{_HEAD}outlier-columns,{_BODY}{_TAIL}",
-    "bf16, fewer channels and heads": f"{_FEWER}{_TAIL}",
-    "w8a8, fewer channels and heads": f"{_FEWER},quantize{{scheme=w8a8}}{_TAIL}",
+    "bf16 structured": f"{_FEWER}{_TAIL}",
+    "w8a8 structured": f"{_FEWER},quantize{{scheme=w8a8}}{_TAIL}",
 }
 
 
@@ -70,8 +70,8 @@ GOALS = (
     Goal("w4a8 and outlier weights", "w4a8", 1 / 1.25),
     Goal("w4a8 and outlier columns", "w4a8", 1 / 1.25),
     Goal("compressed", "bf16", 1 / 1.5, 0.7),
-    Goal("bf16, fewer channels and heads", "bf16", 1.25),
-    Goal("w8a8, fewer channels and heads", "w8a8", 1.25),
+    Goal("bf16 structured", "bf16", 1.25),
+    Goal("w8a8 structured", "w8a8", 1.25),
 )
 
 
