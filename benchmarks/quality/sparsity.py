@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality import structures
 from benchmarks.quality.activations import ABOUT, ACTIVATION_GOALS, ACTIVATION_ROWS
 from benchmarks.quality.goals import Goal, better
 from benchmarks.quality.rows import BASE, HEAD16, ROWS, Row
@@ -105,6 +106,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section("Activations", ABOUT, ACTIVATION_ROWS, ACTIVATION_GOALS),
+    Section("Structures", structures.ABOUT, structures.STRUCTURE_ROWS, structures.STRUCTURE_GOALS),
 )  # fmt: skip
 """Tables of the page. Other kinds of sparsity are sections of their own."""
 SPARSE_ROWS: tuple[Row, ...] = (*ROWS[:2], *(row for section in SECTIONS for row in section.rows))
