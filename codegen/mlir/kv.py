@@ -10,7 +10,8 @@ from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout
 from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
+from tilewright.codegen.mlir.flash import Flash, Keys, Values
+from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
