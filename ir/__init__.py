@@ -29,6 +29,7 @@ from tilewright.ir.errors import (
     VerifyError,
 )
 from tilewright.ir.interpreter import empty_states, interpret
+from tilewright.ir.kv_type import Contiguous, KVType, Paged, Ring
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import canonical, print_function, print_module
 from tilewright.ir.rewriter import Pattern, Rewriter, Skip, rewrite
@@ -36,7 +37,6 @@ from tilewright.ir.sources import ArraySource, Computation, ComputedSource, Part
 from tilewright.ir.types import (
     Dim,
     DType,
-    KVType,
     Shape,
     TensorType,
     Type,
@@ -60,6 +60,7 @@ __all__ = [
     "CodegenError",
     "Computation",
     "ComputedSource",
+    "Contiguous",
     "DType",
     "Dim",
     "Env",
@@ -69,6 +70,7 @@ __all__ = [
     "Loc",
     "Module",
     "Op",
+    "Paged",
     "ParseError",
     "PartSource",
     "PassError",
@@ -76,6 +78,7 @@ __all__ = [
     "Result",
     "Return",
     "Rewriter",
+    "Ring",
     "Shape",
     "Skip",
     "State",
