@@ -29,7 +29,7 @@ from tilewright.ir.errors import (
     VerifyError,
 )
 from tilewright.ir.interpreter import empty_states, interpret
-from tilewright.ir.kv_type import Contiguous, KVType, Paged, Ring
+from tilewright.ir.kv_type import CONTIGUOUS, Contiguous, KVType, Layout, Paged, Ring
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import canonical, print_function, print_module
 from tilewright.ir.rewriter import Pattern, Rewriter, Skip, rewrite
@@ -52,6 +52,7 @@ from tilewright.ir.types import (
 from tilewright.ir.verifier import verify
 
 __all__ = [
+    "CONTIGUOUS",
     "UNKNOWN",
     "Argument",
     "ArraySource",
@@ -67,6 +68,7 @@ __all__ = [
     "Function",
     "InterpreterError",
     "KVType",
+    "Layout",
     "Loc",
     "Module",
     "Op",

@@ -70,6 +70,7 @@ class Ring:
         return -(-(self.window + self.chunk) // RING_STEP) * RING_STEP
 
 
+CONTIGUOUS = Contiguous()
 Layout: TypeAlias = Contiguous | Paged | Ring
 _LAYOUTS: dict[str, type[Layout]] = {"contiguous": Contiguous, "paged": Paged, "ring": Ring}
 _LAYOUT = re.compile(r"([a-z]+)(?:<(\d{1,12}(?:, ?\d{1,12})*)>)?", re.ASCII)
@@ -110,7 +111,7 @@ class KVType:
     vdim: int
     length: int
     dtype: DType
-    layout: Layout = Contiguous()
+    layout: Layout = CONTIGUOUS
     keys: str = "token"
     group: int = 32
     recent: int = 0

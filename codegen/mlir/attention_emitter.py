@@ -34,7 +34,7 @@ from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.rows import Rope
 from tilewright.codegen.schedule import AttentionSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import CodegenError, Contiguous, Function, KVType, Op, Value, as_dim, eval_dim, ops
+from tilewright.ir import CONTIGUOUS, CodegenError, Function, KVType, Op, Value, as_dim, eval_dim, ops
 
 _INLINE_APPENDS = 8  # tokens of heads that are written sooner than another thread has heard of them
 
@@ -60,7 +60,7 @@ class AttentionEmitter:
             return reason
         for value in map(unrotated, found.operands):
             if isinstance(value.type, KVType):
-                if value.type.layout != Contiguous() or value.dtype.value not in DTYPES:
+                if value.type.layout != CONTIGUOUS or value.dtype.value not in DTYPES:
                     return f"no kernel for {value.type}"
             elif isinstance(view := view_of(value), str):
                 return view
