@@ -132,7 +132,7 @@ class Flash(SoftRows):
                     numbers = (row * self.q_size, at, score_at, steps, 0)
                     self.score_kernels[height]((self.q, keys.memory, self.scores), numbers)
 
-        self._walk(rows, call)
+        self._walk(self.heights, rows, call)
 
     def _add_values(self, values: Values, count: Val, rows: Val) -> None:
         steps = (count + (self.step - 1)) // self.step
@@ -146,7 +146,7 @@ class Flash(SoftRows):
                     self.value_kernels[height, panel, width]((self.p, values.memory, self.sums), numbers)
                     column += width * self.lanes
 
-        self._walk(rows, call)
+        self._walk(self.heights, rows, call)
 
     def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
         """One row of scores becomes one row of p; the row's statistics follow."""

@@ -95,11 +95,11 @@ class SoftRows:
         """Vectors that a tile of so many rows has registers for."""
         return max(registers(self.kernel.target) * 3 // 4 // height, 1)
 
-    def _walk(self, rows: Val, call: Callable[[int, Val], None]) -> None:
-        """``call(height, first row)`` for tiles that cover all rows."""
+    def _walk(self, heights: list[int], rows: Val, call: Callable[[int, Val], None]) -> None:
+        """``call(height, first row)`` for tiles of these heights that cover all rows."""
         done = constant(0)
         if self.exact:
-            for height in self.heights:
+            for height in heights:
                 call(height, done)
                 done = done + height
             return

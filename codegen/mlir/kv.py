@@ -3,15 +3,18 @@
 In decoding the keys of each head are cut into parts, one a task, and the tasks that run last put them together.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout
+from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Flash, Keys, Values
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
+from tilewright.codegen.mlir.kv_codes import CodeFlash, Digits
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
@@ -30,7 +33,7 @@ class AttendSpec:
     """
 
     heads: int
-    cache: CacheLayout
+    cache: CacheLayout | CodeLayout
     dtype: str = "f32"
     out_dtype: str = "f32"
     scale: float = 1.0
@@ -42,6 +45,7 @@ class AttendSpec:
     sinks: str | None = None
     s: int | None = None
     rope: Rope | None = None
+    digits: Digits = Digits()
     q: Slice = DENSE
     out: Slice = DENSE
 
@@ -93,7 +97,7 @@ def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: Atte
     extra = {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
-    stored = spec.cache.dtype
+    stored = spec.cache.dtype if isinstance(spec.cache, CacheLayout) else "u8"
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]
     given += [("parts", "f32")] * (spec.parts(schedule) > 1)
     with Kernel(name, target, ("B", "S"), given) as kernel:
@@ -116,13 +120,22 @@ class _Attend:
     def __init__(self, kernel: Kernel, spec: AttendSpec, schedule: AttentionSchedule, b: Val, s: Val,
                  buffers: AttendBuffers) -> None:
         self.kernel, self.spec, self.schedule, self.b, self.s, self.buffers = kernel, spec, schedule, b, s, buffers
-        cache = spec.cache
-        dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
-        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, dot, spec.scale, spec.softcap, spec.s)
-        self.flash = Flash(kernel, shape, schedule, (buffers.k, buffers.v))
+        self.flash = self._floats() if isinstance(spec.cache, CacheLayout) else self._codes(spec.cache)
         self.parts, self.angles = spec.parts(schedule), None
         if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
+
+    def _floats(self) -> Flash:
+        kernel, spec, cache, memory = self.kernel, self.spec, self.spec.cache, (self.buffers.k, self.buffers.v)
+        dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
+        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, dot, spec.scale, spec.softcap, spec.s)
+        return Flash(kernel, shape, self.schedule, memory)
+
+    def _codes(self, cache: CodeLayout) -> CodeFlash:
+        spec, memory = self.spec, (self.buffers.k, self.buffers.v)
+        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, False, spec.scale, spec.softcap, spec.s)
+        self.schedule = replace(self.schedule, keys=max(self.schedule.keys, cache.unit))
+        return CodeFlash(self.kernel, shape, self.schedule, cache, memory, spec.digits)
 
     def emit(self) -> None:
         if self.parts > 1:
@@ -167,8 +180,9 @@ class _Attend:
 
     def _part_keys(self, keys: Val) -> Val:
         """Keys of each part but the last, whole runs: not so few that memory has hardly begun to stream."""
+        step = SLOT_STEP if isinstance(self.spec.cache, CacheLayout) else max(SLOT_STEP, self.spec.cache.unit)
         parts = ((keys + (_FEW_KEYS - 1)) // _FEW_KEYS).min(constant(self.parts))
-        return ((keys + (parts - 1)) // parts + (SLOT_STEP - 1)) // SLOT_STEP * SLOT_STEP
+        return ((keys + (parts - 1)) // parts + (step - 1)) // step * step
 
     def _part_place(self, row: Val, lane: Val, part: Val) -> Val:
         return ((lane * self.parts + part) * self.spec.group + row) * part_size(self.spec.cache.vdim)
@@ -195,17 +209,27 @@ class _Attend:
         """Queries from ``first`` on, over keys ``begin <= key < high``."""
         spec, cache, flash, step = self.spec, self.spec.cache, self.flash, self.schedule.keys
         rows = queries * spec.group
-        lane = (batch * cache.heads + head) * cache.slots
         flash.reset(rows)
         for_rows(self.kernel, queries, spec.group, lambda query, member, row: flash.load_query(
             row, self._query(batch, first + query, head * spec.group + member)))
         position = self.buffers.start.load(batch).to("index") + first
         with self.kernel.loop(begin, high, step) as blocks:
             key = blocks.index
-            keys = Keys(self.buffers.k, (lane + key) * cache.key_size)
-            values = Values(self.buffers.v, lane * cache.value_size, cache.slots, key)
-            flash.block(keys, values, key, (high - key).min(constant(step)), rows,
+            self._block(batch * cache.heads + head, key, (high - key).min(constant(step)), rows,
                         lambda query: self._visible(position + query), self._adjust(batch, head, first))
+
+    def _block(self, lane: Val, key: Val, count: Val, rows: Val, visible: Callable[[Val], Visible],
+               adjust: Adjust | None) -> None:
+        """``count`` keys from ``key`` on of one head of one sequence."""
+        cache, k, v = self.spec.cache, self.buffers.k, self.buffers.v
+        if isinstance(self.flash, CodeFlash):
+            first = lane * cache.units + key // cache.unit
+            self.flash.block(lambda i: ((first + i) * cache.k_unit, (first + i) * cache.v_unit), key, count, rows, visible,
+                             adjust)
+            return
+        keys = Keys(k, (lane * cache.slots + key) * cache.key_size)
+        values = Values(v, lane * cache.slots * cache.value_size, cache.slots, key)
+        self.flash.block(keys, values, key, count, rows, visible, adjust)
 
     def _query(self, batch: Val, token: Val, head: Val) -> Row:
         place = self._place(self.spec.q, self.spec.cache.dim, batch, token, head)

@@ -1,0 +1,306 @@
+"""Attention over blocks of codes (see `CodeLayout`) with integer products.
+
+A row's query becomes one or two signed digits of 8 bits under a scale of its own, so scores are exact sums of i32. What a
+key's weight and the scale of its value make together, p, becomes unsigned digits of 8 bits under the scale of the largest
+p of a block; a block's sums of i32 then join the row's sums in f32. One digit of each is the precision of SageAttention
+(arXiv:2410.02367), two leave errors below those of bf16. Zeros take no products: that of a key adds its multiple of the
+query's sum to a score, those of values are summed for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tilewright.codegen.cache import value_panels
+from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
+from tilewright.codegen.mlir.linear_codes import DotFeed
+from tilewright.codegen.mlir.kv_code_feeds import ValueFeed
+from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, emit_micro_kernel
+from tilewright.codegen.mlir.rows import Row
+from tilewright.codegen.mlir.value import Val, constant
+from tilewright.codegen.schedule import AttentionSchedule
+
+_DIGIT = 256
+_LEAST = 1e-30  # of a scale: that of a row of zeros
+
+
+@dataclass(frozen=True)
+class Digits:
+    """How many digits of 8 bits a query, and a weight p, are made of: 1 or 2."""
+
+    q: int = 1
+    p: int = 1
+
+
+class CodeFlash(SoftRows):
+    """The rows of one task over a cache of codes."""
+
+    def __init__(self, kernel: Kernel, shape: Shape, schedule: AttentionSchedule, cache: CodeLayout,
+                 memory: tuple[Buffer, Buffer], digits: Digits) -> None:
+        """``memory`` are the buffers (not offset) of keys and values, bytes."""
+        super().__init__(kernel, shape, schedule)
+        self.cache, self.memory, self.digits, lanes = cache, memory, digits, self.lanes
+        self.q_heights, self.p_heights = self._heights(self.rows * digits.q), self._heights(self.rows * digits.p)
+        self.q_stride = -(-cache.key_size // lanes) * lanes
+        self.value_panels = value_panels(self.out_size, cache.panel)
+        self.row = kernel.scratch(self.q_stride, "f32")
+        self.q = kernel.scratch(self.rows * digits.q * self.q_stride, "i8")
+        self.excess = kernel.scratch(self.rows * digits.q, "i32")  # what the bias of keys' codes adds to a score
+        self.factor, self.total = (kernel.scratch(self.rows, "f32") for _ in range(2))
+        self.dots = kernel.scratch(self.rows * digits.q * self.keys, "i32")
+        self.p = kernel.scratch(self.rows * digits.p * self.keys, "u8")
+        self.p_scale, self.p_zero = (kernel.scratch(self.rows, "f32") for _ in range(2))
+        self.products = kernel.scratch(self.rows * digits.p * self.out_size, "i32")
+        self.scales = {name: kernel.scratch(self.keys, "f32") for name in self._scale_names()}
+        self._build_micro_kernels(schedule.prefetch)
+
+    def _scale_names(self) -> Sequence[str]:
+        return ("k", "v", "k zero", "v zero") if self.cache.has_zeros else ("k", "v")
+
+    # --- micro-kernels ------------------------------------------------------------------------------------------------
+
+    def _build_micro_kernels(self, prefetch: int) -> None:
+        cache, (k, v), vnni = self.cache, self.memory, self.kernel.target.has_vnni
+        self.key_feed = DotFeed(cache.dtype, cache.key_panel, self.lanes, cache.key_size, vnni)
+        self.score_kernels, self.value_kernels = {}, {}
+        for height in sorted(set(self.q_heights)):
+            tile = self._tile(height, self._score_width(height), (self.q_stride, self.keys), prefetch, fresh=True)
+            self.score_kernels[height] = self._micro_kernel("scores", self.key_feed, tile, (self.q, k, self.dots))
+        for height in sorted(set(self.p_heights)):
+            for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
+                tile = self._tile(height, width, (self.keys, self.out_size), prefetch)
+                feed = ValueFeed(cache.dtype, panel, self.lanes, cache.unit, vnni)
+                self.value_kernels[height, panel, width] = self._micro_kernel("values", feed, tile, (self.p, v, self.products))
+
+    def _micro_kernel(self, name: str, feed: AnyFeed, tile: Tile, buffers: Sequence[Buffer]):
+        name = f"{name}{tile.rows}x{tile.vectors}of{feed.panel}"
+        return emit_micro_kernel(self.kernel, name, feed, tile, feed.step, buffers)
+
+    def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False) -> Tile:
+        columns = tuple(vector * self.lanes * 4 for vector in range(width))
+        return Tile(height, columns, *strides, max(1, 4 // height), prefetch if self.exact else 0, fresh)
+
+    def _score_width(self, height: int) -> int:
+        """Vectors of keys of a tile: a whole part of a panel."""
+        return min(1 << (self._widest(height).bit_length() - 1), self.cache.key_panel // self.lanes)
+
+    def _widths(self, height: int, panel: int) -> list[int]:
+        """Vectors of components of each tile in a panel, nearly equal."""
+        vectors = panel // self.lanes
+        parts = -(-vectors // self._widest(height))
+        return [vectors // parts + (i < vectors % parts) for i in range(parts)]
+
+    # --- a task -------------------------------------------------------------------------------------------------------
+
+    def reset(self, rows: Val) -> None:
+        """Forget everything: no key has been seen."""
+        super().reset(rows)
+        self._clear(self.products, rows * (self.digits.p * self.out_size))
+        for memory in self.scales.values():  # those of keys that no block reached are multiplied by zero
+            self._clear(memory, constant(self.keys))
+
+    def _clear(self, memory: Buffer, count: Val) -> None:
+        with self.kernel.loop(0, count, self.lanes) as loop:
+            memory.store(constant(0, memory.dtype, self.lanes), loop.index)
+
+    def load_query(self, row: Val, source: Row) -> None:
+        """Take the query of ``row``: its digits, their scale and sums."""
+        starts, lanes = range(0, self.q_stride, self.lanes), self.lanes
+        most = constant(_LEAST, "f32", lanes)
+        for start in starts:
+            x = source.load(start).to("f32")
+            self.row.store(x, start)
+            most = most.max(x.abs())
+        top = 127.0 * _DIGIT ** (self.digits.q - 1)
+        scale = most.reduce("max") * (1 / top)
+        plain = self.shape.scale * LOG2E if self._plain(None) else 1.0
+        self.factor.store(scale * plain, row)
+        sums = [constant(0, "i32", lanes)] * (self.digits.q + 1)
+        for start in starts:
+            number = (self.row.load(start, lanes) * (1.0 / scale).splat(lanes)).round_even().to("i32")
+            digits = self._split_signed(number)
+            for i, digit in enumerate(digits):
+                self.q.store(digit.to("i8"), (row * self.digits.q + i) * self.q_stride + start)
+            sums = [total + x for total, x in zip(sums, (*digits, number))]
+        *excess, total = (x.reduce("sum") for x in sums)
+        for i, x in enumerate(excess):
+            self.excess.store(x * self.cache.bias, row * self.digits.q + i)
+        self.total.store(total.to("f32"), row)
+
+    def _split_signed(self, number: Val) -> list[Val]:
+        """The digits of a query, the highest first, each from -128 to 127."""
+        if self.digits.q == 1:
+            return [number]
+        high = (number + _DIGIT // 2) >> 8
+        return [high, number - (high << 8)]
+
+    def _plain(self, adjust: Adjust | None) -> bool:
+        """Whether a score is a product and a scale."""
+        return not self.shape.softcap and adjust is None and self.shape.scale > 0
+
+    def block(self, units: Callable[[Val], tuple[Val, Val]], key: Val, count: Val, rows: Val,
+              visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
+        """Attend to ``count`` keys from ``key`` on, the first of a unit.
+
+        ``units(i)`` gives the places of the keys and of the values of the block's i-th unit. ``visible(query)`` gives the
+        keys that the rows of a query see, ``query`` counting from 0 in this task.
+        """
+        unit = self.cache.unit
+        number = (count + (unit - 1)) // unit
+        with self.kernel.loop(0, number) as loop:
+            k, v = units(loop.index)
+            self._load_scales(loop.index * unit, k, v)
+            self._score(loop.index * unit, k, rows)
+        step = 4 * self.lanes
+        keys = (count + (step - 1)) // step * step
+        with self.kernel.loop(0, rows // self.shape.group) as queries:
+            seen = visible(queries.index)
+            with self.kernel.loop(0, self.shape.group) as heads:
+                self._soften(queries.index * self.shape.group + heads.index, key, keys, seen, adjust)
+        with self.kernel.loop(0, number) as loop:
+            first = loop.index * unit
+            self._add_values(first, units(loop.index)[1], (count - first).min(constant(unit)), rows)
+        with self.kernel.loop(0, rows) as loop:
+            self._flush(loop.index)
+
+    def _load_scales(self, first: Val, k: Val, v: Val) -> None:
+        """The scales and zeros of a unit as f32."""
+        cache = self.cache
+        for name, memory in self.scales.items():
+            codes, place = (cache.k_codes, k) if name[0] == "k" else (cache.v_codes, v)
+            place = place + (codes + cache.unit * cache.scale_size * name.endswith("zero"))
+            for start in range(0, cache.unit, self.lanes):
+                raw = self.memory[name[0] == "v"].load(place + start * cache.scale_size, self.lanes * cache.scale_size)
+                memory.store(raw.bitcast(cache.scales).to("f32"), first + start)
+
+    def _score(self, first: Val, place: Val, rows: Val) -> None:
+        cache, feed = self.cache, self.key_feed
+        panel_size = cache.key_panel * cache.key_size * cache.bits // 8
+
+        def call(height: int, row: Val) -> None:
+            for panel in range(cache.unit // cache.key_panel):
+                for vector in range(0, cache.key_panel // self.lanes, self._score_width(height)):
+                    at = place + (panel * panel_size + vector * self.lanes * 4)
+                    to = row * self.keys + first + (panel * cache.key_panel + vector * self.lanes)
+                    numbers = (row * self.q_stride, at, to, cache.key_size // feed.step, 0)
+                    self.score_kernels[height]((self.q, self.memory[0], self.dots), numbers)
+
+        self._walk(self.q_heights, rows * self.digits.q, call)
+
+    def _add_values(self, first: Val, place: Val, count: Val, rows: Val) -> None:
+        steps = (count + (self.cache.pair - 1)) // self.cache.pair
+
+        def call(height: int, row: Val) -> None:
+            for start, panel in self.value_panels:
+                column = 0
+                for width in self._widths(height, panel):
+                    at = place + (start * self.cache.unit * self.cache.bits // 8 + column * 4)
+                    numbers = (row * self.keys + first, at, row * self.out_size + (start + column), steps, 0)
+                    self.value_kernels[height, panel, width]((self.p, self.memory[1], self.products), numbers)
+                    column += width * self.lanes
+
+        self._walk(self.p_heights, rows * self.digits.p, call)
+
+    # --- scores to digits of p ----------------------------------------------------------------------------------------
+
+    def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
+        """One row of products becomes one row of digits; the row's statistics follow."""
+        plain = self._plain(adjust)
+        top = self._scores(row, keys, plain and self._plain(None))
+        partly = seen.high < key + keys
+        if seen.low is not None:
+            partly = partly | (seen.low > key)
+
+        def adjusted() -> list[Val]:
+            self._adjust(row, key, keys, seen, adjust, plain)
+            return [self._top(row, keys)]
+
+        (top,) = self.kernel.branch(partly, adjusted, lambda: [top]) if plain else adjusted()
+        factor = self.factor.load(row) if plain else constant(1.0, "f32")
+        old = self.top.load(row)
+        new = old.max(top.reduce("max") * factor)
+        with self.kernel.when(new > old):
+            self._rescale(row, old, new)
+        self._digits(row, keys, self._weigh(row, keys, factor, new))
+
+    def _scores(self, row: Val, keys: Val, plain: bool) -> Val:
+        """Products as scores in f32, the largest of every lane; but for the factor of the row if ``plain``."""
+        excess = [self.excess.load(row * self.digits.q + i).splat(self.lanes) for i in range(self.digits.q)]
+        total, factor = self.total.load(row), self.factor.load(row)
+        with self._vectors(keys, constant(float("-inf"), "f32", self.lanes)) as (loop, starts):
+            (top,) = loop.values
+            for start in starts:
+                dots = [self._dots(row * self.digits.q + i, start, x) for i, x in enumerate(excess)]
+                dot = dots[0] if len(dots) == 1 else dots[0].fma(float(_DIGIT), dots[1])
+                score = dot * self.scales["k"].load(start, self.lanes)
+                if self.cache.has_zeros:
+                    zero = self.scales["k zero"].load(start, self.lanes) * total
+                    score = dot.fma(self.scales["k"].load(start, self.lanes), zero)
+                score = score if plain else score * factor
+                self.scores.store(score, row * self.keys + start)
+                top = top.max(score)
+            loop.next(top)
+        return loop.results[0]
+
+    def _dots(self, row: Val, start: Val, excess: Val) -> Val:
+        dots = self.dots.load(row * self.keys + start, self.lanes)
+        return (dots - excess if self.cache.bias else dots).to("f32")
+
+    def _top(self, row: Val, keys: Val) -> Val:
+        with self._vectors(keys, constant(float("-inf"), "f32", self.lanes)) as (loop, starts):
+            (top,) = loop.values
+            for start in starts:
+                top = top.max(self.scores.load(row * self.keys + start, self.lanes))
+            loop.next(top)
+        return loop.results[0]
+
+    def _weigh(self, row: Val, keys: Val, factor: Val, top: Val) -> Val:
+        """Scores become weights times the scales of values; the largest of these in every lane."""
+        none = constant(0.0, "f32", self.lanes)
+        with self._vectors(keys, self.weight.load(row * self.lanes, self.lanes), none, none) as (loop, starts):
+            total, most, zeros = loop.values
+            for start in starts:
+                score = self.scores.load(row * self.keys + start, self.lanes)
+                p = power_of_two(score.fma(factor, -top), rough=self.digits.p == 1)
+                total = total + p
+                if self.cache.has_zeros:
+                    zeros = p.fma(self.scales["v zero"].load(start, self.lanes), zeros)
+                p = p * self.scales["v"].load(start, self.lanes)
+                most = most.max(p)
+                self.scores.store(p, row * self.keys + start)
+            loop.next(total, most, zeros)
+        total, most, zeros = loop.results
+        self.weight.store(total, row * self.lanes)
+        if self.cache.has_zeros:
+            self.p_zero.store(zeros.reduce("sum"), row)
+        return most
+
+    def _digits(self, row: Val, keys: Val, most: Val) -> None:
+        top = 255.0 * _DIGIT ** (self.digits.p - 1)
+        scale = most.reduce("max").max(_LEAST) * (1 / top)
+        self.p_scale.store(scale, row)
+        factor = (1.0 / scale).splat(self.lanes)
+        with self._vectors(keys) as (_, starts):
+            for start in starts:
+                number = self.scores.load(row * self.keys + start, self.lanes).fma(factor, 0.5).to("i32")
+                digits = [number] if self.digits.p == 1 else [number >> 8, number & (_DIGIT - 1)]
+                for i, digit in enumerate(digits):
+                    self.p.store(digit.to("u8"), (row * self.digits.p + i) * self.keys + start)
+
+    def _flush(self, row: Val) -> None:
+        """The block's products join the row's sums."""
+        scale, zero = self.p_scale.load(row), self.p_zero.load(row) if self.cache.has_zeros else constant(0.0, "f32")
+        none = constant(0, "i32", self.lanes)
+        for start in range(0, self.out_size, self.lanes):
+            places = [(row * self.digits.p + i) * self.out_size + start for i in range(self.digits.p)]
+            high, *low = (self.products.load(place, self.lanes).to("f32") for place in places)
+            for digit in low:
+                high = high.fma(float(_DIGIT), digit)
+            for place in places:
+                self.products.store(none, place)
+            place = row * self.out_size + start
+            sums = self.sums.load(place, self.lanes)
+            self.sums.store(high.fma(scale, sums + zero.splat(self.lanes) if self.cache.has_zeros else sums), place)
