@@ -268,6 +268,9 @@ def _read_manifest(node: Node) -> Manifest:
     entries = {key: EntrySpec.read(item) for key, item in node["entries"].members(_IDENTIFIER)}
     states = tuple(StateSpec.read(item) for item in node["states"].items())
     node["states"].unique(state.name for state in states)
+    sizes = sorted({state.page for state in states if state.page})
+    if len(sizes) > 1:
+        raise node["states"].error(f"pages of {sizes} tokens; states share a table of pages, so all pages have one size")
     for name, entry in entries.items():
         if entry.batch is not None and not states:
             raise node["entries"][name]["batch"].error("set, but the artifact has no states; use null")

@@ -2,7 +2,7 @@
 
 A page has room for the same number of tokens in every layer, so one list of pages serves all caches of a program. Several
 sequences may hold a page; only a page that one sequence holds is written to (Kwon et al., PagedAttention,
-arXiv:2309.06180). Nothing here touches the memory of a page: the pool is given a function that copies one.
+arXiv:2309.06180). Nothing here touches the memory of a page.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class PagePool:
 
     A page that holds a page's worth of a prompt is found again by these tokens and all before them; with ``keep`` also
     after the last sequence left it, until no other page is free: then the one that was left longest ago goes.
-    ``copy(page, to)`` copies what the memory of a page holds.
     """
 
-    def __init__(self, count: int, tokens: int, copy: Callable[[int, int], None], first: int = 0, keep: bool = True
-                 ) -> None:  # fmt: skip
-        self.count, self.tokens, self.copy, self.keep = count, tokens, copy, keep
+    def __init__(self, count: int, tokens: int, first: int = 0, keep: bool = True) -> None:
+        self.count, self.tokens, self.end, self.keep = count, tokens, first + count, keep
+        self.reused = 0
+        """Tokens that sequences found and did not have to compute."""
         self._free = list(range(first + count - 1, first - 1, -1))
         self._holders: dict[int, int] = {}
         self._left: dict[int, None] = {}  # pages that nobody holds and that can be found, the longest left first
@@ -147,23 +147,24 @@ class PageList:
             self.pool.hold(page)
         self.pages.extend(found)
         self.length = len(found) * self.pool.tokens
+        self.pool.reused += self.length
         return self.length
 
     def needed(self, count: int) -> int:
         """The pages that ``count`` further tokens need."""
         return self.pool.pages_for(self.length + count) - len(self.pages) + self._last_is_shared
 
-    def reserve(self, count: int) -> bool:
+    def reserve(self, count: int, copy: Callable[[int, int], None]) -> bool:
         """Room for ``count`` further tokens in pages that this sequence alone holds. Whether ``pages`` changed.
 
-        Raises OutOfPages; then nothing has changed.
+        ``copy(page, to)`` copies what the memory of a page holds. Raises OutOfPages; then nothing has changed.
         """
         needed = self.needed(count)
         if not needed:
             return False
         self.pool.check(needed)
         if self._last_is_shared:
-            self._own_last()
+            self._own_last(copy)
         while len(self.pages) * self.pool.tokens < self.length + count:
             self.pages.append(self.pool.take())
         return True
@@ -199,10 +200,10 @@ class PageList:
         used = self.length % self.pool.tokens
         return used > 0 and self.pool.holders(self.pages[self.length // self.pool.tokens]) > 1
 
-    def _own_last(self) -> None:
+    def _own_last(self, copy: Callable[[int, int], None]) -> None:
         """Copy on write of the page that is not full."""
         index = self.length // self.pool.tokens
         shared, own = self.pages[index], self.pool.take()
-        self.pool.copy(shared, own)
+        copy(shared, own)
         self.pages[index] = own
         self.pool.release(shared)

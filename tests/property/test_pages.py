@@ -42,7 +42,7 @@ class Pages(RuleBasedStateMachine):
     def start(self, count: int, size: int, keep: bool) -> None:
         self.size = size
         self.memory: dict[int, list[tuple[int, ...]]] = {page: [()] * size for page in range(FIRST, FIRST + count)}
-        self.pool = PagePool(count, size, self.copy, FIRST, keep)
+        self.pool = PagePool(count, size, FIRST, keep)
         self.live: list[Sequence] = []
 
     def copy(self, page: int, to: int) -> None:
@@ -61,10 +61,10 @@ class Pages(RuleBasedStateMachine):
         before = list(sequence.pages.pages)
         if self.needed(sequence, len(tokens)) > self.pool.available:
             with pytest.raises(OutOfPages, match=r"needs \d+ more pages of \d tokens"):
-                sequence.pages.reserve(len(tokens))
+                sequence.pages.reserve(len(tokens), self.copy)
             assert list(sequence.pages.pages) == before
             return False
-        assert sequence.pages.reserve(len(tokens)) == (list(sequence.pages.pages) != before)
+        assert sequence.pages.reserve(len(tokens), self.copy) == (list(sequence.pages.pages) != before)
         begin = len(sequence.tokens)
         sequence.tokens += tokens
         for at in range(begin, len(sequence.tokens)):
