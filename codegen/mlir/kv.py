@@ -14,7 +14,7 @@ from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Flash, Keys, Values
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
-from tilewright.codegen.mlir.kv_codes import CodeFlash, Digits
+from tilewright.codegen.mlir.kv_codes import ONE_DIGIT, CodeFlash, Digits
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
@@ -45,7 +45,7 @@ class AttendSpec:
     sinks: str | None = None
     s: int | None = None
     rope: Rope | None = None
-    digits: Digits = Digits()
+    digits: Digits = ONE_DIGIT
     q: Slice = DENSE
     out: Slice = DENSE
 

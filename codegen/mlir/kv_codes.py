@@ -9,6 +9,7 @@ query's sum to a score, those of values are summed for themselves.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +17,15 @@ from tilewright.codegen.cache import value_panels
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
-from tilewright.codegen.mlir.linear_codes import DotFeed
 from tilewright.codegen.mlir.kv_code_feeds import ValueFeed
+from tilewright.codegen.mlir.linear_codes import DotFeed
 from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 
 _DIGIT = 256
+LINE = 64  # bytes that memory gives at a time
 _LEAST = 1e-30  # of a scale: that of a row of zeros
 
 
@@ -33,6 +35,28 @@ class Digits:
 
     q: int = 1
     p: int = 1
+
+
+def _shares(first: int, count: int, parts: int) -> list[tuple[int, int]]:
+    """First and count of the parts of a range, nearly equal."""
+    ends = [first + count * i // parts for i in range(parts + 1)]
+    return [(start, end - start) for start, end in itertools.pairwise(ends)]
+
+
+class FloatView:
+    """A buffer of i32 as one of f32."""
+
+    def __init__(self, memory: Buffer) -> None:
+        self.memory = memory
+
+    def load(self, index: Val | int, lanes: int = 0) -> Val:
+        return self.memory.load(index, lanes).bitcast("f32")
+
+    def store(self, value: Val, index: Val | int) -> None:
+        self.memory.store(value.bitcast("i32"), index)
+
+
+ONE_DIGIT = Digits()
 
 
 class CodeFlash(SoftRows):
@@ -49,12 +73,16 @@ class CodeFlash(SoftRows):
         self.row = kernel.scratch(self.q_stride, "f32")
         self.q = kernel.scratch(self.rows * digits.q * self.q_stride, "i8")
         self.excess = kernel.scratch(self.rows * digits.q, "i32")  # what the bias of keys' codes adds to a score
-        self.factor, self.total = (kernel.scratch(self.rows, "f32") for _ in range(2))
+        self.factor, self.total = (kernel.scratch(self.rows, "f32") for _ in range(2))  # of a query's digits
         self.dots = kernel.scratch(self.rows * digits.q * self.keys, "i32")
+        self.scores = FloatView(self.dots)  # in the place of the highest digit's
         self.p = kernel.scratch(self.rows * digits.p * self.keys, "u8")
-        self.p_scale, self.p_zero = (kernel.scratch(self.rows, "f32") for _ in range(2))
+        self.p_scale = kernel.scratch(self.rows, "f32")
+        self.most, self.zeros = (kernel.scratch(self.rows * lanes, "f32") for _ in range(2))
         self.products = kernel.scratch(self.rows * digits.p * self.out_size, "i32")
         self.scales = {name: kernel.scratch(self.keys, "f32") for name in self._scale_names()}
+        self.k_lines, self.v_lines = -(-cache.k_unit // LINE), -(-cache.v_unit // LINE)
+        self.k_early, self.v_late = self.k_lines * 2 // 3, self.v_lines // 3
         self._build_micro_kernels(schedule.prefetch)
 
     def _scale_names(self) -> Sequence[str]:
@@ -73,7 +101,8 @@ class CodeFlash(SoftRows):
             for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
                 tile = self._tile(height, width, (self.keys, self.out_size), prefetch)
                 feed = ValueFeed(cache.dtype, panel, self.lanes, cache.unit, vnni)
-                self.value_kernels[height, panel, width] = self._micro_kernel("values", feed, tile, (self.p, v, self.products))
+                made = self._micro_kernel("values", feed, tile, (self.p, v, self.products))
+                self.value_kernels[height, panel, width] = made
 
     def _micro_kernel(self, name: str, feed: AnyFeed, tile: Tile, buffers: Sequence[Buffer]):
         name = f"{name}{tile.rows}x{tile.vectors}of{feed.panel}"
@@ -98,7 +127,7 @@ class CodeFlash(SoftRows):
     def reset(self, rows: Val) -> None:
         """Forget everything: no key has been seen."""
         super().reset(rows)
-        self._clear(self.products, rows * (self.digits.p * self.out_size))
+        self._clear(self.products, constant(self.digits.p * self.rows * self.out_size))
         for memory in self.scales.values():  # those of keys that no block reached are multiplied by zero
             self._clear(memory, constant(self.keys))
 
@@ -116,18 +145,17 @@ class CodeFlash(SoftRows):
             most = most.max(x.abs())
         top = 127.0 * _DIGIT ** (self.digits.q - 1)
         scale = most.reduce("max") * (1 / top)
-        plain = self.shape.scale * LOG2E if self._plain(None) else 1.0
-        self.factor.store(scale * plain, row)
+        self.factor.store(scale, row)
         sums = [constant(0, "i32", lanes)] * (self.digits.q + 1)
         for start in starts:
             number = (self.row.load(start, lanes) * (1.0 / scale).splat(lanes)).round_even().to("i32")
             digits = self._split_signed(number)
             for i, digit in enumerate(digits):
-                self.q.store(digit.to("i8"), (row * self.digits.q + i) * self.q_stride + start)
+                self.q.store(digit.to("i8"), (row + i * self.rows) * self.q_stride + start)
             sums = [total + x for total, x in zip(sums, (*digits, number))]
         *excess, total = (x.reduce("sum") for x in sums)
         for i, x in enumerate(excess):
-            self.excess.store(x * self.cache.bias, row * self.digits.q + i)
+            self.excess.store(x * self.cache.bias, row + i * self.rows)
         self.total.store(total.to("f32"), row)
 
     def _split_signed(self, number: Val) -> list[Val]:
@@ -153,18 +181,39 @@ class CodeFlash(SoftRows):
         with self.kernel.loop(0, number) as loop:
             k, v = units(loop.index)
             self._load_scales(loop.index * unit, k, v)
-            self._score(loop.index * unit, k, rows)
+            self._score(loop.index * unit, k, units(loop.index + number)[0], rows)
         step = 4 * self.lanes
         keys = (count + (step - 1)) // step * step
+        # Row after row in each of these loops: what a row waits for, others hide.
         with self.kernel.loop(0, rows // self.shape.group) as queries:
             seen = visible(queries.index)
             with self.kernel.loop(0, self.shape.group) as heads:
                 self._soften(queries.index * self.shape.group + heads.index, key, keys, seen, adjust)
+        with self.kernel.loop(0, rows) as loop:
+            if self.exact:
+                self._fetch_share(loop.index, units, number)
+            self._weigh(loop.index, keys, self._plain(adjust))
+        with self.kernel.loop(0, rows) as loop:
+            self._digits(loop.index, keys)
         with self.kernel.loop(0, number) as loop:
             first = loop.index * unit
-            self._add_values(first, units(loop.index)[1], (count - first).min(constant(unit)), rows)
+            places = units(loop.index)[1], units(loop.index + number)[1]
+            self._add_values(first, *places, (count - first).min(constant(unit)), rows)
         with self.kernel.loop(0, rows) as loop:
             self._flush(loop.index)
+
+    def _fetch_share(self, row: Val, units: Callable[[Val], tuple[Val, Val]], number: Val) -> None:
+        """A row's share of the lines that no products ask for: the last of the keys, the first of the values."""
+        share = -(-(self.k_lines - self.k_early) // self.rows), -(-self.v_late // self.rows)
+        first = self.k_early, 0
+        with self.kernel.loop(number, number * 2) as loop:
+            for memory, place, start, lines in zip(self.memory, units(loop.index), first, share):
+                self._fetch(memory, place + row * (lines * LINE), start, lines)
+
+    def _fetch(self, memory: Buffer, place: Val, first: int, lines: int) -> None:
+        """Ask for lines of the next block: few at a time all along, so that memory is busy all the time."""
+        for line in range(first, first + lines):
+            memory.prefetch(place + line * LINE, locality=2)
 
     def _load_scales(self, first: Val, k: Val, v: Val) -> None:
         """The scales and zeros of a unit as f32."""
@@ -176,40 +225,57 @@ class CodeFlash(SoftRows):
                 raw = self.memory[name[0] == "v"].load(place + start * cache.scale_size, self.lanes * cache.scale_size)
                 memory.store(raw.bitcast(cache.scales).to("f32"), first + start)
 
-    def _score(self, first: Val, place: Val, rows: Val) -> None:
+    def _score(self, first: Val, place: Val, following: Val, rows: Val) -> None:
         cache, feed = self.cache, self.key_feed
         panel_size = cache.key_panel * cache.key_size * cache.bits // 8
+
+        calls = sum(cache.unit // self.lanes // self._score_width(height) for height in self.q_heights)
+        shares = iter(_shares(0, self.k_early, calls))
 
         def call(height: int, row: Val) -> None:
             for panel in range(cache.unit // cache.key_panel):
                 for vector in range(0, cache.key_panel // self.lanes, self._score_width(height)):
+                    if self.exact:
+                        self._fetch(self.memory[0], following, *next(shares))
                     at = place + (panel * panel_size + vector * self.lanes * 4)
                     to = row * self.keys + first + (panel * cache.key_panel + vector * self.lanes)
                     numbers = (row * self.q_stride, at, to, cache.key_size // feed.step, 0)
                     self.score_kernels[height]((self.q, self.memory[0], self.dots), numbers)
 
-        self._walk(self.q_heights, rows * self.digits.q, call)
+        self._walk_digits(self.q_heights, self.digits.q, rows, call)
 
-    def _add_values(self, first: Val, place: Val, count: Val, rows: Val) -> None:
+    def _add_values(self, first: Val, place: Val, following: Val, count: Val, rows: Val) -> None:
+        calls = sum(len(self._widths(height, panel)) for height in self.p_heights for _, panel in self.value_panels)
+        shares = iter(_shares(self.v_late, self.v_lines - self.v_late, calls))
         steps = (count + (self.cache.pair - 1)) // self.cache.pair
 
         def call(height: int, row: Val) -> None:
             for start, panel in self.value_panels:
                 column = 0
                 for width in self._widths(height, panel):
+                    if self.exact:
+                        self._fetch(self.memory[1], following, *next(shares))
                     at = place + (start * self.cache.unit * self.cache.bits // 8 + column * 4)
                     numbers = (row * self.keys + first, at, row * self.out_size + (start + column), steps, 0)
                     self.value_kernels[height, panel, width]((self.p, self.memory[1], self.products), numbers)
                     column += width * self.lanes
 
-        self._walk(self.p_heights, rows * self.digits.p, call)
+        self._walk_digits(self.p_heights, self.digits.p, rows, call)
+
+    def _walk_digits(self, heights: list[int], digits: int, rows: Val, call: Callable[[int, Val], None]) -> None:
+        """As `_walk`, for all digits of the rows: in one go when the rows of one follow those of another at once."""
+        if self.exact:
+            self._walk(heights, rows * digits, call)
+            return
+        for digit in range(digits):
+            self._walk(heights, rows, lambda height, row, first=digit * self.rows: call(height, row + first))
 
     # --- scores to digits of p ----------------------------------------------------------------------------------------
 
     def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
-        """One row of products becomes one row of digits; the row's statistics follow."""
+        """One row of products becomes scores, and the row's top and sums follow."""
         plain = self._plain(adjust)
-        top = self._scores(row, keys, plain and self._plain(None))
+        top = self._scores(row, keys, plain)
         partly = seen.high < key + keys
         if seen.low is not None:
             partly = partly | (seen.low > key)
@@ -219,21 +285,20 @@ class CodeFlash(SoftRows):
             return [self._top(row, keys)]
 
         (top,) = self.kernel.branch(partly, adjusted, lambda: [top]) if plain else adjusted()
-        factor = self.factor.load(row) if plain else constant(1.0, "f32")
+        top = top.reduce("max")
         old = self.top.load(row)
-        new = old.max(top.reduce("max") * factor)
+        new = old.max(top * self._factor(row, plain))
         with self.kernel.when(new > old):
             self._rescale(row, old, new)
-        self._digits(row, keys, self._weigh(row, keys, factor, new))
 
     def _scores(self, row: Val, keys: Val, plain: bool) -> Val:
         """Products as scores in f32, the largest of every lane; but for the factor of the row if ``plain``."""
-        excess = [self.excess.load(row * self.digits.q + i).splat(self.lanes) for i in range(self.digits.q)]
+        excess = [self.excess.load(row + i * self.rows).splat(self.lanes) for i in range(self.digits.q)]
         total, factor = self.total.load(row), self.factor.load(row)
         with self._vectors(keys, constant(float("-inf"), "f32", self.lanes)) as (loop, starts):
             (top,) = loop.values
             for start in starts:
-                dots = [self._dots(row * self.digits.q + i, start, x) for i, x in enumerate(excess)]
+                dots = [self._dots(row + i * self.rows, start, x) for i, x in enumerate(excess)]
                 dot = dots[0] if len(dots) == 1 else dots[0].fma(float(_DIGIT), dots[1])
                 score = dot * self.scales["k"].load(start, self.lanes)
                 if self.cache.has_zeros:
@@ -249,6 +314,10 @@ class CodeFlash(SoftRows):
         dots = self.dots.load(row * self.keys + start, self.lanes)
         return (dots - excess if self.cache.bias else dots).to("f32")
 
+    def _factor(self, row: Val, plain: bool) -> Val:
+        """What makes scores as they are kept those in units of log 2."""
+        return self.factor.load(row) * (self.shape.scale * LOG2E) if plain else constant(1.0, "f32")
+
     def _top(self, row: Val, keys: Val) -> Val:
         with self._vectors(keys, constant(float("-inf"), "f32", self.lanes)) as (loop, starts):
             (top,) = loop.values
@@ -257,30 +326,29 @@ class CodeFlash(SoftRows):
             loop.next(top)
         return loop.results[0]
 
-    def _weigh(self, row: Val, keys: Val, factor: Val, top: Val) -> Val:
-        """Scores become weights times the scales of values; the largest of these in every lane."""
-        none = constant(0.0, "f32", self.lanes)
-        with self._vectors(keys, self.weight.load(row * self.lanes, self.lanes), none, none) as (loop, starts):
+    def _weigh(self, row: Val, keys: Val, plain: bool) -> None:
+        """Scores become weights times the scales of values."""
+        lanes, none = self.lanes, constant(0.0, "f32", self.lanes)
+        factor, top = self._factor(row, plain).splat(lanes), self.top.load(row).splat(lanes)
+        with self._vectors(keys, self.weight.load(row * lanes, lanes), none, none) as (loop, starts):
             total, most, zeros = loop.values
             for start in starts:
-                score = self.scores.load(row * self.keys + start, self.lanes)
+                score = self.scores.load(row * self.keys + start, lanes)
                 p = power_of_two(score.fma(factor, -top), rough=self.digits.p == 1)
                 total = total + p
                 if self.cache.has_zeros:
-                    zeros = p.fma(self.scales["v zero"].load(start, self.lanes), zeros)
-                p = p * self.scales["v"].load(start, self.lanes)
+                    zeros = p.fma(self.scales["v zero"].load(start, lanes), zeros)
+                p = p * self.scales["v"].load(start, lanes)
                 most = most.max(p)
                 self.scores.store(p, row * self.keys + start)
             loop.next(total, most, zeros)
-        total, most, zeros = loop.results
-        self.weight.store(total, row * self.lanes)
-        if self.cache.has_zeros:
-            self.p_zero.store(zeros.reduce("sum"), row)
-        return most
+        for memory, value in zip((self.weight, self.most, self.zeros), loop.results):
+            memory.store(value, row * lanes)
 
-    def _digits(self, row: Val, keys: Val, most: Val) -> None:
-        top = 255.0 * _DIGIT ** (self.digits.p - 1)
-        scale = most.reduce("max").max(_LEAST) * (1 / top)
+    def _digits(self, row: Val, keys: Val) -> None:
+        """Weights become digits, under a scale that the largest fills."""
+        most = self.most.load(row * self.lanes, self.lanes).reduce("max").max(_LEAST)
+        scale = most * (1 / (255.0 * _DIGIT ** (self.digits.p - 1)))
         self.p_scale.store(scale, row)
         factor = (1.0 / scale).splat(self.lanes)
         with self._vectors(keys) as (_, starts):
@@ -288,14 +356,14 @@ class CodeFlash(SoftRows):
                 number = self.scores.load(row * self.keys + start, self.lanes).fma(factor, 0.5).to("i32")
                 digits = [number] if self.digits.p == 1 else [number >> 8, number & (_DIGIT - 1)]
                 for i, digit in enumerate(digits):
-                    self.p.store(digit.to("u8"), (row * self.digits.p + i) * self.keys + start)
+                    self.p.store(digit.to("u8"), (row + i * self.rows) * self.keys + start)
 
     def _flush(self, row: Val) -> None:
         """The block's products join the row's sums."""
-        scale, zero = self.p_scale.load(row), self.p_zero.load(row) if self.cache.has_zeros else constant(0.0, "f32")
-        none = constant(0, "i32", self.lanes)
+        scale, none = self.p_scale.load(row), constant(0, "i32", self.lanes)
+        zero = self.zeros.load(row * self.lanes, self.lanes).reduce("sum").splat(self.lanes)
         for start in range(0, self.out_size, self.lanes):
-            places = [(row * self.digits.p + i) * self.out_size + start for i in range(self.digits.p)]
+            places = [(row + i * self.rows) * self.out_size + start for i in range(self.digits.p)]
             high, *low = (self.products.load(place, self.lanes).to("f32") for place in places)
             for digit in low:
                 high = high.fma(float(_DIGIT), digit)
@@ -303,4 +371,4 @@ class CodeFlash(SoftRows):
                 self.products.store(none, place)
             place = row * self.out_size + start
             sums = self.sums.load(place, self.lanes)
-            self.sums.store(high.fma(scale, sums + zero.splat(self.lanes) if self.cache.has_zeros else sums), place)
+            self.sums.store(high.fma(scale, sums + zero if self.cache.has_zeros else sums), place)
