@@ -147,7 +147,6 @@ class PageList:
             self.pool.hold(page)
         self.pages.extend(found)
         self.length = len(found) * self.pool.tokens
-        self.pool.reused += self.length
         return self.length
 
     def needed(self, count: int) -> int:
