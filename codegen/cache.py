@@ -54,6 +54,11 @@ class CacheLayout:
             raise ValueError(f"no cache of {self.dtype}; known: {', '.join(_STORED)}")
 
     @property
+    def stored(self) -> str:
+        """Element type of the memory."""
+        return self.dtype
+
+    @property
     def pair(self) -> int:
         return 2 if self.dtype == "bf16" else 1
 

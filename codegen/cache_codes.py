@@ -49,6 +49,11 @@ class CodeLayout:
     full: str = "bf16"
 
     @property
+    def stored(self) -> str:
+        """Element type of the memory."""
+        return "u8"
+
+    @property
     def bits(self) -> int:
         """Of a code."""
         return _BITS[self.dtype]

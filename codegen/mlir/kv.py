@@ -97,7 +97,7 @@ def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: Atte
     extra = {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
-    stored = spec.cache.dtype if isinstance(spec.cache, CacheLayout) else "u8"
+    stored = spec.cache.stored
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]
     given += [("parts", "f32")] * (spec.parts(schedule) > 1)
     with Kernel(name, target, ("B", "S"), given) as kernel:

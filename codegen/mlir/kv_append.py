@@ -5,7 +5,9 @@ from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout, value_panels
+from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.kv_codes_write import CodeWriter
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.target import CpuTarget
@@ -18,7 +20,7 @@ class AppendSpec:
     ``s`` is S when it is static. With ``rope`` the keys are rotated on the way.
     """
 
-    cache: CacheLayout
+    cache: CacheLayout | CodeLayout
     dtype: str = "f32"
     s: int | None = None
     rope: Rope | None = None
@@ -49,7 +51,8 @@ class AppendBuffers:
 
 def append_kernel(name: str, target: CpuTarget, spec: AppendSpec) -> Kernel:
     """The whole kernel: dims B, S; buffers cache k, cache v, k, v, start, and cos and sin if the spec has them."""
-    given = [("cache_k", spec.cache.dtype), ("cache_v", spec.cache.dtype), ("k", spec.dtype), ("v", spec.dtype)]
+    stored = spec.cache.stored
+    given = [("cache_k", stored), ("cache_v", stored), ("k", spec.dtype), ("v", spec.dtype)]
     tables = [("cos", spec.rope.dtype), ("sin", spec.rope.dtype)] if spec.rope else []
     with Kernel(name, target, ("B", "S"), [*given, ("start", "i64"), *tables]) as kernel:
         emit_append(kernel, spec, kernel.dims["S"], AppendBuffers(*kernel.buffers))
@@ -66,7 +69,10 @@ class _Append:
 
     def __init__(self, kernel: Kernel, spec: AppendSpec, s: Val, buffers: AppendBuffers) -> None:
         self.kernel, self.spec, self.cache, self.s, self.buffers = kernel, spec, spec.cache, s, buffers
-        self.row = kernel.scratch(-(-spec.cache.key_size // kernel.lanes) * kernel.lanes, spec.cache.dtype)
+        if isinstance(spec.cache, CodeLayout):
+            self.codes = CodeWriter(kernel, spec.cache)
+        else:
+            self.row = kernel.scratch(-(-spec.cache.key_size // kernel.lanes) * kernel.lanes, spec.cache.dtype)
         self.angles = None
         if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
@@ -92,8 +98,14 @@ class _Append:
             at = spec.rope.place(batch, token, self.s)
         k_from = row * (spec.k.stride or cache.heads * cache.dim) + (head * cache.dim + spec.k.offset)
         v_from = row * (spec.v.stride or cache.heads * cache.vdim) + (head * cache.vdim + spec.v.offset)
-        first = lane * cache.slots
         key = Row(self.kernel, buffers.k, k_from, cache.dim, self.angles, at)
+        if isinstance(cache, CodeLayout):
+            unit, slot = lane * cache.units + slot // cache.unit, slot % cache.unit
+            self.codes.key(key.load, buffers.cache_k.at(unit * cache.k_unit), slot)
+            value = Row(self.kernel, buffers.v, v_from, cache.vdim)
+            self.codes.value(value.load, buffers.cache_v.at(unit * cache.v_unit), slot)
+            return
+        first = lane * cache.slots
         self._key(key, buffers.cache_k.at(first * cache.key_size), slot)
         self._value(Row(self.kernel, buffers.v, v_from, cache.vdim), buffers.cache_v.at(first * cache.value_size), slot)
 
