@@ -1,11 +1,11 @@
-"""How a cache of codes lies in memory on CPUs: units of tokens, each one piece of bytes: codes, then scales, then zeros.
+"""How a cache of codes lies in memory on CPUs: runs of slots, each one piece of bytes: codes, then scales, then zeros.
 
-A unit of keys has panels of tokens, ``[unit / panel][steps][panel][4 bytes]``; the four bytes hold as many components as
-fit, in the order of `Packing`: the first four in the lowest bits of the bytes, the next four above them. A unit of values
-has panels of components, ``[vdim / panel][unit / pair][panel][4 bytes]``; the bytes hold neighbouring tokens in the same
+A run of keys has panels of tokens, ``[run / panel][steps][panel][4 bytes]``; the four bytes hold as many components as
+fit, in the order of `Packing`: the first four in the lowest bits of the bytes, the next four above them. A run of values
+has panels of components, ``[vdim / panel][run / pair][panel][4 bytes]``; the bytes hold neighbouring tokens in the same
 order. So four 8-bit integers that belong together lie side by side, as vpdpbusd wants them, and of narrower codes a shift
 and a mask give four. Keys are stored unsigned (i8 plus 128), values signed. Scales and zeros of tokens are vectors
-``[unit]``; those of channels are ``[unit / group][dim]``.
+``[run]``; those of channels are ``[run / group][dim]``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from tilewright.codegen.packing import code_pair
-from tilewright.ir import DType
+from tilewright.ir import CONTIGUOUS, DType, Layout, Paged, Ring
 from tilewright.ir.ops.kv_codes import encode
 
-UNIT = 64
-"""Tokens of a unit where no page says otherwise."""
-VALUE_STEP = 16
+RUN = 64
+"""Slots of a run where no page says otherwise."""
+_VALUE_STEP = 16
 _SCALES = {"f16": np.dtype("f2"), "f32": np.dtype("f4")}
 _FULL = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype("f4")}
 _BITS = {"i8": 8, "i4": 4, "i2": 2}
@@ -33,7 +33,7 @@ def _round_up(number: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """Layout of one layer's cache of codes (``dtype`` i8, i4, i2), ``length`` slots for each head; see `KVType`."""
+    """Layout of one layer's cache of codes (``dtype`` i8, i4, i2) for up to ``length`` tokens; see `KVType`."""
 
     heads: int
     dim: int
@@ -41,7 +41,7 @@ class CodeLayout:
     length: int
     dtype: str
     panel: int = 32
-    page: int = 0
+    layout: Layout = CONTIGUOUS
     keys: str = "token"
     group: int = 32
     recent: int = 0
@@ -78,24 +78,46 @@ class CodeLayout:
         return self.keys == "channel"
 
     @property
-    def unit(self) -> int:
-        """Tokens of a unit."""
-        return self.page or (max(UNIT, self.group) if self.channels else UNIT)
+    def run(self) -> int:
+        """Slots of a run."""
+        if isinstance(self.layout, Paged):
+            return self.layout.page
+        return max(RUN, self.group) if self.channels else RUN
+
+    @property
+    def held(self) -> int:
+        """Slots of a region that hold tokens."""
+        match self.layout:
+            case Paged(page):
+                return page
+            case Ring() as ring:
+                return ring.sinks + ring.size
+        return self.length
+
+    @property
+    def slots(self) -> int:
+        """Slots of a region in memory."""
+        match self.layout:
+            case Paged(page):
+                return page
+            case Ring() as ring:
+                return _round_up(ring.sinks, RUN) + ring.size
+        return _round_up(self.length, self.run)
+
+    @property
+    def most(self) -> int:
+        """The most slots of a sequence in memory."""
+        return _round_up(self.length, RUN) if isinstance(self.layout, Paged) else self.slots
+
+    @property
+    def runs(self) -> int:
+        """Runs of one head in a region."""
+        return self.slots // self.run
 
     @property
     def key_panel(self) -> int:
         """Tokens of a panel of keys."""
-        return min(self.panel, self.unit)
-
-    @property
-    def units(self) -> int:
-        """Units of a sequence."""
-        return -(-self.length // self.unit)
-
-    @property
-    def slots(self) -> int:
-        """Slots in memory."""
-        return self.units * self.unit
+        return min(self.panel, self.run)
 
     @property
     def key_size(self) -> int:
@@ -105,7 +127,7 @@ class CodeLayout:
     @property
     def value_size(self) -> int:
         """Components of a value in memory."""
-        return _round_up(self.vdim, VALUE_STEP)
+        return _round_up(self.vdim, _VALUE_STEP)
 
     @property
     def scale_size(self) -> int:
@@ -114,80 +136,85 @@ class CodeLayout:
 
     @property
     def k_codes(self) -> int:
-        """Bytes of the codes of a unit of keys: where its scales begin."""
-        return self.unit * self.key_size * self.bits // 8
+        """Bytes of the codes of a run of keys: where its scales begin."""
+        return self.run * self.key_size * self.bits // 8
 
     @property
     def k_scales(self) -> int:
-        """Scales of a unit of keys."""
-        return self.unit // self.group * self.key_size if self.channels else self.unit
+        """Scales of a run of keys."""
+        return self.run // self.group * self.key_size if self.channels else self.run
 
     @property
-    def k_unit(self) -> int:
-        """Bytes of a unit of keys."""
+    def k_run(self) -> int:
+        """Bytes of a run of keys."""
         return self.k_codes + self.k_scales * self.scale_size * (1 + self.has_zeros)
 
     @property
     def v_codes(self) -> int:
-        """Bytes of the codes of a unit of values: where its scales begin."""
-        return self.unit * self.value_size * self.bits // 8
+        """Bytes of the codes of a run of values: where its scales begin."""
+        return self.run * self.value_size * self.bits // 8
 
     @property
-    def v_unit(self) -> int:
-        """Bytes of a unit of values."""
-        return self.v_codes + self.unit * self.scale_size * (1 + self.has_zeros)
+    def v_run(self) -> int:
+        """Bytes of a run of values."""
+        return self.v_codes + self.run * self.scale_size * (1 + self.has_zeros)
 
     @property
     def k_shape(self) -> tuple[int, ...]:
-        """Of one sequence, or of one page: heads, units, bytes."""
-        return self.heads, 1 if self.page else self.units, self.k_unit
+        """Of one region: heads, runs, bytes."""
+        return self.heads, self.runs, self.k_run
 
     @property
     def v_shape(self) -> tuple[int, ...]:
         """As ``k_shape``, of values."""
-        return self.heads, 1 if self.page else self.units, self.v_unit
+        return self.heads, self.runs, self.v_run
 
     @property
     def k_bytes(self) -> int:
-        """Bytes of K of one sequence, or of one page."""
+        """Bytes of K of one region."""
         return int(np.prod(self.k_shape))
 
     @property
     def v_bytes(self) -> int:
-        """Bytes of V of one sequence, or of one page."""
+        """Bytes of V of one region."""
         return int(np.prod(self.v_shape))
 
-    def empty(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """A fresh cache, zero: K ``[batch, *k_shape]`` and V ``[batch, *v_shape]``, bytes."""
-        return np.zeros((batch, *self.k_shape), np.uint8), np.zeros((batch, *self.v_shape), np.uint8)
+    def places(self) -> np.ndarray:
+        """Where the slots that hold tokens are among those in memory."""
+        at = np.arange(self.held)
+        return at if not isinstance(self.layout, Ring) else at + (at >= self.layout.sinks) * (self.slots - self.held)
+
+    def empty(self, regions: int) -> tuple[np.ndarray, np.ndarray]:
+        """A fresh cache, zero: K ``[regions, *k_shape]`` and V ``[regions, *v_shape]``, bytes."""
+        return np.zeros((regions, *self.k_shape), np.uint8), np.zeros((regions, *self.v_shape), np.uint8)
 
     def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A cache whose first slots hold ``keys`` [B, T, heads, dim] and ``values`` [B, T, heads, vdim], as codes."""
+        """A cache whose first slots hold codes of keys [regions, T, heads, dim] and values [regions, T, heads, vdim]."""
         codes, scales = self._encode(keys, self.channels, self.key_size)
         k = np.concatenate([_pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
         codes, scales = self._encode(values, False, self.value_size)
         return k, np.concatenate([_pack_values(codes, self.bits, self.panel), *scales], -1)
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the slots decode to, f32: K ``[B, length, heads, dim]`` and V ``[B, length, heads, vdim]``."""
-        codes = _unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.unit) - np.uint8(self.bias)
+        """What the slots decode to, f32: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
+        codes = _unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.run) - np.uint8(self.bias)
         keys = self._decode(codes, k[..., self.k_codes:], self.channels)[..., :self.dim]
-        codes = _unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.unit)
+        codes = _unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.run)
         values = self._decode(codes, v[..., self.v_codes:], False)[..., :self.vdim]
         return self._rows(keys), self._rows(values)
 
     def _encode(self, rows: np.ndarray, channels: bool, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Codes ``[B, heads, units, unit, size]``, and the bytes of the scales and zeros of each unit."""
-        batch, tokens, heads, given = rows.shape
-        wide = np.zeros((batch, self.slots, heads, given), np.float32)
-        wide[:, :tokens] = rows
-        units = wide.reshape(batch, self.units, self.unit, heads, given).transpose(0, 3, 1, 2, 4)
-        grouped = units.reshape(*units.shape[:3], -1, self.group if channels else 1, given)
+        """Codes ``[regions, heads, runs, run, size]``, and the bytes of the scales and zeros of each run."""
+        regions, tokens, heads, given = rows.shape
+        wide = np.zeros((regions, self.slots, heads, given), np.float32)
+        wide[:, self.places()[:tokens]] = rows
+        runs = wide.reshape(regions, self.runs, self.run, heads, given).transpose(0, 3, 1, 2, 4)
+        grouped = runs.reshape(*runs.shape[:3], -1, self.group if channels else 1, given)
         coded = encode(grouped, DType(self.dtype), 4 if channels else 5, DType(self.scales))
         pad = [(0, 0)] * 5 + [(0, size - given)]
-        codes = np.pad(coded.codes.view(np.uint8), pad).reshape(*units.shape[:4], size)
+        codes = np.pad(coded.codes.view(np.uint8), pad).reshape(*runs.shape[:4], size)
         parts = [np.pad(x, pad) if channels else x for x in (coded.scale, coded.zero) if x is not None]
-        return codes, [np.ascontiguousarray(x).reshape(*units.shape[:3], -1).view(np.uint8) for x in parts]
+        return codes, [np.ascontiguousarray(x).reshape(*runs.shape[:3], -1).view(np.uint8) for x in parts]
 
     def _decode(self, codes: np.ndarray, scales: np.ndarray, channels: bool) -> np.ndarray:
         """The inverse of ``_encode``."""
@@ -198,38 +225,38 @@ class CodeLayout:
         decoded = grouped * held[:, :, :, 0] + (held[:, :, :, 1] if self.has_zeros else 0)
         return decoded.reshape(codes.shape)
 
-    def _rows(self, units: np.ndarray) -> np.ndarray:
-        """Units ``[B, heads, units, unit, size]`` -> rows ``[B, length, heads, size]``."""
-        rows = units.transpose(0, 2, 3, 1, 4)
-        return rows.reshape(len(rows), self.slots, self.heads, -1)[:, :self.length]
+    def _rows(self, runs: np.ndarray) -> np.ndarray:
+        """Runs ``[regions, heads, runs, run, size]`` -> rows ``[regions, held, heads, size]``."""
+        rows = runs.transpose(0, 2, 3, 1, 4)
+        return rows.reshape(len(rows), self.slots, self.heads, -1)[:, self.places()]
 
 
 def _pack_keys(codes: np.ndarray, bits: int, panel: int) -> np.ndarray:
-    """Unsigned codes ``[..., unit, size]`` -> bytes."""
-    *first, unit, _ = codes.shape
-    words = _words(codes.reshape(*first, unit // panel, panel, -1, code_pair(bits)), bits)
+    """Unsigned codes ``[..., run, size]`` -> bytes."""
+    *first, run, _ = codes.shape
+    words = _words(codes.reshape(*first, run // panel, panel, -1, code_pair(bits)), bits)
     return np.swapaxes(words, -3, -2).reshape(*first, -1)
 
 
-def _unpack_keys(packed: np.ndarray, bits: int, panel: int, unit: int) -> np.ndarray:
-    words = packed.reshape(*packed.shape[:-1], unit // panel, -1, panel, 4)
-    return _parts(np.swapaxes(words, -3, -2), bits).reshape(*packed.shape[:-1], unit, -1)
+def _unpack_keys(packed: np.ndarray, bits: int, panel: int, run: int) -> np.ndarray:
+    words = packed.reshape(*packed.shape[:-1], run // panel, -1, panel, 4)
+    return _parts(np.swapaxes(words, -3, -2), bits).reshape(*packed.shape[:-1], run, -1)
 
 
 def _pack_values(codes: np.ndarray, bits: int, panel: int) -> np.ndarray:
-    """Codes ``[..., unit, size]`` -> bytes."""
+    """Codes ``[..., run, size]`` -> bytes."""
     *first, _, size = codes.shape
     pairs = np.swapaxes(codes.reshape(*first, -1, code_pair(bits), size), -1, -2)
     words = _words(pairs, bits)
     return np.concatenate([words[..., at:at + panel, :].reshape(*first, -1) for at in range(0, size, panel)], -1)
 
 
-def _unpack_values(packed: np.ndarray, bits: int, panel: int, unit: int) -> np.ndarray:
-    first, each = packed.shape[:-1], unit * bits // 8  # bytes of one component
+def _unpack_values(packed: np.ndarray, bits: int, panel: int, run: int) -> np.ndarray:
+    first, each = packed.shape[:-1], run * bits // 8  # bytes of one component
     size = packed.shape[-1] // each
     panels = [packed[..., at * each:min(at + panel, size) * each] for at in range(0, size, panel)]
-    words = [x.reshape(*first, unit // code_pair(bits), -1, 4) for x in panels]
-    return np.swapaxes(_parts(np.concatenate(words, -2), bits), -1, -2).reshape(*first, unit, size)
+    words = [x.reshape(*first, run // code_pair(bits), -1, 4) for x in panels]
+    return np.swapaxes(_parts(np.concatenate(words, -2), bits), -1, -2).reshape(*first, run, size)
 
 
 def _words(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -81,7 +81,7 @@ class CodeFlash(SoftRows):
         self.most, self.zeros = (kernel.scratch(self.rows * lanes, "f32") for _ in range(2))
         self.products = kernel.scratch(self.rows * digits.p * self.out_size, "i32")
         self.scales = {name: kernel.scratch(self.keys, "f32") for name in self._scale_names()}
-        self.k_lines, self.v_lines = -(-cache.k_unit // LINE), -(-cache.v_unit // LINE)
+        self.k_lines, self.v_lines = -(-cache.k_run // LINE), -(-cache.v_run // LINE)
         self.k_early, self.v_late = self.k_lines * 2 // 3, self.v_lines // 3
         self._build_micro_kernels(schedule.prefetch)
 
@@ -100,7 +100,7 @@ class CodeFlash(SoftRows):
         for height in sorted(set(self.p_heights)):
             for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
                 tile = self._tile(height, width, (self.keys, self.out_size), prefetch)
-                feed = ValueFeed(cache.dtype, panel, self.lanes, cache.unit, vnni)
+                feed = ValueFeed(cache.dtype, panel, self.lanes, cache.run, vnni)
                 made = self._micro_kernel("values", feed, tile, (self.p, v, self.products))
                 self.value_kernels[height, panel, width] = made
 
@@ -169,19 +169,19 @@ class CodeFlash(SoftRows):
         """Whether a score is a product and a scale."""
         return not self.shape.softcap and adjust is None and self.shape.scale > 0
 
-    def block(self, units: Callable[[Val], tuple[Val, Val]], key: Val, count: Val, rows: Val,
+    def block(self, runs: Callable[[Val], tuple[Val, Val]], key: Val, count: Val, rows: Val,
               visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
-        """Attend to ``count`` keys from ``key`` on, the first of a unit.
+        """Attend to ``count`` keys from ``key`` on, the first of a run.
 
-        ``units(i)`` gives the places of the keys and of the values of the block's i-th unit. ``visible(query)`` gives the
+        ``runs(i)`` gives the places of the keys and of the values of the block's i-th run. ``visible(query)`` gives the
         keys that the rows of a query see, ``query`` counting from 0 in this task.
         """
-        unit = self.cache.unit
-        number = (count + (unit - 1)) // unit
+        run = self.cache.run
+        number = (count + (run - 1)) // run
         with self.kernel.loop(0, number) as loop:
-            k, v = units(loop.index)
-            self._load_scales(loop.index * unit, k, v)
-            self._score(loop.index * unit, k, units(loop.index + number)[0], rows)
+            k, v = runs(loop.index)
+            self._load_scales(loop.index * run, k, v)
+            self._score(loop.index * run, k, runs(loop.index + number)[0], rows)
         step = 4 * self.lanes
         keys = (count + (step - 1)) // step * step
         # Row after row in each of these loops: what a row waits for, others hide.
@@ -191,23 +191,23 @@ class CodeFlash(SoftRows):
                 self._soften(queries.index * self.shape.group + heads.index, key, keys, seen, adjust)
         with self.kernel.loop(0, rows) as loop:
             if self.exact:
-                self._fetch_share(loop.index, units, number)
+                self._fetch_share(loop.index, runs, number)
             self._weigh(loop.index, keys, self._plain(adjust))
         with self.kernel.loop(0, rows) as loop:
             self._digits(loop.index, keys)
         with self.kernel.loop(0, number) as loop:
-            first = loop.index * unit
-            places = units(loop.index)[1], units(loop.index + number)[1]
-            self._add_values(first, *places, (count - first).min(constant(unit)), rows)
+            first = loop.index * run
+            places = runs(loop.index)[1], runs(loop.index + number)[1]
+            self._add_values(first, *places, (count - first).min(constant(run)), rows)
         with self.kernel.loop(0, rows) as loop:
             self._flush(loop.index)
 
-    def _fetch_share(self, row: Val, units: Callable[[Val], tuple[Val, Val]], number: Val) -> None:
+    def _fetch_share(self, row: Val, runs: Callable[[Val], tuple[Val, Val]], number: Val) -> None:
         """A row's share of the lines that no products ask for: the last of the keys, the first of the values."""
         share = -(-(self.k_lines - self.k_early) // self.rows), -(-self.v_late // self.rows)
         first = self.k_early, 0
         with self.kernel.loop(number, number * 2) as loop:
-            for memory, place, start, lines in zip(self.memory, units(loop.index), first, share):
+            for memory, place, start, lines in zip(self.memory, runs(loop.index), first, share):
                 self._fetch(memory, place + row * (lines * LINE), start, lines)
 
     def _fetch(self, memory: Buffer, place: Val, first: int, lines: int) -> None:
@@ -216,12 +216,12 @@ class CodeFlash(SoftRows):
             memory.prefetch(place + line * LINE, locality=2)
 
     def _load_scales(self, first: Val, k: Val, v: Val) -> None:
-        """The scales and zeros of a unit as f32."""
+        """The scales and zeros of a run as f32."""
         cache = self.cache
         for name, memory in self.scales.items():
             codes, place = (cache.k_codes, k) if name[0] == "k" else (cache.v_codes, v)
-            place = place + (codes + cache.unit * cache.scale_size * name.endswith("zero"))
-            for start in range(0, cache.unit, self.lanes):
+            place = place + (codes + cache.run * cache.scale_size * name.endswith("zero"))
+            for start in range(0, cache.run, self.lanes):
                 raw = self.memory[name[0] == "v"].load(place + start * cache.scale_size, self.lanes * cache.scale_size)
                 memory.store(raw.bitcast(cache.scales).to("f32"), first + start)
 
@@ -229,11 +229,11 @@ class CodeFlash(SoftRows):
         cache, feed = self.cache, self.key_feed
         panel_size = cache.key_panel * cache.key_size * cache.bits // 8
 
-        calls = sum(cache.unit // self.lanes // self._score_width(height) for height in self.q_heights)
+        calls = sum(cache.run // self.lanes // self._score_width(height) for height in self.q_heights)
         shares = iter(_shares(0, self.k_early, calls))
 
         def call(height: int, row: Val) -> None:
-            for panel in range(cache.unit // cache.key_panel):
+            for panel in range(cache.run // cache.key_panel):
                 for vector in range(0, cache.key_panel // self.lanes, self._score_width(height)):
                     if self.exact:
                         self._fetch(self.memory[0], following, *next(shares))
@@ -255,7 +255,7 @@ class CodeFlash(SoftRows):
                 for width in self._widths(height, panel):
                     if self.exact:
                         self._fetch(self.memory[1], following, *next(shares))
-                    at = place + (start * self.cache.unit * self.cache.bits // 8 + column * 4)
+                    at = place + (start * self.cache.run * self.cache.bits // 8 + column * 4)
                     numbers = (row * self.keys + first, at, row * self.out_size + (start + column), steps, 0)
                     self.value_kernels[height, panel, width]((self.p, self.memory[1], self.products), numbers)
                     column += width * self.lanes
@@ -315,7 +315,7 @@ class CodeFlash(SoftRows):
         return (dots - excess if self.cache.bias else dots).to("f32")
 
     def _factor(self, row: Val, plain: bool) -> Val:
-        """What makes scores as they are kept those in units of log 2."""
+        """What makes scores as they are kept those in runs of log 2."""
         return self.factor.load(row) * (self.shape.scale * LOG2E) if plain else constant(1.0, "f32")
 
     def _top(self, row: Val, keys: Val) -> Val:

@@ -1,4 +1,4 @@
-"""Write keys and values as codes into units of a `CodeLayout`, a token at a time, as `ir.ops.kv_codes` defines them."""
+"""Write keys and values as codes into runs of a `CodeLayout`, a token at a time, as `ir.ops.kv_codes` defines them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _stored(cache: CodeLayout, x: Val) -> Val:
 
 
 class CodeWriter:
-    """Writes tokens into the units of one cache."""
+    """Writes tokens into the runs of one cache."""
 
     def __init__(self, kernel: Kernel, cache: CodeLayout) -> None:
         self.kernel, self.cache, self.lanes = kernel, cache, kernel.lanes
@@ -62,11 +62,11 @@ class CodeWriter:
         self.bytes = kernel.scratch(stride, "u8")
 
     def key(self, source: Source, k: Buffer, row: Val) -> None:
-        """One key as token ``row`` of the unit at ``k``, with a scale of its own."""
+        """One key as token ``row`` of the run at ``k``, with a scale of its own."""
         cache, dim = self.cache, self.cache.dim
         scale = self._scale_of(source, dim)
         self.key_codes(source, lambda start: scale, k, row)
-        self._store_scale(scale, k.at(cache.k_codes), row, cache.unit)
+        self._store_scale(scale, k.at(cache.k_codes), row, cache.run)
 
     def key_codes(self, source: Source, scale: Callable[[int], Scale], k: Buffer, row: Val) -> None:
         """The codes alone, under the scales of components from a place on."""
@@ -83,7 +83,7 @@ class CodeWriter:
             k.store(word.splat(1).bitcast("u8"), place + loop.index * (4 * panel))
 
     def value(self, source: Source, v: Buffer, row: Val) -> None:
-        """One value as token ``row`` of the unit at ``v``: its bits of each word."""
+        """One value as token ``row`` of the run at ``v``: its bits of each word."""
         cache, lanes = self.cache, self.lanes
         scale = self._scale_of(source, cache.vdim)
         mask = (1 << cache.bits) - 1
@@ -91,11 +91,11 @@ class CodeWriter:
         kept = ~(constant(mask, "i32", lanes) << shift)
         for start, width in value_panels(cache.value_size, cache.panel):
             for column in range(start, min(start + width, cache.vdim), lanes):
-                at = row // cache.pair * (4 * width) + (start * cache.unit * cache.bits // 8 + (column - start) * 4)
+                at = row // cache.pair * (4 * width) + (start * cache.run * cache.bits // 8 + (column - start) * 4)
                 code = (scale.codes(source(column)) & mask) << shift
                 word = v.load(at, 4 * lanes).bitcast("i32") & kept | code
                 v.store(word.bitcast("u8"), at)
-        self._store_scale(scale, v.at(cache.v_codes), row, cache.unit)
+        self._store_scale(scale, v.at(cache.v_codes), row, cache.run)
 
     def _scale_of(self, source: Source, size: int) -> Scale:
         """The scale of all components of one row, splat."""
