@@ -17,6 +17,7 @@ from tilewright.codegen.cache import value_panels
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
+from tilewright.codegen.mlir.kv_code_channels import ChannelKeys
 from tilewright.codegen.mlir.kv_code_feeds import ValueFeed
 from tilewright.codegen.mlir.linear_codes import DotFeed
 from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, emit_micro_kernel
@@ -67,6 +68,8 @@ class CodeFlash(SoftRows):
         """``memory`` are the buffers (not offset) of keys and values, bytes."""
         super().__init__(kernel, shape, schedule)
         self.cache, self.memory, self.digits, lanes = cache, memory, digits, self.lanes
+        self.channels = ChannelKeys(kernel, cache) if cache.channels else None
+        self.key_zeros, self.bias = cache.has_zeros and not cache.channels, 128 if cache.channels else cache.bias
         self.q_heights, self.p_heights = self._heights(self.rows * digits.q), self._heights(self.rows * digits.p)
         self.q_stride = -(-cache.key_size // lanes) * lanes
         self.value_panels = value_panels(self.out_size, cache.panel)
@@ -86,13 +89,15 @@ class CodeFlash(SoftRows):
         self._build_micro_kernels(schedule.prefetch)
 
     def _scale_names(self) -> Sequence[str]:
-        return ("k", "v", "k zero", "v zero") if self.cache.has_zeros else ("k", "v")
+        zeros = [name for name, held in (("k zero", self.key_zeros), ("v zero", self.cache.has_zeros)) if held]
+        return ("k", "v", *zeros)
 
     # --- micro-kernels ------------------------------------------------------------------------------------------------
 
     def _build_micro_kernels(self, prefetch: int) -> None:
         cache, (k, v), vnni = self.cache, self.memory, self.kernel.target.has_vnni
-        self.key_feed = DotFeed(cache.dtype, cache.key_panel, self.lanes, cache.key_size, vnni)
+        k = self.channels.block if self.channels else k
+        self.key_feed = DotFeed("i8" if self.channels else cache.dtype, cache.key_panel, self.lanes, cache.key_size, vnni)
         self.score_kernels, self.value_kernels = {}, {}
         for height in sorted(set(self.q_heights)):
             tile = self._tile(height, self._score_width(height), (self.q_stride, self.keys), prefetch, fresh=True)
@@ -155,7 +160,7 @@ class CodeFlash(SoftRows):
             sums = [total + x for total, x in zip(sums, (*digits, number))]
         *excess, total = (x.reduce("sum") for x in sums)
         for i, x in enumerate(excess):
-            self.excess.store(x * self.cache.bias, row + i * self.rows)
+            self.excess.store(x * self.bias, row + i * self.rows)
         self.total.store(total.to("f32"), row)
 
     def _split_signed(self, number: Val) -> list[Val]:
@@ -181,6 +186,8 @@ class CodeFlash(SoftRows):
         with self.kernel.loop(0, number) as loop:
             k, v = runs(loop.index)
             self._load_scales(loop.index * run, k, v)
+            if self.channels:
+                self.channels.expand(self.memory[0].at(k), self.scales["k"].at(loop.index * run))
             self._score(loop.index * run, k, runs(loop.index + number)[0], rows)
         step = 4 * self.lanes
         keys = (count + (step - 1)) // step * step
@@ -219,6 +226,8 @@ class CodeFlash(SoftRows):
         """The scales and zeros of a run as f32."""
         cache = self.cache
         for name, memory in self.scales.items():
+            if name == "k" and self.channels:
+                continue
             codes, place = (cache.k_codes, k) if name[0] == "k" else (cache.v_codes, v)
             place = place + (codes + cache.run * cache.scale_size * name.endswith("zero"))
             for start in range(0, cache.run, self.lanes):
@@ -227,7 +236,9 @@ class CodeFlash(SoftRows):
 
     def _score(self, first: Val, place: Val, following: Val, rows: Val) -> None:
         cache, feed = self.cache, self.key_feed
-        panel_size = cache.key_panel * cache.key_size * cache.bits // 8
+        memory, bits = (self.channels.block, 8) if self.channels else (self.memory[0], cache.bits)
+        panel_size = cache.key_panel * cache.key_size * bits // 8
+        place = constant(0) if self.channels else place
 
         calls = sum(cache.run // self.lanes // self._score_width(height) for height in self.q_heights)
         shares = iter(_shares(0, self.k_early, calls))
@@ -240,7 +251,7 @@ class CodeFlash(SoftRows):
                     at = place + (panel * panel_size + vector * self.lanes * 4)
                     to = row * self.keys + first + (panel * cache.key_panel + vector * self.lanes)
                     numbers = (row * self.q_stride, at, to, cache.key_size // feed.step, 0)
-                    self.score_kernels[height]((self.q, self.memory[0], self.dots), numbers)
+                    self.score_kernels[height]((self.q, memory, self.dots), numbers)
 
         self._walk_digits(self.q_heights, self.digits.q, rows, call)
 
@@ -301,7 +312,7 @@ class CodeFlash(SoftRows):
                 dots = [self._dots(row + i * self.rows, start, x) for i, x in enumerate(excess)]
                 dot = dots[0] if len(dots) == 1 else dots[0].fma(float(_DIGIT), dots[1])
                 score = dot * self.scales["k"].load(start, self.lanes)
-                if self.cache.has_zeros:
+                if self.key_zeros:
                     zero = self.scales["k zero"].load(start, self.lanes) * total
                     score = dot.fma(self.scales["k"].load(start, self.lanes), zero)
                 score = score if plain else score * factor
@@ -312,7 +323,7 @@ class CodeFlash(SoftRows):
 
     def _dots(self, row: Val, start: Val, excess: Val) -> Val:
         dots = self.dots.load(row * self.keys + start, self.lanes)
-        return (dots - excess if self.cache.bias else dots).to("f32")
+        return (dots - excess if self.bias else dots).to("f32")
 
     def _factor(self, row: Val, plain: bool) -> Val:
         """What makes scores as they are kept those in runs of log 2."""
