@@ -57,6 +57,11 @@ class CacheSizes:
                              "compile with a larger capacity")
         return self.total(sequences * self.pages(tokens), sequences)
 
+    @property
+    def full(self) -> int:
+        """Bytes of one sequence at full length; 0 without states."""
+        return self.total(self.pages(self.capacity), 1)
+
     def total(self, pages: int, sequences: int) -> int:
         """Bytes of so many pages for sequences, and of what each of ``sequences`` has of its own."""
         return sequences * self.sequence_bytes + (pages + SPARE) * self.page_bytes

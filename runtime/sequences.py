@@ -46,7 +46,7 @@ class Options:
 
     def end(self, made: list[int]) -> str:
         """Why a sequence ends after these new tokens; empty when it goes on."""
-        if any(len(made) >= len(stop) and tuple(made[-len(stop):]) == stop for stop in self.stops):
+        if self.stops and any(len(made) >= len(stop) and tuple(made[-len(stop):]) == stop for stop in self.stops):
             return "stop"
         return "length" if len(made) >= self.max_new_tokens else ""
 

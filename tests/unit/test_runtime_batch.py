@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.toy_artifact import CAPACITY, CHUNK, WINDOW, logits, save
 from tilewright.runtime import Batch, InputError, OutOfPages, SessionError, generate, load
+from tilewright.runtime.following import follow
 
 PAGE = 4
 LAYOUTS = {"contiguous": {}, "paged": {"page": PAGE}, "ring": {"ring": True}}
@@ -362,3 +363,26 @@ def test_chunks_that_a_layout_cannot_take(folder, layout, message):
     program = load(save(folder / f"fixed-{'-'.join(layout)}", chunk=(5, 5), **layout))
     with program.session() as session, refused(message):
         generate(session, [[1]], 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [1, 4, 11])
+def test_following_texts(programs, layout, first):
+    """The logits after each token of given texts, from the first ones on."""
+    texts = np.array([[*LONG, 6], [*LONG[::-1], 2]])
+    window = WINDOW if layout == "ring" else CAPACITY
+    with programs[layout].session(batch=2) as session:
+        found = np.stack(list(follow(session, texts, first, chunk=3)))
+        want = [[logits(row[:end].tolist(), window) for row in texts] for end in range(first, 12)]
+        assert np.array_equal(found, want)
+        assert session.pages is None or session.pages.available == session.pages.count
+        assert generate(session, [LONG], 2) == [greedy(LONG, 2, window)]
+
+
+def test_texts_that_cannot_be_followed(paged):
+    with refused("ids: expected texts [B, S] of more than 3 tokens, got shape [1, 3]"):
+        follow(paged, np.ones((1, 3), int), 3)
+    with refused("ids[0]: expected prompt and new tokens within the 20 positions"):
+        follow(paged, np.ones((1, 22), int), 3)
+    with refused("prompts: expected at most 4, what the program was compiled for, got 5"):
+        follow(paged, np.ones((5, 4), int), 3)
