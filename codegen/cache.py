@@ -1,11 +1,11 @@
 """How a key/value cache lies in memory. On CPUs: blocks that decode attention reads as a stream of whole vectors.
 
-Memory comes in regions: what a sequence has of its own, or a page of a pool. K and V of a region are one piece each, with
-all heads. For each head: keys in panels, ``[slots / panel][dim / pair][panel][pair]``, so that vectors hold one component
-of many keys; values in panels of components, ``[vdim / panel][slots / pair][panel][pair]``, so that vectors hold components
-of one value (or of two neighbours, side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1.
-``panel`` is what a tile of registers takes at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the filling must
-be finite, and is zero in a fresh cache.
+Memory comes in regions: what a sequence has of its own, or a page of a pool. K and V of a region are one block each, with
+all heads, and for each head a run for every ``run`` slots: all of the region's, or SLOT_STEP of a ring's. A run has keys in
+panels, ``[run / panel][dim / pair][panel][pair]``, so that vectors hold one component of many keys; values in panels of
+components, ``[vdim / panel][run / pair][panel][pair]``, so that vectors hold components of one value (or of two neighbours,
+side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. ``panel`` is what a tile of registers takes
+at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
 
 ``codegen/cuda/cache.py`` has the form for GPUs.
 """
@@ -16,6 +16,7 @@ from typing import overload
 import ml_dtypes
 import numpy as np
 
+from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.target import CpuTarget, Target
@@ -89,8 +90,13 @@ class CacheLayout:
 
     @property
     def run(self) -> int:
-        """Slots that lie together, however long a sequence is."""
-        return min(self.slots, SLOT_STEP)
+        """Slots of a run."""
+        return SLOT_STEP if isinstance(self.layout, Ring) else self.slots
+
+    @property
+    def most(self) -> int:
+        """The most slots of a sequence in memory."""
+        return round_up(self.length, SLOT_STEP) if isinstance(self.layout, Paged) else self.slots
 
     @property
     def key_panel(self) -> int:
@@ -119,8 +125,8 @@ class CacheLayout:
 
     @property
     def v_shape(self) -> tuple[int, ...]:
-        """Of one region: heads, then all panels."""
-        return self.heads, self.slots * self.value_size
+        """Of one region: heads, runs, then all panels."""
+        return self.heads, self.slots // self.run, self.run * self.value_size
 
     @property
     def k_bytes(self) -> int:
@@ -161,13 +167,13 @@ class CacheLayout:
         return k, v
 
     def _value_views(self, v: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
-        """Each panel of values as ``[regions, slots / pair, pair, heads, width]``, with its first component and width."""
+        """Each panel of values as ``[regions, runs, run / pair, pair, heads, width]``, with its start and its width."""
         flat = v.reshape(-1, *self.v_shape)
         views = []
         for start, width in value_panels(self.value_size, self.panel):
-            panel = flat[:, :, start * self.slots:(start + width) * self.slots]
-            view = panel.reshape(len(flat), self.heads, self.slots // self.pair, width, self.pair)
-            views.append((view.transpose(0, 2, 4, 1, 3), start, width))
+            panel = flat[..., start * self.run:(start + width) * self.run]
+            view = panel.reshape(*flat.shape[:3], self.run // self.pair, width, self.pair)
+            views.append((view.transpose(0, 2, 3, 5, 1, 4), start, width))
         return views
 
 
@@ -177,16 +183,19 @@ def panel_for(target: CpuTarget) -> int:
 
 
 @overload
-def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout: ...
+def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout | CodeLayout: ...
 
 
 @overload
 def cache_layout(type: KVType, target: CudaTarget) -> CudaCacheLayout: ...
 
 
-def cache_layout(type: KVType, target: Target) -> CacheLayout | CudaCacheLayout:
+def cache_layout(type: KVType, target: Target) -> CacheLayout | CodeLayout | CudaCacheLayout:
     """The layout in which kernels for ``target`` keep a cache."""
     sizes = type.heads, type.dim, type.vdim, type.length, type.dtype.value
     if isinstance(target, CudaTarget):
         return CudaCacheLayout(*sizes)
+    if type.is_coded:
+        codes = type.keys, type.group, type.recent, type.scales.value, type.full.value
+        return CodeLayout(*sizes, panel_for(target), type.layout, *codes)
     return CacheLayout(*sizes, panel_for(target), type.layout)

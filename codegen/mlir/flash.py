@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilewright.codegen.cache import SLOT_STEP, round_up, value_panels
-from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
+from tilewright.codegen.mlir.kv_runs import Runs, emit_runs_kernel
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import Val, constant
@@ -18,21 +19,24 @@ from tilewright.codegen.schedule import AttentionSchedule, registers
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Where a block of keys starts."""
+class Straight:
+    """A block in one piece: keys start at ``keys``; a head's ``slots`` values at ``values``, the block with ``first``."""
 
-    memory: Buffer
-    place: Val
+    k: Buffer
+    v: Buffer
+    keys: Val
+    values: Val
+    slots: int
+    first: Val
 
 
 @dataclass(frozen=True)
-class Values:
-    """A block of values: its head's ``slots`` values start at ``place``, the block is from the ``first`` on."""
+class Scattered:
+    """A block in runs: ``run_of(n)`` is the number of that with the block's n-th key and value, see `Places`."""
 
-    memory: Buffer
-    place: Val
-    slots: int
-    first: Val
+    k: Buffer
+    v: Buffer
+    run_of: Callable[[Val], Val]
 
 
 class Flash(SoftRows):
@@ -47,8 +51,10 @@ class Flash(SoftRows):
         self.compute = "bf16" if shape.dot else "f32"
         self.q_size = round_up(shape.dim, 2 if shape.dtype == "bf16" else 1)
         self.value_panels = value_panels(self.out_size, shape.panel)
+        self.key_panel = min(shape.panel, shape.run or shape.panel)
         self.q = kernel.scratch(self.rows * self.q_size, self.compute)
         self.p = kernel.scratch(self.rows * self.keys, self.compute)
+        self.runs = kernel.scratch(self.keys // shape.run + 1, "i64") if shape.run else None
         self._build_micro_kernels(blocks, schedule.prefetch)
 
     # --- micro-kernels ------------------------------------------------------------------------------------------------
@@ -57,7 +63,7 @@ class Flash(SoftRows):
         shape, (k, v) = self.shape, blocks
         self.pair = 2 if shape.dtype == "bf16" else 1
         self.score_kernels, self.value_kernels = {}, {}
-        feed = self._feed(shape.panel)
+        feed = self._feed(self.key_panel)
         self.step = feed.step
         for height in sorted(set(self.heights)):
             width = self._score_width(height)
@@ -66,9 +72,14 @@ class Flash(SoftRows):
                 self.kernel, f"scores{height}x{width}", feed, tile, self.step, (self.q, k, self.scores))
             for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
                 tile = self._tile(height, width, (self.keys, self.out_size), prefetch)
-                self.value_kernels[height, panel, width] = emit_micro_kernel(
-                    self.kernel, f"values{height}x{width}of{panel}", self._feed(panel), tile, self.step,
-                    (self.p, v, self.sums))
+                self.value_kernels[height, panel, width] = self._value_kernel(panel, tile, v)
+
+    def _value_kernel(self, panel: int, tile: Tile, v: Buffer) -> Function:
+        name, feed = f"values{tile.rows}x{tile.vectors}of{panel}", self._feed(panel)
+        if self.runs is None:
+            return emit_micro_kernel(self.kernel, name, feed, tile, self.step, (self.p, v, self.sums))
+        runs = Runs(self.shape.run, self.shape.run * self.out_size)
+        return emit_runs_kernel(self.kernel, name, feed, tile, runs, (self.p, v, self.sums, self.runs))
 
     def _feed(self, panel: int) -> Feed:
         return Feed(self.compute, self.shape.dtype, panel, self.lanes, self.shape.dot)
@@ -86,7 +97,7 @@ class Flash(SoftRows):
 
     def _score_width(self, height: int) -> int:
         """Vectors of keys of a tile: a whole part of a panel."""
-        return min(1 << (self._widest(height).bit_length() - 1), self.shape.panel // self.lanes)
+        return min(1 << (self._widest(height).bit_length() - 1), self.key_panel // self.lanes)
 
     def _widths(self, height: int, panel: int) -> list[int]:
         """Vectors of components of each tile in a panel, nearly equal."""
@@ -104,46 +115,60 @@ class Flash(SoftRows):
             inside = None if keep >= self.lanes else self.kernel.mask(constant(keep), self.lanes)
             self.q.store(source.load(start).to(self.compute), row * self.q_size + start, inside)
 
-    def block(self, keys: Keys, values: Values, key: Val, count: Val, rows: Val,
+    def block(self, source: Straight | Scattered, key: Val, count: Val, rows: Val,
               visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
         """Attend to ``count`` keys from ``key`` on.
 
         ``visible(query)`` gives the keys that the rows of a query see, ``query`` counting from 0 in this task.
         """
         runs = (count + (SLOT_STEP - 1)) // SLOT_STEP
-        self._score(keys, runs, rows)
+        if isinstance(source, Scattered):
+            self._find_runs(source, count)
+        self._score(source, count, rows)
         with self.kernel.loop(0, rows // self.shape.group) as queries:
             seen = visible(queries.index)
             with self.kernel.loop(0, self.shape.group) as heads:
                 row = queries.index * self.shape.group + heads.index
                 self._soften(row, key, runs * SLOT_STEP, seen, adjust)
-        self._add_values(values, count, rows)
+        self._add_values(source, count, rows)
 
-    def _score(self, keys: Keys, runs: Val, rows: Val) -> None:
-        steps = self.q_size // self.step
-        whole = self.shape.panel // self.lanes
+    def _find_runs(self, source: Scattered, count: Val) -> None:
+        run = self.shape.run
+        with self.kernel.loop(0, (count + (run - 1)) // run) as loop:
+            self.runs.store(source.run_of(loop.index * run).to("i64"), loop.index)
+
+    def _score(self, source: Straight | Scattered, count: Val, rows: Val) -> None:
+        steps, run = self.q_size // self.step, self.shape.run or SLOT_STEP
+        whole = self.key_panel // self.lanes
 
         def call(height: int, row: Val) -> None:
-            with self.kernel.loop(0, runs) as loop:
-                for vector in range(0, SLOT_STEP // self.lanes, self._score_width(height)):
-                    inside = vector // whole * self.shape.panel * self.q_size + vector % whole * self.lanes * self.pair
-                    at = keys.place + loop.index * (SLOT_STEP * self.q_size) + inside
-                    score_at = row * self.keys + loop.index * SLOT_STEP + vector * self.lanes
-                    numbers = (row * self.q_size, at, score_at, steps, 0)
-                    self.score_kernels[height]((self.q, keys.memory, self.scores), numbers)
+            with self.kernel.loop(0, (count + (run - 1)) // run) as loop:
+                if isinstance(source, Straight):
+                    start = source.keys + loop.index * (run * self.q_size)
+                else:
+                    start = self.runs.load(loop.index).to("index") * (run * self.q_size)
+                for vector in range(0, run // self.lanes, self._score_width(height)):
+                    inside = vector // whole * self.key_panel * self.q_size + vector % whole * self.lanes * self.pair
+                    score_at = row * self.keys + loop.index * run + vector * self.lanes
+                    numbers = (row * self.q_size, start + inside, score_at, steps, 0)
+                    self.score_kernels[height]((self.q, source.k, self.scores), numbers)
 
         self._walk(self.heights, rows, call)
 
-    def _add_values(self, values: Values, count: Val, rows: Val) -> None:
+    def _add_values(self, source: Straight | Scattered, count: Val, rows: Val) -> None:
         steps = (count + (self.step - 1)) // self.step
 
         def call(height: int, row: Val) -> None:
             for start, panel in self.value_panels:
                 column = 0
                 for width in self._widths(height, panel):
-                    at = values.place + values.first * panel + (start * values.slots + column * self.pair)
-                    numbers = (row * self.keys, at, row * self.out_size + start + column, steps, 0)
-                    self.value_kernels[height, panel, width]((self.p, values.memory, self.sums), numbers)
+                    micro, sums_at = self.value_kernels[height, panel, width], row * self.out_size + start + column
+                    if isinstance(source, Straight):
+                        at = source.values + source.first * panel + (start * source.slots + column * self.pair)
+                        micro((self.p, source.v, self.sums), (row * self.keys, at, sums_at, steps, 0))
+                    else:
+                        at = start * self.shape.run + column * self.pair
+                        micro((self.p, source.v, self.sums, self.runs), (row * self.keys, at, sums_at, steps, 0))
                     column += width * self.lanes
 
         self._walk(self.heights, rows, call)

@@ -24,7 +24,7 @@ _UNROLL = 4  # vectors of scores at a time
 class Shape:
     """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` and ``panel`` of the blocks.
 
-    With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
+    ``run`` keys lie together, and so many values; 0 when all of a block do. With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
     """
 
     group: int
@@ -36,6 +36,7 @@ class Shape:
     scale: float
     softcap: float
     queries: int | None = None  # of a sequence in one call, when known
+    run: int = 0
 
 
 # 2**f for 0 <= f < 1, within 7.5e-5 and 9e-8 of the exact value: least-squares fits with the greatest errors levelled.
