@@ -11,6 +11,7 @@ and a mask give four. Keys are stored unsigned (i8 plus 128), values signed. Sca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -160,24 +161,51 @@ class CodeLayout:
         return self.v_codes + self.run * self.scale_size * (1 + self.has_zeros)
 
     @property
-    def k_shape(self) -> tuple[int, ...]:
-        """Of one region: heads, runs, bytes."""
-        return self.heads, self.runs, self.k_run
+    def keeps_recent(self) -> bool:
+        """Whether the newest tokens are no codes yet."""
+        return self.recent > 0 or self.channels
 
     @property
-    def v_shape(self) -> tuple[int, ...]:
-        """As ``k_shape``, of values."""
-        return self.heads, self.runs, self.v_run
+    def window(self) -> int:
+        """Rows for those tokens: position p is in row ``p % window``."""
+        return _round_up(self.recent + self.group - 1, RUN) + RUN if self.keeps_recent else 0
+
+    @property
+    def key_row(self) -> int:
+        """Elements of a row of the window of keys, zeros behind the last component."""
+        return _round_up(self.dim, 32)
+
+    @property
+    def full_size(self) -> int:
+        """Bytes of an element of the windows."""
+        return _FULL[self.full].itemsize
+
+    @property
+    def k_beside(self) -> int:
+        """Bytes of a region's windows of keys, one for each head, behind all codes."""
+        return self.heads * self.window * self.key_row * self.full_size
+
+    @property
+    def v_beside(self) -> int:
+        """As ``k_beside``, of values."""
+        return self.heads * self.window * self.value_size * self.full_size
 
     @property
     def k_bytes(self) -> int:
         """Bytes of K of one region."""
-        return int(np.prod(self.k_shape))
+        return self.heads * self.runs * self.k_run + self.k_beside
 
     @property
     def v_bytes(self) -> int:
         """Bytes of V of one region."""
-        return int(np.prod(self.v_shape))
+        return self.heads * self.runs * self.v_run + self.v_beside
+
+    def coded(self, tokens: Any) -> Any:
+        """How many of so many tokens are codes; ``tokens`` is a number, or one of a kernel."""
+        if not self.keeps_recent:
+            return tokens
+        old = max(tokens - self.recent, 0) if isinstance(tokens, int) else (tokens - self.recent).max(0)
+        return old // self.group * self.group
 
     def places(self) -> np.ndarray:
         """Where the slots that hold tokens are among those in memory."""
@@ -185,23 +213,42 @@ class CodeLayout:
         return at if not isinstance(self.layout, Ring) else at + (at >= self.layout.sinks) * (self.slots - self.held)
 
     def empty(self, regions: int) -> tuple[np.ndarray, np.ndarray]:
-        """A fresh cache, zero: K ``[regions, *k_shape]`` and V ``[regions, *v_shape]``, bytes."""
-        return np.zeros((regions, *self.k_shape), np.uint8), np.zeros((regions, *self.v_shape), np.uint8)
+        """A fresh cache, zero: bytes ``[regions, k_bytes]`` and ``[regions, v_bytes]``."""
+        return np.zeros((regions, self.k_bytes), np.uint8), np.zeros((regions, self.v_bytes), np.uint8)
 
     def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A cache whose first slots hold codes of keys [regions, T, heads, dim] and values [regions, T, heads, vdim]."""
+        k, v = self.empty(len(keys))
         codes, scales = self._encode(keys, self.channels, self.key_size)
-        k = np.concatenate([_pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
+        packed = np.concatenate([_pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
+        self._runs_of(k, self.k_run)[...] = packed
         codes, scales = self._encode(values, False, self.value_size)
-        return k, np.concatenate([_pack_values(codes, self.bits, self.panel), *scales], -1)
+        self._runs_of(v, self.v_run)[...] = np.concatenate([_pack_values(codes, self.bits, self.panel), *scales], -1)
+        return k, v
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the slots decode to, f32: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
+        k, v = self._runs_of(k, self.k_run), self._runs_of(v, self.v_run)
         codes = _unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.run) - np.uint8(self.bias)
         keys = self._decode(codes, k[..., self.k_codes:], self.channels)[..., :self.dim]
         codes = _unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.run)
         values = self._decode(codes, v[..., self.v_codes:], False)[..., :self.vdim]
         return self._rows(keys), self._rows(values)
+
+    def read_recent(self, k: np.ndarray, v: np.ndarray, region: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a region with so many tokens, those that are no codes yet: K ``[T, heads, dim]``, V ``[T, heads, vdim]``."""
+        rows = np.arange(self.coded(tokens), tokens) % self.window
+        found = []
+        for memory, beside, size, given in ((k, self.k_beside, self.key_row, self.dim),
+                                            (v, self.v_beside, self.value_size, self.vdim)):
+            window = np.ascontiguousarray(memory[region, -beside:]).view(_FULL[self.full])
+            window = window.reshape(self.heads, self.window, size)
+            found.append(window[:, rows, :given].transpose(1, 0, 2).astype(np.float32))
+        return found[0], found[1]
+
+    def _runs_of(self, memory: np.ndarray, run: int) -> np.ndarray:
+        """The codes of regions, a view ``[regions, heads, runs, bytes]``."""
+        return memory[:, :self.heads * self.runs * run].reshape(len(memory), self.heads, self.runs, run)
 
     def _encode(self, rows: np.ndarray, channels: bool, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Codes ``[regions, heads, runs, run, size]``, and the bytes of the scales and zeros of each run."""

@@ -43,9 +43,9 @@ class Flash(SoftRows):
     """The rows of one task, held in scratch memory."""
 
     def __init__(self, kernel: Kernel, shape: Shape, schedule: AttentionSchedule,
-                 blocks: tuple[Buffer, Buffer]) -> None:
+                 blocks: tuple[Buffer, Buffer], shared: SoftRows | None = None) -> None:
         """``blocks`` are the buffers (not offset) that keys and values will be read from."""
-        super().__init__(kernel, shape, schedule)
+        super().__init__(kernel, shape, schedule, shared)
         self.split = shape.dtype == "bf16" and not shape.dot
         self.heights = self._heights(self.rows)
         self.compute = "bf16" if shape.dot else "f32"

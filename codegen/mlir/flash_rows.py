@@ -4,6 +4,8 @@ A task owns some rows, each one query of one head. Here is what they keep from o
 the blocks are made of. Scores are in units of log 2, which saves a multiplication in every exponential.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +73,8 @@ class Visible:
 class SoftRows:
     """The rows of one task, held in scratch memory."""
 
-    def __init__(self, kernel: Kernel, shape: Shape, schedule: AttentionSchedule) -> None:
+    def __init__(self, kernel: Kernel, shape: Shape, schedule: AttentionSchedule, shared: SoftRows | None = None) -> None:
+        """``shared`` are the same rows over another kind of blocks: what they keep is kept together."""
         self.kernel, self.shape, self.keys, self.lanes = kernel, shape, schedule.keys, kernel.lanes
         self.rows = max(schedule.rows // shape.group, 1) * shape.group
         self.exact = shape.queries == 1  # every task has the same few rows
@@ -79,6 +82,9 @@ class SoftRows:
             self.rows = shape.group
         self.out_size = round_up(shape.vdim, VALUE_STEP)
         self.scores = kernel.scratch(self.rows * self.keys, "f32")
+        if shared is not None:
+            self.top, self.weight, self.sums = shared.top, shared.weight, shared.sums
+            return
         self.top = kernel.scratch(self.rows, "f32")
         self.weight = kernel.scratch(self.rows * self.lanes, "f32")
         self.sums = kernel.scratch(self.rows * self.out_size, "f32")

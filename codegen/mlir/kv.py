@@ -15,6 +15,7 @@ from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Flash, Scattered, Straight
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
 from tilewright.codegen.mlir.kv_codes import ONE_DIGIT, CodeFlash, Digits
+from tilewright.codegen.mlir.kv_codes_recent import RecentRows, Windows
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
 from tilewright.codegen.mlir.kv_places import Places
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
@@ -137,6 +138,7 @@ class _Attend:
     def __init__(self, kernel: Kernel, spec: AttendSpec, schedule: AttentionSchedule, b: Val, s: Val,
                  buffers: AttendBuffers) -> None:
         self.kernel, self.spec, self.schedule, self.b, self.s, self.buffers = kernel, spec, schedule, b, s, buffers
+        self.recent: RecentRows | None = None
         self.flash = self._floats() if isinstance(spec.cache, CacheLayout) else self._codes(spec.cache)
         self.places = Places(spec.cache, buffers.table, buffers.width)
         self.parts, self.angles = spec.parts(schedule), None
@@ -155,7 +157,10 @@ class _Attend:
         spec, memory = self.spec, (self.buffers.k, self.buffers.v)
         shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, False, spec.scale, spec.softcap, spec.s)
         self.schedule = replace(self.schedule, keys=max(self.schedule.keys, cache.run))
-        return CodeFlash(self.kernel, shape, self.schedule, cache, memory, spec.digits)
+        flash = CodeFlash(self.kernel, shape, self.schedule, cache, memory, spec.digits)
+        if cache.keeps_recent:
+            self.recent = RecentRows(self.kernel, shape, self.schedule, Windows(cache, *memory), spec.dtype, flash)
+        return flash
 
     def emit(self) -> None:
         if self.parts > 1:
@@ -238,10 +243,20 @@ class _Attend:
             with self.kernel.when(every if with_sinks is None else with_sinks):
                 self._sinks(batch, head, first, queries)
         self._load_queries(batch, head, first, queries, self._query)
+        adjust = self._adjust(batch, head, first)
+        if self.recent is not None:
+            coded = self.spec.cache.coded(self.buffers.start.load(batch).to("index") + self.s)
+            self.recent.attend(batch, head, begin.max(coded), high, rows,
+                               lambda query: self._visible(position + query), adjust)
+            high = high.min(coded)
+
+        def seen(query: Val) -> Visible:
+            found = self._visible(position + query)
+            return found if self.recent is None else Visible(found.low, found.high.min(high))
+
         with self.kernel.loop(begin, high, step) as blocks:
             key = blocks.index
-            flash.block(self._source(batch, head, key, high), key, (high - key).min(constant(step)), rows,
-                        lambda query: self._visible(position + query), self._adjust(batch, head, first))
+            flash.block(self._source(batch, head, key, high), key, (high - key).min(constant(step)), rows, seen, adjust)
 
     def _sinks(self, batch: Val, head: Val, first: Val, queries: Val) -> None:
         """The queries that meet the sinks, over these; positions and slots are the same there."""
@@ -258,6 +273,10 @@ class _Attend:
                       source: Callable[[Val, Val, Val], Row]) -> None:
         for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: self.flash.load_query(
             row, source(batch, first + query, head * self.spec.group + member)))
+        if self.recent is not None:
+            recent = self.recent.flash
+            for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: recent.load_query(
+                row, source(batch, first + query, head * self.spec.group + member)))
 
     def _source(self, batch: Val, head: Val, key: Val, high: Val) -> Any:
         """Where the block of keys from ``key`` on lies; there is nothing from ``high`` on."""
@@ -265,7 +284,7 @@ class _Attend:
         if isinstance(cache, CodeLayout):
             def places(number: Val) -> tuple[Val, Val]:
                 run = self.places.run_of(batch, head, (key + number * cache.run).min(high - 1))
-                return run * cache.k_run, run * cache.v_run
+                return run * cache.k_run + batch * cache.k_beside, run * cache.v_run + batch * cache.v_beside
 
             return places
         if cache.layout != CONTIGUOUS:

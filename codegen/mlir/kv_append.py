@@ -7,6 +7,7 @@ from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout, value_panels
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.kv_codes_recent import RecentWriter, Windows
 from tilewright.codegen.mlir.kv_codes_write import CodeWriter
 from tilewright.codegen.mlir.kv_places import Places
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
@@ -29,9 +30,14 @@ class AppendSpec:
     k: Slice = DENSE
     v: Slice = DENSE
 
+    @property
+    def keeps_recent(self) -> bool:
+        """Whether the newest tokens are no codes yet: then one task writes those of a head."""
+        return isinstance(self.cache, CodeLayout) and self.cache.keeps_recent
+
     def runs(self, s: Any) -> Any:
         """Tasks that the tokens of one sequence are cut into; they meet at slots that are multiples of SLOT_STEP."""
-        return 1 if self.s == 1 else -(-s // SLOT_STEP) + 1
+        return 1 if self.s == 1 or self.keeps_recent else -(-s // SLOT_STEP) + 1
 
     def tasks(self, b: Any, s: Any) -> Any:
         """Number of tasks."""
@@ -82,6 +88,7 @@ class _Append:
         self.kernel, self.spec, self.cache, self.s, self.buffers = kernel, spec, spec.cache, s, buffers
         if isinstance(spec.cache, CodeLayout):
             self.codes = CodeWriter(kernel, spec.cache)
+            self.recent = RecentWriter(kernel, spec.cache) if spec.keeps_recent else None
         else:
             self.row = kernel.scratch(-(-spec.cache.key_size // kernel.lanes) * kernel.lanes, spec.cache.dtype)
         self.places = Places(spec.cache, buffers.table, buffers.width)
@@ -90,20 +97,39 @@ class _Append:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
 
     def emit(self) -> None:
-        runs = (self.s + (SLOT_STEP - 1)) // SLOT_STEP + 1
+        runs = 1 if self.spec.keeps_recent else (self.s + (SLOT_STEP - 1)) // SLOT_STEP + 1
         with self.kernel.loop(self.kernel.begin, self.kernel.end) as tasks:
             lane = tasks.index if self.spec.s == 1 else tasks.index // runs
             batch, head = lane // self.cache.heads, lane % self.cache.heads
             start = self.buffers.start.load(batch).to("index")
-            if self.spec.s == 1:
+            if self.spec.keeps_recent:
+                self._recent(batch, head, start)
+            elif self.spec.s == 1:
                 self._token(batch, head, constant(0), start)
             else:
                 first = start // SLOT_STEP * SLOT_STEP + tasks.index % runs * SLOT_STEP
                 with self.kernel.loop(first.max(start), (first + SLOT_STEP).min(start + self.s)) as slots:
                     self._token(batch, head, slots.index - start, slots.index)
 
-    def _token(self, batch: Val, head: Val, token: Val, position: Val) -> None:
-        """One token of one head into its slot."""
+    def _recent(self, batch: Val, head: Val, start: Val) -> None:
+        """All tokens of one head into its window, and from there, in whole groups, into codes."""
+        cache, buffers = self.cache, self.buffers
+        assert isinstance(cache, CodeLayout)
+        assert self.recent is not None
+        windows = Windows(cache, buffers.cache_k, buffers.cache_v)
+
+        def run(position: Val) -> tuple[Buffer, Buffer]:
+            found = self.places.run_of(batch, head, position)
+            return (buffers.cache_k.at(found * cache.k_run + batch * cache.k_beside),
+                    buffers.cache_v.at(found * cache.v_run + batch * cache.v_beside))
+
+        new = (lambda position, column: self._rows(batch, head, position - start)[0].load(column),
+               lambda position, column: self._rows(batch, head, position - start)[1].load(column))
+        rows = windows.keys(batch, head), windows.values(batch, head)
+        self.recent.append(start, start + self.s, new, rows, run)
+
+    def _rows(self, batch: Val, head: Val, token: Val) -> tuple[Row, Row]:
+        """The key and the value of one token of one head."""
         cache, spec, buffers = self.cache, self.spec, self.buffers
         row, at = batch * self.s + token, None
         if spec.rope is not None:
@@ -111,8 +137,13 @@ class _Append:
         k_from = row * (spec.k.stride or cache.heads * cache.dim) + (head * cache.dim + spec.k.offset)
         v_from = row * (spec.v.stride or cache.heads * cache.vdim) + (head * cache.vdim + spec.v.offset)
         key = Row(self.kernel, buffers.k, k_from, cache.dim, self.angles, at)
+        return key, Row(self.kernel, buffers.v, v_from, cache.vdim)
+
+    def _token(self, batch: Val, head: Val, token: Val, position: Val) -> None:
+        """One token of one head into its slot."""
+        cache, buffers = self.cache, self.buffers
+        key, value = self._rows(batch, head, token)
         run, slot = self.places.run_of(batch, head, position), self.places.in_run(position)
-        value = Row(self.kernel, buffers.v, v_from, cache.vdim)
         if isinstance(cache, CodeLayout):
             self.codes.key(key.load, buffers.cache_k.at(run * cache.k_run), slot)
             self.codes.value(value.load, buffers.cache_v.at(run * cache.v_run), slot)

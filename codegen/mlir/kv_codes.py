@@ -110,7 +110,7 @@ class CodeFlash(SoftRows):
                 self.value_kernels[height, panel, width] = made
 
     def _micro_kernel(self, name: str, feed: AnyFeed, tile: Tile, buffers: Sequence[Buffer]):
-        name = f"{name}{tile.rows}x{tile.vectors}of{feed.panel}"
+        name = f"coded_{name}{tile.rows}x{tile.vectors}of{feed.panel}"
         return emit_micro_kernel(self.kernel, name, feed, tile, feed.step, buffers)
 
     def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False) -> Tile:
