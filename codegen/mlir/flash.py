@@ -14,7 +14,7 @@ from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, V
 from tilewright.codegen.mlir.kv_runs import Runs, emit_runs_kernel
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.rows import Row
-from tilewright.codegen.mlir.value import Val, constant
+from tilewright.codegen.mlir.value import SIZES, Val, constant
 from tilewright.codegen.schedule import AttentionSchedule, registers
 
 
@@ -32,7 +32,10 @@ class Straight:
 
 @dataclass(frozen=True)
 class Scattered:
-    """A block in runs: ``run_of(n)`` is the number of that with the block's n-th key and value, see `Places`."""
+    """A block in runs: ``run_of(n)`` is the number of that with the block's n-th key and value, see `Places`.
+
+    It is asked for those of the next block too, and gives any number for those behind the last key.
+    """
 
     k: Buffer
     v: Buffer
@@ -54,8 +57,14 @@ class Flash(SoftRows):
         self.key_panel = min(shape.panel, shape.run or shape.panel)
         self.q = kernel.scratch(self.rows * self.q_size, self.compute)
         self.p = kernel.scratch(self.rows * self.keys, self.compute)
-        self.runs = kernel.scratch(self.keys // shape.run + 1, "i64") if shape.run else None
+        self.ahead = self.keys // shape.run if shape.run else 0  # from a run to that in the same place of the next block
+        self.runs = kernel.scratch(2 * self.ahead + 1, "i64") if shape.run else None
         self._build_micro_kernels(blocks, schedule.prefetch)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether runs of the next block are asked for meanwhile: few rows are done before memory answers."""
+        return self.exact and self.runs is not None
 
     # --- micro-kernels ------------------------------------------------------------------------------------------------
 
@@ -78,7 +87,7 @@ class Flash(SoftRows):
         name, feed = f"values{tile.rows}x{tile.vectors}of{panel}", self._feed(panel)
         if self.runs is None:
             return emit_micro_kernel(self.kernel, name, feed, tile, self.step, (self.p, v, self.sums))
-        runs = Runs(self.shape.run, self.shape.run * self.out_size)
+        runs = Runs(self.shape.run, self.shape.run * self.out_size, self.ahead if self.fetches else 0)
         return emit_runs_kernel(self.kernel, name, feed, tile, runs, (self.p, v, self.sums, self.runs))
 
     def _feed(self, panel: int) -> Feed:
@@ -87,8 +96,9 @@ class Flash(SoftRows):
     def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False) -> Tile:
         columns = tuple(vector * self.lanes * self.pair for vector in range(width))
         # Only low tiles wait for memory: in taller ones there is enough arithmetic for the hardware to keep up.
-        ahead = prefetch if self.exact else 0
-        return Tile(height, columns, *strides, max(1, 4 // height), ahead, fresh)
+        ahead = prefetch if self.exact and not self.fetches else 0
+        told = fresh and self.fetches
+        return Tile(height, columns, *strides, max(1, 4 // height), ahead, fresh, told, in_order=not self.exact)
 
     def _widest(self, height: int) -> int:
         """Vectors that a tile of so many rows has registers for; bf16 without a dot product takes two for each."""
@@ -134,7 +144,8 @@ class Flash(SoftRows):
 
     def _find_runs(self, source: Scattered, count: Val) -> None:
         run = self.shape.run
-        with self.kernel.loop(0, (count + (run - 1)) // run) as loop:
+        runs = constant(2 * self.ahead) if self.fetches else (count + (run - 1)) // run
+        with self.kernel.loop(0, runs) as loop:
             self.runs.store(source.run_of(loop.index * run).to("i64"), loop.index)
 
     def _score(self, source: Straight | Scattered, count: Val, rows: Val) -> None:
@@ -143,17 +154,25 @@ class Flash(SoftRows):
 
         def call(height: int, row: Val) -> None:
             with self.kernel.loop(0, (count + (run - 1)) // run) as loop:
-                if isinstance(source, Straight):
-                    start = source.keys + loop.index * (run * self.q_size)
-                else:
-                    start = self.runs.load(loop.index).to("index") * (run * self.q_size)
+                start, more = self._start_of_keys(source, loop.index)
                 for vector in range(0, run // self.lanes, self._score_width(height)):
                     inside = vector // whole * self.key_panel * self.q_size + vector % whole * self.lanes * self.pair
                     score_at = row * self.keys + loop.index * run + vector * self.lanes
-                    numbers = (row * self.q_size, start + inside, score_at, steps, 0)
+                    numbers = (row * self.q_size, start + inside, score_at, steps, 0, *more)
                     self.score_kernels[height]((self.q, source.k, self.scores), numbers)
 
         self._walk(self.heights, rows, call)
+
+    def _start_of_keys(self, source: Straight | Scattered, number: Val) -> tuple[Val, list[Val]]:
+        """Where a run of the block starts, and how many bytes on from there to fetch ahead."""
+        size = (self.shape.run or SLOT_STEP) * self.q_size
+        if isinstance(source, Straight):
+            return source.keys + number * size, []
+        run = self.runs.load(number).to("index")
+        if not self.fetches:
+            return run * size, []
+        following = self.runs.load(number + self.ahead).to("index")
+        return run * size, [(following - run) * (size * SIZES[source.k.dtype])]
 
     def _add_values(self, source: Straight | Scattered, count: Val, rows: Val) -> None:
         steps = (count + (self.step - 1)) // self.step

@@ -281,14 +281,15 @@ class _Attend:
     def _source(self, batch: Val, head: Val, key: Val, high: Val) -> Any:
         """Where the block of keys from ``key`` on lies; there is nothing from ``high`` on."""
         cache, k, v = self.spec.cache, self.buffers.k, self.buffers.v
-        if isinstance(cache, CodeLayout):
-            def places(number: Val) -> tuple[Val, Val]:
-                run = self.places.run_of(batch, head, (key + number * cache.run).min(high - 1))
-                return run * cache.k_run + batch * cache.k_beside, run * cache.v_run + batch * cache.v_beside
 
-            return places
+        def run_of(n: Val) -> Val:
+            return self.places.run_of(batch, head, (key + n).min(high - 1))
+
+        if isinstance(cache, CodeLayout):
+            sizes = (cache.k_run, cache.k_beside), (cache.v_run, cache.v_beside)
+            return lambda i: tuple(run_of(i * cache.run) * size + batch * beside for size, beside in sizes)
         if cache.layout != CONTIGUOUS:
-            return Scattered(k, v, lambda n: self.places.run_of(batch, head, key + n))
+            return Scattered(k, v, run_of)
         lane = (batch * cache.heads + head) * cache.slots
         return Straight(k, v, (lane + key) * cache.key_size, lane * cache.value_size, cache.slots, key)
 

@@ -5,18 +5,24 @@ makes no difference to a single bit.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.microkernel import AnyFeed, Tile, add_rest, add_whole, in_chains, join_chains
+from tilewright.codegen.mlir.value import SIZES, Val
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of ``length`` k's, a multiple of unrolled steps, each ``size`` elements of the weights."""
+    """Runs of ``length`` k's, a multiple of unrolled steps, each ``size`` elements of the weights.
+
+    With ``ahead`` the lines of the run so many numbers further on are fetched meanwhile: no hardware can guess where that
+    lies.
+    """
 
     length: int
     size: int
+    ahead: int = 0
 
 
 def emit_runs_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, runs: Runs,
@@ -33,8 +39,13 @@ def emit_runs_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, runs:
         x, w, sums, numbers = micro.buffers
         x_at, w_at, sums_at, steps, first = micro.numbers
 
-        def streams(run):
-            return x.at(x_at + run * runs.length), w.at(numbers.load(first + run).to("index") * runs.size + w_at)
+        def part(run: Val) -> tuple[Tile, tuple[Buffer, Buffer]]:
+            number = numbers.load(first + run).to("index")
+            fetching = tile
+            if runs.ahead:
+                following = numbers.load(first + run + runs.ahead).to("index")
+                fetching = replace(tile, prefetch=(following - number) * (runs.size * SIZES[feed.w_dtype]))
+            return fetching, (x.at(x_at + run * runs.length), w.at(number * runs.size + w_at))
 
         sums = sums.at(sums_at)
         places = [r * tile.sums_stride + v * feed.lanes for r in range(tile.rows) for v in range(tile.vectors)]
@@ -42,10 +53,10 @@ def emit_runs_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, runs:
         whole = steps // tile.unroll * tile.unroll
         full = whole // per
         with kernel.loop(0, full, carry=chains) as loop:
-            loop.next(*add_whole(kernel, feed, tile, streams(loop.index), per, loop.values))
-        last, done = streams(full), full * per
-        chains = add_whole(kernel, feed, tile, last, whole - done, loop.results)
-        totals = add_rest(kernel, feed, tile, last, (whole - done, steps - done), join_chains(chains, len(places)))
+            loop.next(*add_whole(kernel, feed, *part(loop.index), per, loop.values))
+        last, done = part(full), full * per
+        chains = add_whole(kernel, feed, *last, whole - done, loop.results)
+        totals = add_rest(kernel, feed, *last, (whole - done, steps - done), join_chains(chains, len(places)))
         for place, total in zip(places, totals):
             sums.store(total, place)
     return micro

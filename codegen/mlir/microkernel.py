@@ -171,6 +171,7 @@ class Tile:
     prefetch: int | Val = 0  # bytes ahead in the weight stream, 0 = none
     fresh: bool = False  # start from zero rather than from the sums
     told: bool = False  # how far to fetch ahead is a sixth number of a call
+    in_order: bool = False  # one chain however low the tile: a row's sums do not depend on how many rows there are
 
     @property
     def vectors(self) -> int:
@@ -179,7 +180,7 @@ class Tile:
     @property
     def chains(self) -> int:
         """Sums that each total is kept as while it grows."""
-        return min(self.unroll, -(-_MIN_CHAINS // (self.rows * self.vectors)))
+        return 1 if self.in_order else min(self.unroll, -(-_MIN_CHAINS // (self.rows * self.vectors)))
 
 
 def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: int, buffers: Sequence[Buffer]) -> Function:
