@@ -266,7 +266,7 @@ class _Attend:
         with self.kernel.loop(0, sinks, step) as blocks:
             key, rows = blocks.index, queries * self.spec.group
             self.flash.block(
-                self._source(batch, head, key, sinks), key, (sinks - key).min(constant(step)), rows,
+                self._source(batch, head, key, sinks, sinks=True), key, (sinks - key).min(constant(step)), rows,
                 lambda query: Visible(None, (position + query + 1).min(sinks)), self._adjust(batch, head, first))
 
     def _load_queries(self, batch: Val, head: Val, first: Val, queries: Val,
@@ -278,12 +278,13 @@ class _Attend:
             for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: recent.load_query(
                 row, source(batch, first + query, head * self.spec.group + member)))
 
-    def _source(self, batch: Val, head: Val, key: Val, high: Val) -> Any:
-        """Where the block of keys from ``key`` on lies; there is nothing from ``high`` on."""
+    def _source(self, batch: Val, head: Val, key: Val, high: Val, sinks: bool = False) -> Any:
+        """Where the block of keys from ``key`` on lies, perhaps of a ring's sinks; there is nothing from ``high`` on."""
         cache, k, v = self.spec.cache, self.buffers.k, self.buffers.v
 
         def run_of(n: Val) -> Val:
-            return self.places.run_of(batch, head, (key + n).min(high - 1))
+            find = self.places.own_run if sinks else self.places.run_of
+            return find(batch, head, (key + n).min(high - 1))
 
         if isinstance(cache, CodeLayout):
             sizes = (cache.k_run, cache.k_beside), (cache.v_run, cache.v_beside)

@@ -143,7 +143,7 @@ class _Append:
         """One token of one head into its slot."""
         cache, buffers = self.cache, self.buffers
         key, value = self._rows(batch, head, token)
-        run, slot = self.places.run_of(batch, head, position), self.places.in_run(position)
+        run, slot = self.places.of(batch, head, position)
         if isinstance(cache, CodeLayout):
             self.codes.key(key.load, buffers.cache_k.at(run * cache.k_run), slot)
             self.codes.value(value.load, buffers.cache_v.at(run * cache.v_run), slot)

@@ -10,7 +10,7 @@ from typing import Protocol
 from tilewright.codegen.cache import SLOT_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.value import Val
-from tilewright.ir import Layout, Paged, Ring
+from tilewright.ir import Layout, Ring
 
 
 class Regions(Protocol):
@@ -38,25 +38,24 @@ class Places:
     width: Val | None = None
 
     def run_of(self, batch: Val, head: Val, position: Val) -> Val:
-        """The number of the run that holds ``position``."""
+        """The number of the run that holds ``position`` and those around it, of a ring the part that goes round."""
         cache = self.cache
         if self.table is not None:  # a page is one run for each head
             page = self.table.load(batch * self.width + position // cache.run)
             return page.to("index") * cache.heads + head
-        runs = cache.slots // cache.run
-        first = (batch * cache.heads + head) * runs
-        return first if runs == 1 else first + self.slot_of(position) // cache.run
+        if isinstance(cache.layout, Ring):
+            position = position % cache.layout.size + round_up(cache.layout.sinks, SLOT_STEP)
+        return self.own_run(batch, head, position)
 
-    def slot_of(self, position: Val) -> Val:
-        """The slot of ``position`` in its region, which may be one of many."""
-        match self.cache.layout:
-            case Paged(page):
-                return position % page
-            case Ring() as ring:
-                turning = position % ring.size + round_up(ring.sinks, SLOT_STEP)
-                return (position < ring.sinks).select(position, turning) if ring.sinks else turning
-        return position
+    def own_run(self, batch: Val, head: Val, slot: Val) -> Val:
+        """The number of the run that holds a slot of the sequence's own memory: of a ring's sinks, their position."""
+        runs = self.cache.slots // self.cache.run
+        first = (batch * self.cache.heads + head) * runs
+        return first if runs == 1 else first + slot // self.cache.run
 
-    def in_run(self, position: Val) -> Val:
-        """The slot of ``position`` in its run."""
-        return self.slot_of(position) % self.cache.run if self.cache.run < self.cache.slots else self.slot_of(position)
+    def of(self, batch: Val, head: Val, position: Val) -> tuple[Val, Val]:
+        """The number of the run that ``position`` is written to, and its slot there."""
+        run, layout = self.run_of(batch, head, position), self.cache.layout
+        if isinstance(layout, Ring) and layout.sinks:
+            run = (position < layout.sinks).select(self.own_run(batch, head, position), run)
+        return run, position % self.cache.run if self.cache.run < self.cache.slots or self.table is not None else position
