@@ -83,7 +83,8 @@ class CodeLayout:
         """Slots of a run."""
         if isinstance(self.layout, Paged):
             return self.layout.page
-        return max(RUN, self.group) if self.channels else RUN
+        run = RUN if isinstance(self.layout, Ring) or self.length <= RUN else 2 * RUN
+        return max(run, self.group) if self.channels else run
 
     @property
     def held(self) -> int:

@@ -206,7 +206,7 @@ class _Attend:
 
     def _part_keys(self, keys: Val) -> Val:
         """Keys of each part but the last, whole runs: not so few that memory has hardly begun to stream."""
-        step = SLOT_STEP if isinstance(self.spec.cache, CacheLayout) else max(SLOT_STEP, self.spec.cache.run)
+        step = SLOT_STEP if isinstance(self.spec.cache, CacheLayout) else self.schedule.keys
         parts = ((keys + (_FEW_KEYS - 1)) // _FEW_KEYS).min(constant(self.parts))
         return ((keys + (parts - 1)) // parts + (step - 1)) // step * step
 
