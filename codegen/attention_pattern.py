@@ -112,7 +112,7 @@ def find(kernel: Function, inside: Callable[[Op], bool] = is_view) -> Op | str:
 
 def tensors(op: Op) -> list[Value]:
     """The operands that hold queries, keys and values."""
-    return [getattr(op, f.name) for f in op.fields if f.name in ("q", "k", "v")]
+    return [getattr(op, f.name) for f in op.fields if f.name in ("q", "k", "v", "q_sinks") and getattr(op, f.name)]
 
 
 def static(dim: Dim) -> int | None:

@@ -1,10 +1,11 @@
 """How a key/value cache lies in memory. On CPUs: blocks that decode attention reads as a stream of whole vectors.
 
-Per sequence and head: keys in panels, ``[length / panel][dim / pair][panel][pair]``, so that vectors hold one component
-of many keys; values in panels of components, ``[vdim / panel][length / pair][panel][pair]``, so that vectors hold
-components of one value (or of two neighbours, side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands,
-else 1. ``panel`` is what a tile of registers takes at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the
-filling must be finite, and is zero in a fresh cache.
+Memory comes in regions: what a sequence has of its own, or a page of a pool. K and V of a region are one block each, with
+all heads, and for each head a run for every ``run`` slots: all of the region's, or SLOT_STEP of a ring's. A run has keys in
+panels, ``[run / panel][dim / pair][panel][pair]``, so that vectors hold one component of many keys; values in panels of
+components, ``[vdim / panel][run / pair][panel][pair]``, so that vectors hold components of one value (or of two neighbours,
+side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. ``panel`` is what a tile of registers takes
+at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
 
 ``codegen/cuda/cache.py`` has the form for GPUs.
 """
@@ -15,10 +16,11 @@ from typing import overload
 import ml_dtypes
 import numpy as np
 
+from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.target import CpuTarget, Target
-from tilewright.ir import KVType
+from tilewright.ir import CONTIGUOUS, KVType, Layout, Paged, Ring
 
 SLOT_STEP = 64
 """Keys are scored in runs of this many; the slots of a cache are rounded up to a multiple."""
@@ -38,7 +40,7 @@ def value_panels(size: int, panel: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Layout of one layer's cache: ``length`` slots for K of size ``dim`` and V of size ``vdim`` in every head."""
+    """Layout of one layer's cache for up to ``length`` tokens, K of size ``dim`` and V of size ``vdim`` in every head."""
 
     heads: int
     dim: int
@@ -46,19 +48,65 @@ class CacheLayout:
     length: int
     dtype: str
     panel: int = 64
+    layout: Layout = CONTIGUOUS
 
     def __post_init__(self) -> None:
         if self.dtype not in _STORED:
             raise ValueError(f"no cache of {self.dtype}; known: {', '.join(_STORED)}")
 
     @property
+    def stored(self) -> str:
+        """Element type of the memory."""
+        return self.dtype
+
+    @property
     def pair(self) -> int:
         return 2 if self.dtype == "bf16" else 1
 
     @property
+    def held(self) -> int:
+        """Slots of a region that hold tokens."""
+        match self.layout:
+            case Paged(page):
+                return page
+            case Ring() as ring:
+                return ring.sinks + ring.size
+        return self.length
+
+    @property
+    def sink_slots(self) -> int:
+        """Slots in memory before those of a ring that are written again and again."""
+        return round_up(self.layout.sinks, SLOT_STEP) if isinstance(self.layout, Ring) else 0
+
+    @property
     def slots(self) -> int:
-        """Slots in memory."""
+        """Slots of a region in memory."""
+        match self.layout:
+            case Paged(page):
+                return page
+            case Ring() as ring:
+                return self.sink_slots + ring.size
         return round_up(self.length, SLOT_STEP)
+
+    @property
+    def run(self) -> int:
+        """Slots of a run."""
+        return SLOT_STEP if isinstance(self.layout, Ring) else self.slots
+
+    @property
+    def most(self) -> int:
+        """The most slots of a sequence in memory."""
+        return round_up(self.length, SLOT_STEP) if isinstance(self.layout, Paged) else self.slots
+
+    @property
+    def key_panel(self) -> int:
+        """Keys of a panel."""
+        return min(self.panel, self.run)
+
+    def places(self) -> np.ndarray:
+        """Where the slots that hold tokens are among those in memory."""
+        at = np.arange(self.held)
+        return at if not isinstance(self.layout, Ring) else at + (at >= self.layout.sinks) * (self.slots - self.held)
 
     @property
     def key_size(self) -> int:
@@ -72,60 +120,60 @@ class CacheLayout:
 
     @property
     def k_shape(self) -> tuple[int, ...]:
-        """Of one sequence: heads, panels, steps, panel, pair."""
-        return self.heads, self.slots // self.panel, self.key_size // self.pair, self.panel, self.pair
+        """Of one region: heads, panels, steps, panel, pair."""
+        return self.heads, self.slots // self.key_panel, self.key_size // self.pair, self.key_panel, self.pair
 
     @property
     def v_shape(self) -> tuple[int, ...]:
-        """Of one sequence: heads, then all panels."""
-        return self.heads, self.slots * self.value_size
+        """Of one region: heads, runs, then all panels."""
+        return self.heads, self.slots // self.run, self.run * self.value_size
 
     @property
     def k_bytes(self) -> int:
-        """Bytes of K of one sequence."""
+        """Bytes of K of one region."""
         return self.heads * self.slots * self.key_size * _STORED[self.dtype].itemsize
 
     @property
     def v_bytes(self) -> int:
-        """Bytes of V of one sequence."""
+        """Bytes of V of one region."""
         return self.heads * self.slots * self.value_size * _STORED[self.dtype].itemsize
 
-    def empty(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """A fresh cache, zero: K ``[batch, *k_shape]`` and V ``[batch, *v_shape]``."""
+    def empty(self, regions: int) -> tuple[np.ndarray, np.ndarray]:
+        """A fresh cache, zero: K ``[regions, *k_shape]`` and V ``[regions, *v_shape]``."""
         kind = _STORED[self.dtype]
-        return np.zeros((batch, *self.k_shape), kind), np.zeros((batch, *self.v_shape), kind)
+        return np.zeros((regions, *self.k_shape), kind), np.zeros((regions, *self.v_shape), kind)
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Plain copies: K ``[B, length, heads, dim]`` and V ``[B, length, heads, vdim]``."""
+        """Plain copies: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
         keys = k.reshape(-1, *self.k_shape).transpose(0, 2, 4, 1, 3, 5)
         keys = keys.reshape(len(keys), self.slots, self.heads, self.key_size)
         values = np.zeros((len(keys), self.slots, self.heads, self.value_size), v.dtype)
         for view, start, width in self._value_views(v):
             values[..., start:start + width] = view.reshape(len(keys), self.slots, self.heads, width)
-        return keys[:, :self.length, :, :self.dim], values[:, :self.length, :, :self.vdim]
+        return keys[:, self.places(), :, :self.dim], values[:, self.places(), :, :self.vdim]
 
     def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A cache whose first slots hold ``keys`` [B, T, heads, dim] and ``values`` [B, T, heads, vdim]."""
-        batch, tokens = keys.shape[:2]
-        k, v = self.empty(batch)
-        wide = np.zeros((batch, self.slots, self.heads, self.key_size), k.dtype)
-        wide[:, :tokens, :, :self.dim] = keys
+        """A cache whose first slots hold ``keys`` [regions, T, heads, dim] and ``values`` [regions, T, heads, vdim]."""
+        regions, places = len(keys), self.places()[:keys.shape[1]]
+        k, v = self.empty(regions)
+        wide = np.zeros((regions, self.slots, self.heads, self.key_size), k.dtype)
+        wide[:, places, :, :self.dim] = keys
         steps = self.key_size // self.pair
-        k[...] = wide.reshape(batch, -1, self.panel, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
-        wide = np.zeros((batch, self.slots, self.heads, self.value_size), v.dtype)
-        wide[:, :tokens, :, :self.vdim] = values
+        k[...] = wide.reshape(regions, -1, self.key_panel, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
+        wide = np.zeros((regions, self.slots, self.heads, self.value_size), v.dtype)
+        wide[:, places, :, :self.vdim] = values
         for view, start, width in self._value_views(v):
             view[...] = wide[..., start:start + width].reshape(view.shape)
         return k, v
 
     def _value_views(self, v: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
-        """Each panel of values as ``[B, slots / pair, pair, heads, width]``, with its first component and width."""
+        """Each panel of values as ``[regions, runs, run / pair, pair, heads, width]``, with its start and its width."""
         flat = v.reshape(-1, *self.v_shape)
         views = []
         for start, width in value_panels(self.value_size, self.panel):
-            panel = flat[:, :, start * self.slots:(start + width) * self.slots]
-            view = panel.reshape(len(flat), self.heads, self.slots // self.pair, width, self.pair)
-            views.append((view.transpose(0, 2, 4, 1, 3), start, width))
+            panel = flat[..., start * self.run:(start + width) * self.run]
+            view = panel.reshape(*flat.shape[:3], self.run // self.pair, width, self.pair)
+            views.append((view.transpose(0, 2, 3, 5, 1, 4), start, width))
         return views
 
 
@@ -135,16 +183,19 @@ def panel_for(target: CpuTarget) -> int:
 
 
 @overload
-def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout: ...
+def cache_layout(type: KVType, target: CpuTarget) -> CacheLayout | CodeLayout: ...
 
 
 @overload
 def cache_layout(type: KVType, target: CudaTarget) -> CudaCacheLayout: ...
 
 
-def cache_layout(type: KVType, target: Target) -> CacheLayout | CudaCacheLayout:
+def cache_layout(type: KVType, target: Target) -> CacheLayout | CodeLayout | CudaCacheLayout:
     """The layout in which kernels for ``target`` keep a cache."""
     sizes = type.heads, type.dim, type.vdim, type.length, type.dtype.value
     if isinstance(target, CudaTarget):
         return CudaCacheLayout(*sizes)
-    return CacheLayout(*sizes, panel_for(target))
+    if type.is_coded:
+        codes = type.keys, type.group, type.recent, type.scales.value, type.full.value
+        return CodeLayout(*sizes, panel_for(target), type.layout, *codes)
+    return CacheLayout(*sizes, panel_for(target), type.layout)

@@ -245,5 +245,7 @@ class AttentionSchedule(Schedule):
         The hardware fetches ahead well while little is computed between two lines, and along one memory page.
         """
         parts = next((p for p in (1, 2, 4, 8) if p * heads >= _ENOUGH_TASKS), 16)
+        if dtype in ("i8", "i4", "i2"):  # their kernel asks for memory by itself
+            return cls(keys=128, parts=parts)
         busy = group >= 4 and (dtype == "f32" or target.vector_bits < 512)
         return cls(keys=64, prefetch=8192 if busy else 0, parts=parts)

@@ -29,6 +29,7 @@ from tilewright.ir.errors import (
     VerifyError,
 )
 from tilewright.ir.interpreter import empty_states, interpret
+from tilewright.ir.kv_type import CONTIGUOUS, Contiguous, KVType, Layout, Paged, Ring
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import canonical, print_function, print_module
 from tilewright.ir.rewriter import Pattern, Rewriter, Skip, rewrite
@@ -36,7 +37,6 @@ from tilewright.ir.sources import ArraySource, Computation, ComputedSource, Part
 from tilewright.ir.types import (
     Dim,
     DType,
-    KVType,
     Shape,
     TensorType,
     Type,
@@ -52,6 +52,7 @@ from tilewright.ir.types import (
 from tilewright.ir.verifier import verify
 
 __all__ = [
+    "CONTIGUOUS",
     "UNKNOWN",
     "Argument",
     "ArraySource",
@@ -60,15 +61,18 @@ __all__ = [
     "CodegenError",
     "Computation",
     "ComputedSource",
+    "Contiguous",
     "DType",
     "Dim",
     "Env",
     "Function",
     "InterpreterError",
     "KVType",
+    "Layout",
     "Loc",
     "Module",
     "Op",
+    "Paged",
     "ParseError",
     "PartSource",
     "PassError",
@@ -76,6 +80,7 @@ __all__ = [
     "Result",
     "Return",
     "Rewriter",
+    "Ring",
     "Shape",
     "Skip",
     "State",

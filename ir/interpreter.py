@@ -19,14 +19,14 @@ Cache = tuple[Array, Array]
 Observer = Callable[[Op, Sequence[Any]], None]
 
 
-def empty_states(module: Module, batch: int) -> dict[str, Cache]:
-    """Zeroed KV caches for ``batch`` sequences: name -> (K, V)."""
-    return {name: _empty(s.cache, batch) for name, s in module.states.items()}
+def empty_states(module: Module, batch: int, pages: int | None = None) -> dict[str, Cache]:
+    """Zeroed KV caches for ``batch`` sequences: name -> (K, V). A pool has ``pages``; none is all that they may need."""
+    return {name: _empty(s.cache, batch, pages) for name, s in module.states.items()}
 
 
-def _empty(t: KVType, batch: int) -> Cache:
-    shape = (batch, t.length, t.heads)
-    return np.zeros((*shape, t.dim), t.dtype.np), np.zeros((*shape, t.vdim), t.dtype.np)
+def _empty(t: KVType, batch: int, pages: int | None) -> Cache:
+    own = (batch * t.pages if pages is None else pages, t.page) if t.page else (batch, t.slots)
+    return np.zeros((*own, t.heads, t.dim), t.held.np), np.zeros((*own, t.heads, t.vdim), t.held.np)
 
 
 def interpret(

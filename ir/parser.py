@@ -15,6 +15,7 @@ from lark.lexer import PatternStr
 from tilewright.ir.compare import same_type
 from tilewright.ir.core import UNKNOWN, Function, Loc, Module, Op, Return, Value
 from tilewright.ir.errors import ParseError, VerifyError
+from tilewright.ir.kv_type import parse_kv_type
 from tilewright.ir.types import DType, KVType, TensorType, Type, parse_dim, sym
 
 
@@ -45,12 +46,7 @@ def parse_type(text: str) -> Type:
             raise ValueError(f"sizes are not negative, got {text}")
         return TensorType(dims, DType(last))
     if text.startswith("kv<") and text.endswith(">"):
-        pairs = dict(item.strip().split("=", 1) for item in text[3:-1].split(","))
-        dtype, layout = DType(pairs.pop("dtype")), pairs.pop("layout")
-        numbers: dict[str, Any] = {k: int(v) for k, v in pairs.items()}
-        if min(numbers.values(), default=1) < 1:
-            raise ValueError(f"sizes of a cache are positive, got {text}")
-        return KVType(**numbers, dtype=dtype, layout=layout)
+        return parse_kv_type(text)
     raise ValueError(f"not a type: {text!r}")
 
 

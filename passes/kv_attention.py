@@ -1,15 +1,20 @@
-"""Causal ``nn.attention(q, k, v)`` over tokens -> ``kv.append(@kv.0, k, v, start)``, ``kv.attend(q, cache, start)``."""
+"""Causal ``nn.attention(q, k, v)`` over tokens -> ``kv.append(@kv.0, k, v, start)``, ``kv.attend(q, cache, start)``.
+
+With pages both take the ``table`` too. With sinks ``kv.attend`` takes the queries a second time, turned by the rope as if
+they stood at the end of the sinks and the window: that is how far from the sinks they are taken to be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tilewright.ir import Builder, DType, KVType, Module, Value, dim_symbols, ops
+from tilewright.ir import CONTIGUOUS, Builder, KVType, Module, Ring, Value, dim_symbols, ops
 from tilewright.passes.kv_axes import PLAIN, Axes
 from tilewright.passes.kv_bias import Biases
 from tilewright.passes.kv_mask import Sight, read_sight
+from tilewright.passes.kv_options import KvOptions
 from tilewright.passes.kv_shapes import ShapeValues, refuse
 
 
@@ -21,7 +26,11 @@ class Attentions:
     shapes: ShapeValues
     biases: Biases
     start: Value
-    dtype: DType | None
+    table: Value | None
+    options: KvOptions
+    length: int
+    turn: Callable[[ops.Attention, int], Value]
+    """Makes the queries of an attention as they would be at a position, where they stand behind it."""
     sights: list[Sight] = field(default_factory=list)
     """What each attention sees, in order; for the report."""
     _known: dict[tuple[Any, ...], Sight] = field(default_factory=dict)
@@ -29,17 +38,25 @@ class Attentions:
     def cache(self, op: ops.Attention, axes: Mapping[Value, Axes]) -> Value:
         """Put the cached form before ``op`` and give its result."""
         self._check(op, axes)
-        sight = self._sight(op)
+        sight = self.options.sight(self._sight(op))
         assert op.parent is not None
         builder = Builder(op.parent, op, op.loc)
-        bias = self.biases.place(op, sight, builder)
-        state = self.module.state(f"kv.{len(self.module.states)}", self._type(op))
-        cache = builder(ops.Append, state, op.k, op.v, self.start)
+        kind = self._type(op, sight)
+        bias = None if op.bias is None else self._bias(op, kind, sight, builder)
+        state = self.module.state(f"kv.{len(self.module.states)}", kind)
+        table = self.table if kind.page else None
+        far = self.turn(op, kind.sinks + kind.layout.window - 1) if isinstance(kind.layout, Ring) and kind.sinks else None
+        cache = builder(ops.Append, state, op.k, op.v, self.start, table)
         self.sights.append(sight)
         return builder(
-            ops.Attend, op.q, cache, self.start, bias, op.sinks,
-            scale=op.scale, window=sight.window, chunk=sight.chunk, softcap=op.softcap,
+            ops.Attend, op.q, cache, self.start, bias, op.sinks, scale=op.scale, window=sight.window, chunk=sight.chunk,
+            softcap=op.softcap, table=table, q_sinks=far,
         )  # fmt: skip
+
+    def _bias(self, op: ops.Attention, kind: KVType, sight: Sight, builder: Builder) -> Value | None:
+        if self.options.is_endless and op.bias is not None and self.shapes.varies(op.bias):
+            raise refuse(op, "adds a bias by position, which a ring does not keep apart; leave out window and sinks")
+        return self.biases.place(op, sight, builder)
 
     def _sight(self, op: ops.Attention) -> Sight:
         """What ``op`` sees; layers that share a mask share its evaluation."""
@@ -62,8 +79,11 @@ class Attentions:
         if op.sinks is not None and self.shapes.varies(op.sinks):
             raise refuse(op, "has sinks that depend on how many tokens there are")
 
-    def _type(self, op: ops.Attention) -> KVType:
+    def _type(self, op: ops.Attention, sight: Sight) -> KVType:
         heads, dim, vdim = op.k.shape[2], op.k.shape[3], op.v.shape[3]
         if dim_symbols([heads, dim, vdim]):
             raise refuse(op, f"has heads of symbolic size: {op.k.type}")
-        return KVType(int(heads), int(dim), int(vdim), self.shapes.length, self.dtype or op.k.dtype)
+        plain = KVType(int(heads), int(dim), int(vdim), self.length, op.k.dtype)
+        kind = self.options.type(plain, sight)
+        by_position = op.bias is not None and self.shapes.varies(op.bias)
+        return replace(kind, layout=CONTIGUOUS) if by_position and isinstance(kind.layout, Ring) else kind

@@ -12,7 +12,7 @@ Sizes = Mapping[Any, Dim]
 
 def at_sizes(dim: Dim, sizes: Sizes) -> Dim:
     """``dim`` with the symbols in ``sizes`` replaced."""
-    return dim if isinstance(dim, int) else as_dim(dim.subs(dict(sizes)))
+    return dim if isinstance(dim, int) else as_dim(dim.subs(dict(sizes), simultaneous=True))
 
 
 def clone_op(op: Op, mapping: Mapping[Value, Value], sizes: Sizes) -> Op:

@@ -7,12 +7,13 @@ the operation and the reason.
 
 ``start`` ``[B]`` is the position of a sequence's first token in this call. Sequences are padded on the right; ``last``
 ``[B]`` is the index of the last valid token, and logits are those after it. ``start[b] + S`` may not exceed ``length``.
+Caches of pages take one ``table`` (i32 ``[B, T]``) for all layers: the pages of each sequence, in order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import sympy
 
@@ -21,45 +22,44 @@ from tilewright.ir import (
     Builder,
     DType,
     Function,
+    KVType,
     Module,
     Op,
+    Paged,
     PassError,
     Return,
+    Ring,
     TensorType,
     UnsupportedError,
     Value,
     ops,
+    sym,
 )
-from tilewright.passes.base import Pass, PassContext
+from tilewright.passes.base import PassContext
 from tilewright.passes.kv_attention import Attentions
 from tilewright.passes.kv_axes import PLAIN, Axes, Mixed
 from tilewright.passes.kv_bias import Biases
 from tilewright.passes.kv_carry import check_result, named_operands, result_axes
 from tilewright.passes.kv_clone import clone_function, sweep
 from tilewright.passes.kv_last import take_last
+from tilewright.passes.kv_mask import Sight
+from tilewright.passes.kv_options import ENDLESS, KvOptions, describe
 from tilewright.passes.kv_rows import Rows
 from tilewright.passes.kv_shapes import ShapeValues, refuse
+from tilewright.passes.kv_turns import Turns
 
 LONGEST = 4096
 
 
 @dataclass(frozen=True)
-class KvLayout(Pass):
-    """Gives a causal language model its KV cache.
+class KvLayout(KvOptions):
+    """Gives a causal language model its KV cache, stored as :class:`KvOptions` say.
 
-    ``length``: capacity of a cache in tokens; none is what the model was traced for, at most 4096.
-    ``dtype``: element type of the cache, auto for that of the keys. ``keep_forward`` leaves ``@forward`` in place.
+    ``keep_forward`` leaves ``@forward`` in place.
     """
 
     name: ClassVar[str] = "kv-layout"
-    kind: Literal["contiguous"] = "contiguous"
-    length: int | None = None
-    dtype: Literal["auto", "f32", "f16", "bf16"] = "auto"
     keep_forward: bool = False
-
-    def __post_init__(self) -> None:
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"length must be positive, got {self.length}")
 
     def inapplicable(self, module: Module) -> str | None:
         task = module.meta.get("task", "not given")
@@ -73,47 +73,65 @@ class KvLayout(Pass):
         forward = module.functions["forward"]
         ids = _token_input(module, forward)
         batch, seq = ids.shape
-        length = self._length(module, seq)
-        dtype = None if self.dtype == "auto" else DType(self.dtype)
-        step = Step(module, forward, ShapeValues(batch, seq, length), dtype)
+        known, length = self._lengths(module, seq)
+        step = Step(module, forward, ShapeValues(batch, seq, known), length, self)
         step.transform()
         decode, prefill = step.decode(), step.prefill()
         module.add(prefill)
         module.add(decode)
         if not self.keep_forward:
             _remove(module, forward)
+        types = [s.cache for s in module.states.values()]
+        self._check_kind_found(types)
         low, high = module.dims.get(str(seq), (1, length))
-        module.dims[str(seq)] = (1 if not self.keep_forward else low, min(high, length))
+        most = min([high, length, *(t.layout.chunk for t in types if isinstance(t.layout, Ring))])
+        module.dims[str(seq)] = (1 if not self.keep_forward else low, most)
         module.meta |= {"kv_length": str(length), "outputs.prefill": '["logits"]', "outputs.decode": '["logits"]'}
-        for i, sight in enumerate(step.attentions.sights):
-            ctx.note(f"kv.{i}: {module.states[f'kv.{i}'].type} window={sight.window} chunk={sight.chunk}")
+        for name, kind, sight in zip(module.states, types, step.attentions.sights):
+            ctx.note(f"{name}: {kind} window={sight.window} chunk={sight.chunk}")
+        if types:
+            ctx.note(f"all caches: {describe(types)}")
         return True
 
-    def _length(self, module: Module, seq: sympy.Symbol) -> int:
+    def _lengths(self, module: Module, seq: sympy.Symbol) -> tuple[int, int]:
+        """Positions at which the model can be looked at, and those that a sequence may have."""
         most = module.dims.get(str(seq), (1, LONGEST))[1]
+        if self.is_endless:
+            length = ENDLESS if self.length is None else self.length
+            return min(most, LONGEST, length), length
         if self.length is None:
-            return min(most, LONGEST)
+            return min(most, LONGEST), min(most, LONGEST)
         if self.length > most:
             raise PassError(
                 f"kv-layout: length={self.length} is more than the {most} tokens that the model was traced for; "
                 f"give length={most}, or trace it for longer inputs"
             )
-        return self.length
+        return self.length, self.length
+
+    def _check_kind_found(self, types: list[KVType]) -> None:
+        if self.kind == "ring" and types and not any(isinstance(t.layout, Ring) for t in types):
+            raise PassError(
+                "kv-layout: kind=ring without a window is for models with windows, and no attention of this one has a "
+                "window of its own; give window=1024, or another kind"
+            )
 
 
 class Step:
     """One call of the cached model for S tokens a sequence, made from ``forward``; the source of prefill and decode."""
 
-    def __init__(self, module: Module, forward: Function, shapes: ShapeValues, dtype: DType | None) -> None:
+    def __init__(self, module: Module, forward: Function, shapes: ShapeValues, length: int, options: KvOptions) -> None:
         self.shapes = shapes
         self.function, mapping = clone_function(forward, "prefill", {})
         self.ids = mapping[forward.args[0]]
         self.ids.name = "ids"
         self.start = self.function.arg("start", TensorType((shapes.batch,), DType.i64))
+        table = _table(module, self.function, shapes.batch, options, length) if options.kind == "paged" else None
         self.positions = self._count()
         self.axes: dict[Value, Axes] = {self.ids: PLAIN, self.positions: PLAIN}
-        self.rows = Rows(module, shapes, self.positions)
-        self.attentions = Attentions(module, shapes, Biases(shapes, self.rows), self.start, dtype)
+        self.rows = Rows(module, shapes, self.positions, length)
+        self.turns = Turns(self.function, self.rows, self.axes)
+        biases = Biases(shapes, self.rows)
+        self.attentions = Attentions(module, shapes, biases, self.start, table, options, length, self.turns.behind)
 
     def _count(self) -> Value:
         """``[B, S]``: where each token stands."""
@@ -169,6 +187,8 @@ class Step:
         else:
             raise refuse(op, f"takes {value.type} as {slot}, which depends on the position")
         placed = self.rows.place(value, op, axes, offset)
+        if isinstance(op, ops.Rope):
+            self.turns.note(op, slot, value, axes)
         op.replace_operand(value, placed)
 
     def _check_logits(self) -> None:
@@ -196,6 +216,15 @@ class Step:
         take_last(self.function, self.axes, self.positions, last)
         sweep(self.function)
         return self.function
+
+
+def _table(module: Module, function: Function, batch: sympy.Symbol, options: KvOptions, length: int) -> Value:
+    """The argument with the pages of each sequence, ``[B, T]``."""
+    name = next(n for n in ("T", *(f"T_{i}" for i in range(1, 99))) if n not in module.dims)
+    layout = options.layout(Sight())
+    assert isinstance(layout, Paged)
+    module.dims[name] = (1, -(-length // layout.page))
+    return function.arg("table", TensorType((batch, sym(name)), DType.i32))
 
 
 def _token_input(module: Module, forward: Function) -> Argument:

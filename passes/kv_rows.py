@@ -3,7 +3,8 @@
     %cos : [1, S, D]   ->   core.gather(@position_table, %positions) : [B, S, D]
 
 ``positions`` ``[B, S]`` holds where each token stands, so that sequences of one batch may be at different places. Equal
-tables are kept once; tables that are rows of a weight are not copied: the weight itself is gathered.
+tables are kept once; tables that are rows of a weight are not copied: the weight itself is gathered. Where there are more
+positions than a table could hold, rows are computed for the tokens at hand (:mod:`kv_computed`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import numpy as np
 
 from tilewright.ir import Builder, Module, Op, Value, Weight, dim_text, ops, same_dim
 from tilewright.passes.kv_axes import Axes, has
+from tilewright.passes.kv_computed import compute_rows
 from tilewright.passes.kv_shapes import Array, ShapeValues, close, refuse
 
 
 class Rows:
-    """Makes, and shares, the rows of position tables in one function."""
+    """Makes, and shares, the rows of position tables in one function, for ``length`` positions."""
 
-    def __init__(self, module: Module, shapes: ShapeValues, positions: Value) -> None:
-        self.module, self.shapes, self.positions = module, shapes, positions
+    def __init__(self, module: Module, shapes: ShapeValues, positions: Value, length: int) -> None:
+        self.module, self.shapes, self.positions, self.length = module, shapes, positions, length
         self.tables: dict[str, Weight] = {}
         self.gathered: dict[tuple[Any, ...], Value] = {}
         self.rows_of: dict[Value, Value] = {}
@@ -106,6 +108,8 @@ class Rows:
         table = self.table(value, self.shapes.seq_axes(value)[0])
         if table.dtype == np.int64 and table.ndim == 1 and (np.diff(table) == 1).all():
             return self._shifted(int(table[0]), builder)
+        if self.length > self.shapes.length:
+            return compute_rows(value, self.positions, self.shapes, builder)
         return self._gather(self.constant(table), builder)
 
     def _shifted(self, by: int, builder: Builder) -> Value:
@@ -118,8 +122,9 @@ class Rows:
 
     def _from_weight(self, value: Value, builder: Builder) -> Value | None:
         """The rows of a weight that is indexed by position, with no copy of it."""
-        op, length = value.owner, self.shapes.length
+        op, length = value.owner, self.length
         if isinstance(op, ops.Embedding) and not self.shapes.varies(op.table):
+            self._check_rows(value, op.table)
             return builder(ops.Embedding, self.rows(op.indices, builder), op.table)
         if isinstance(op, ops.Slice) and isinstance(op.x, Weight) and op.x.tensor.rank == 2:
             whole = same_dim(op.stops[1], op.x.shape[1]) and op.starts == (0, 0) and op.steps == (1, 1)
@@ -127,6 +132,11 @@ class Rows:
             if whole and isinstance(size, int) and size >= length and op.stops[0] == self.shapes.seq:
                 return self._gather(op.x, builder)
         return None
+
+    def _check_rows(self, value: Value, table: Value) -> None:
+        known = table.shape[0]
+        if self.length > self.shapes.length and (not isinstance(known, int) or known < self.length):
+            raise refuse(value, f"knows {dim_text(known)} positions of {self.length}; give kv-layout a smaller length")
 
     def _gather(self, table: Value, builder: Builder) -> Value:
         if ("rows", table) not in self.gathered:

@@ -54,7 +54,7 @@ class ShapeValues:
         env = Env({str(self.batch): batch, str(self.seq): seq})
         known: dict[Value, Array] = {}
         try:
-            for op in _cone(value):
+            for op in cone(value):
                 with np.errstate(all="ignore"):
                     out = op.evaluate(env, *(None if v is None else _look_up(known, v) for v in op.operand_slots()))
                 known.update(zip(op.results, map(np.asarray, out if len(op.results) > 1 else (out,))))
@@ -95,7 +95,7 @@ def _look_up(known: dict[Value, Array], value: Value) -> Array:
     return value.load() if isinstance(value, Weight) else known[value]
 
 
-def _cone(value: Value) -> Sequence[Op]:
+def cone(value: Value) -> Sequence[Op]:
     """The operations that ``value`` comes from, operands first."""
     order: dict[Op, None] = {}
     todo = [(value.owner, False)]

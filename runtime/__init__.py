@@ -1,5 +1,6 @@
 """Loads and runs compiled artifacts: numpy and ctypes only, none of the compiler."""
 
+from tilewright.runtime.batch import Batch
 from tilewright.runtime.errors import (
     ArtifactError,
     ArtifactVersionError,
@@ -7,6 +8,7 @@ from tilewright.runtime.errors import (
     InputError,
     ManifestError,
     MissingExtraError,
+    OutOfPages,
     ProgramError,
     SessionError,
     TruncatedArtifactError,
@@ -18,7 +20,7 @@ from tilewright.runtime.session import Session
 from tilewright.runtime.tokenizer import Detokenizer, Tokenizer
 
 __all__ = [
-    "ArtifactError", "ArtifactVersionError", "DamagedArtifactError", "Detokenizer", "InputError", "ManifestError",
-    "MissingExtraError", "Program", "ProgramError", "Session", "SessionError", "Tokenizer", "TruncatedArtifactError",
-    "UnsupportedHostError", "generate", "load", "stream",
+    "ArtifactError", "ArtifactVersionError", "Batch", "DamagedArtifactError", "Detokenizer", "InputError", "ManifestError",
+    "MissingExtraError", "OutOfPages", "Program", "ProgramError", "Session", "SessionError", "Tokenizer",
+    "TruncatedArtifactError", "UnsupportedHostError", "generate", "load", "stream",
 ]  # fmt: skip

@@ -144,3 +144,22 @@ def check_positions(inputs: Mapping[str, Array], capacity: int, where: str) -> N
         low, high = _extremes(last)
         if low < 0 or high >= ids.shape[1]:
             raise InputError(f"{where}(last)", f"values in 0..{ids.shape[1] - 1}", f"values in {low}..{high}")
+
+
+def check_table(inputs: Mapping[str, Array], page: int, end: int, where: str) -> None:
+    """Keeps the pages of a call (``table`` [B, T], of ``page`` tokens) below ``end``, and its tokens within them.
+
+    Raises InputError.
+    """
+    table, ids, start = inputs.get("table"), inputs.get("ids"), inputs.get("start")
+    if table is None or not table.size:
+        return
+    low, high = _extremes(table)
+    if low < 0 or high >= end:
+        raise InputError(f"{where}(table)", f"pages in 0..{end - 1}, those of the session", f"pages in {low}..{high}")
+    if ids is None or start is None or not start.size:
+        return
+    latest = int(_extremes(start)[1]) + ids.shape[1]
+    if latest > table.shape[1] * page:
+        raise InputError(f"{where}(table)", f"tables for {latest} tokens, {-(-latest // page)} pages of {page}",
+                         f"{table.shape[1]} pages")

@@ -160,6 +160,10 @@ class Stream:
     def to_host(self, array: np.ndarray[Any, Any], address: int) -> None:
         self.device.driver("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, self.handle)
 
+    def copy(self, to: int, begin: int, count: int) -> None:
+        """Copy bytes from one place on the GPU to another."""
+        self.device.driver("cuMemcpyDtoDAsync_v2", to, begin, count, self.handle)
+
     def fill(self, address: int, byte: int, count: int) -> None:
         """Set ``count`` bytes."""
         self.device.driver("cuMemsetD8Async", address, byte, count, self.handle)

@@ -22,9 +22,10 @@ from tilewright.runtime.dlpack import DeviceArray, is_on_gpu, read
 from tilewright.runtime.errors import DeviceError, ProgramError, SessionError
 from tilewright.runtime.jsonread import Node, parse
 from tilewright.runtime.loader import Program, Weights
-from tilewright.runtime.manifest import DTYPES, EntrySpec, Manifest
+from tilewright.runtime.manifest import DTYPES, EntrySpec, Manifest, StateSpec
 from tilewright.runtime.native import Library
 from tilewright.runtime.session import Call, Session
+from tilewright.runtime.states import States
 
 SYNCHRONOUS = "TILEWRIGHT_CUDA_SYNC"
 """Set to 1, each kernel is waited for, so that an error names the one that failed."""
@@ -78,9 +79,33 @@ class DeviceProgram(Program):
         else:
             self.on_device.fill(weights.address, weights.size)
 
-    def session(self, threads: int | None = None, batch: int = 1) -> Session:
-        """Memory on the GPU to run the entries with; ``batch``: the most sequences that the KV states hold."""
-        return DeviceSession(self, threads, batch)
+    def session(self, threads: int | None = None, batch: int = 1, pages: int | None = None, memory: int | None = None
+                ) -> Session:  # fmt: skip
+        """Memory on the GPU to run the entries with; see ``Program.session``."""
+        return DeviceSession(self, threads, batch, pages, memory)
+
+
+class DeviceStates(States):
+    """KV states in the GPU's memory."""
+
+    def __init__(self, specs: Sequence[StateSpec], sequences: int, pages: int, stream: Stream) -> None:
+        super().__init__(specs, sequences, pages)
+        self.stream = stream
+
+    def _allocate(self) -> list[Any]:
+        found = []
+        for part in self.parts:
+            regions = "pages" if part.paged else "sequences"
+            found.append(Memory(self.stream.device, part.bytes, f"{part.count} {regions} of cache {part.name}"))
+            found[-1].zero()
+        return found
+
+    def _address(self, memory: Any) -> int:
+        return int(memory.address)
+
+    def _copy(self, memory: Any, begin: int, to: int, count: int) -> None:
+        self.stream.device.use()
+        self.stream.copy(memory.address + to, memory.address + begin, count)
 
 
 class DeviceSession(Session):
@@ -114,12 +139,15 @@ class DeviceSession(Session):
         self.device = self.program.device
         self.work: Stream | None = Stream(self.device)
         self._block: Memory | None = None
-        self._caches: list[Memory] = []
         address = self.device.driver.address
         wait = address("cuStreamSynchronize") if os.environ.get(SYNCHRONOUS) == "1" else None
         functions = ctypes.addressof(self.program.function_addresses)
         launch, copy = address("cuLaunchKernel"), address("cuMemcpyDtoDAsync_v2")
         self.launcher = _Launcher(launch, copy, wait, self.work.handle, functions, -1, 0)
+
+    def _make_states(self, pages: int) -> States:
+        assert self.work is not None
+        return DeviceStates(self.program.manifest.states, self.batch, pages, self.work)
 
     def _call(self, entry: str, spec: EntrySpec, arrays: Sequence[Any], sizes: tuple[int, ...]) -> Call:
         return DeviceCall(self, entry, spec, arrays, sizes)
@@ -136,6 +164,10 @@ class DeviceSession(Session):
             for name, array in call.outputs.items() if call.copies else ():
                 self.work.to_host(array, call.output_memory[name].address)
             self._wait(call)
+
+    def state_pointers(self, first: int) -> Any:
+        """The KV states as the program takes them; the same object as long as they are where they are."""
+        return self._states.pointers(first)
 
     def to_host(self, array: DeviceArray) -> np.ndarray[Any, Any]:
         """A copy of an array on the GPU."""
@@ -158,7 +190,7 @@ class DeviceSession(Session):
 
     def start(self, call: Call, arena: int) -> None:
         """Put the entry's launches on the stream. Raises DeviceError with the kernel that cannot be launched."""
-        dims, states = call.plan[0], self._state_addresses() if call.spec.batch is not None else None
+        dims, states = call.plan[0], self._states.pointers(call.first) if call.spec.batch is not None else None
         code = self._library.run[call.entry](
             ctypes.addressof(self.launcher), dims, call.input_addresses, call.output_addresses, states,
             self.program.on_device.address, arena,
@@ -176,30 +208,23 @@ class DeviceSession(Session):
             self._block = Memory(self.device, count, "intermediate results")
         return self._block.address
 
-    def _state_addresses(self) -> Any:
-        if not self._caches:
-            for spec in self.program.manifest.states:
-                for size in (spec.k_bytes, spec.v_bytes):
-                    memory = Memory(self.device, size * self.batch, f"{self.batch} sequences of cache {spec.name}")
-                    memory.zero()
-                    self._caches.append(memory)
-            self._addresses = pointers([memory.address for memory in self._caches])
-        return self._addresses
-
     @property
     def memory(self) -> dict[str, int]:
         """Bytes held on the GPU: ``arena``, and ``states``; the weights are the program's."""
-        return {"arena": self._block.bytes if self._block else 0, "states": sum(m.bytes for m in self._caches)}
+        return {"arena": self._block.bytes if self._block else 0, "states": self._states.bytes}
 
     def reset(self) -> None:
         """Forgets the states and gives all memory back; the next call starts from zeros."""
         with self._lock:
-            self._block, self._caches = None, []
+            self._block = None
+            self._states.release()
+            self.pages = self._page_pool(self.pages.count) if self.pages else None
 
     def close(self) -> None:
         """Gives the memory back. Waits for a running call; safe to repeat."""
         with self._lock:
-            self._block, self._caches = None, []
+            self._block = None
+            self._states.release()
             if self.work is not None:
                 self.work.close()
             self.work = None
@@ -213,7 +238,7 @@ class DeviceCall(Call):
     def __init__(self, session: DeviceSession, entry: str, spec: EntrySpec, arrays: Sequence[Any],
                  sizes: tuple[int, ...]) -> None:  # fmt: skip
         self.graph: Graph | None = None
-        self._recorded: tuple[int, int] | None = None
+        self._recorded: tuple[int, Any] = (0, None)
         self.runs = 0
         self.input_memory: dict[str, Memory] = {}
         self.output_memory: dict[str, Memory] = {}
@@ -247,14 +272,12 @@ class DeviceCall(Call):
     def launch(self, stream: Stream, arena: int) -> None:
         """Put the kernels on the stream: one by one the first time, as a graph from the second on."""
         self.runs += 1
-        places = (arena, id(self.session._addresses))
         if self.runs == 1:
             self.session.start(self, arena)
             return
-        if self.graph is None or self._recorded != places:
-            if self.spec.batch is not None:
-                self.session._state_addresses()  # nothing may be allocated while recording
-            places = (arena, id(self.session._addresses))
+        # made here, since nothing may be allocated while recording
+        states = self.session.state_pointers(self.first) if self.spec.batch is not None else None
+        if self.graph is None or self._recorded[0] != arena or self._recorded[1] is not states:
             self.graph = stream.record(lambda: self.session.start(self, arena))
-            self._recorded = places
+            self._recorded = arena, states
         self.graph.run(stream)

@@ -49,6 +49,10 @@ class SessionError(RuntimeError):
     """A session is used after ``close``, or for two generations at once in one thread."""
 
 
+class OutOfPages(SessionError):
+    """A sequence needs a page of the KV caches and none is free. The other sequences are as they were."""
+
+
 class ProgramError(RuntimeError):
     """The program ran and failed. ``code`` is what it returned (the codes of ``pool.h``), 0 when it did not say."""
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from tilewright.runtime.artifact import Folder
 from tilewright.runtime.brought import Bring, BroughtWeights
+from tilewright.runtime.caches import CacheSizes
 from tilewright.runtime.errors import ArtifactError, DamagedArtifactError, InputError
 from tilewright.runtime.host import check_host
 from tilewright.runtime.manifest import DEVICE, KERNELS, WEIGHTS, Manifest
@@ -57,9 +58,18 @@ class Program:
     def entries(self) -> list[str]:
         return list(self.manifest.entries)
 
-    def session(self, threads: int | None = None, batch: int = 1) -> Session:
-        """Memory and threads to run the entries with; ``batch``: the most sequences that the KV states hold."""
-        return Session(self, threads, batch)
+    def session(self, threads: int | None = None, batch: int = 1, pages: int | None = None, memory: int | None = None
+                ) -> Session:  # fmt: skip
+        """Memory and threads to run the entries with; ``batch``: the most sequences at a time.
+
+        Where the KV states are pages: ``pages`` of them, or as many as fit into ``memory`` bytes with all else of the
+        states; default: enough for ``batch`` sequences at full length. Raises InputError.
+        """
+        return Session(self, threads, batch, pages, memory)
+
+    def cache_bytes(self, tokens: int, sequences: int = 1) -> int:
+        """Bytes of KV states that ``sequences`` sequences of ``tokens`` tokens each need: see ``CacheSizes.bytes``."""
+        return CacheSizes.of(self.manifest.states).bytes(tokens, sequences)
 
     def __repr__(self) -> str:
         return f"Program({str(self.path)!r}, entries={self.entries}, target={self.manifest.target.text!r})"

@@ -41,6 +41,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype(np.bool_),
 }
 
+CACHED = (*DTYPES, "i4", "i2")
+"""Element types of caches."""
+
 Extent = int | str | None
 """One item of a shape: a number, the name of a dim, or None (an expression, known only when the program says)."""
 
@@ -142,33 +145,50 @@ class EntrySpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A KV cache: bytes of K and of V for one sequence, and its capacity in tokens."""
+    """A KV cache: bytes of K and of V for one sequence, and how many positions a sequence may have.
+
+    With ``page`` the cache is a pool of pages of so many tokens, and bytes are those of one page; entries then take a table
+    of pages. A call appends at most ``chunk`` tokens, when given; with ``unpadded`` only tokens of the text, no padding.
+    ``layout`` is for people.
+    """
 
     name: str
     dtype: str
     k_bytes: int
     v_bytes: int
     length: int
+    layout: str = "contiguous"
+    page: int = 0
+    chunk: int = 0
+    unpadded: bool = False
 
     @staticmethod
     def read(node: Node) -> StateSpec:
-        node.fields("name", "dtype", "k_shape_bytes_per_sequence", "v_shape_bytes_per_sequence", "length")
+        unit = "page" if "page" in node else "sequence"
+        of_k, of_v = (f"{part}_shape_bytes_per_{unit}" for part in "kv")
+        node.fields("name", "dtype", of_k, of_v, "length", optional=("layout", "page", "chunk", "unpadded"))
         return StateSpec(
             node["name"].string(),
-            node["dtype"].choice(DTYPES),
-            node["k_shape_bytes_per_sequence"].integer(0, _LARGEST),
-            node["v_shape_bytes_per_sequence"].integer(0, _LARGEST),
+            node["dtype"].choice(CACHED),
+            node[of_k].integer(0, _LARGEST),
+            node[of_v].integer(0, _LARGEST),
             node["length"].integer(1, _LARGEST),
+            node["layout"].string() if "layout" in node else "contiguous",
+            node["page"].integer(1, _LARGEST) if "page" in node else 0,
+            node["chunk"].integer(1, _LARGEST) if "chunk" in node else 0,
+            node["unpadded"].truth() if "unpadded" in node else False,
         )
 
     def json(self) -> dict[str, Any]:
+        unit = "page" if self.page else "sequence"
+        more = {"layout": self.layout, "page": self.page, "chunk": self.chunk, "unpadded": self.unpadded}
         return {
             "name": self.name,
             "dtype": self.dtype,
-            "k_shape_bytes_per_sequence": self.k_bytes,
-            "v_shape_bytes_per_sequence": self.v_bytes,
+            f"k_shape_bytes_per_{unit}": self.k_bytes,
+            f"v_shape_bytes_per_{unit}": self.v_bytes,
             "length": self.length,
-        }
+        } | {key: value for key, value in more.items() if value and value != "contiguous"}
 
 
 @dataclass(frozen=True)
@@ -248,6 +268,9 @@ def _read_manifest(node: Node) -> Manifest:
     entries = {key: EntrySpec.read(item) for key, item in node["entries"].members(_IDENTIFIER)}
     states = tuple(StateSpec.read(item) for item in node["states"].items())
     node["states"].unique(state.name for state in states)
+    sizes = sorted({state.page for state in states if state.page})
+    if len(sizes) > 1:
+        raise node["states"].error(f"pages of {sizes} tokens; states share a table of pages, so all pages have one size")
     for name, entry in entries.items():
         if entry.batch is not None and not states:
             raise node["entries"][name]["batch"].error("set, but the artifact has no states; use null")

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilewright.runtime.binding import bind, check_batch, check_positions, check_values, resolve
+from tilewright.runtime.binding import bind, check_batch, check_positions, check_table, check_values, resolve
+from tilewright.runtime.caches import SPARE, CacheSizes
 from tilewright.runtime.errors import InputError, ProgramError, SessionError, program_failure
 from tilewright.runtime.host import default_threads
 from tilewright.runtime.manifest import DTYPES, EntrySpec
-from tilewright.runtime.memory import Arena, address, aligned, parts_of_pages
+from tilewright.runtime.memory import Arena, address, aligned
+from tilewright.runtime.pages import PagePool
+from tilewright.runtime.states import States
 
 if TYPE_CHECKING:
     from tilewright.runtime.generation import Step
@@ -31,27 +34,33 @@ class Session:
     """Runs the entries of a program: ``session("forward", x=array) -> {"y": array}``.
 
     ``threads``: in all, the caller's included; default: the physical cores this process may use. ``batch``: the most
-    sequences that the KV states hold. Calls from several threads run one after another. Memory: the arena of the
-    largest call so far, and the touched (large) pages of ``batch`` sequences of KV states. Close it, or use it in ``with``.
+    sequences at a time. Calls from several threads run one after another. Memory: the arena of the largest call so far, and
+    what is touched of the KV states: those of ``batch`` sequences or, where they are pages, ``pages`` of them or as many as
+    fit into ``memory`` bytes; default: enough for ``batch`` sequences at full length. Close it, or use it in ``with``.
+
+    ``pages``: the pool, of which sequences take theirs; None where the states have no pages.
     """
 
-    def __init__(self, program: Program, threads: int | None = None, batch: int = 1) -> None:
-        _check_positive("threads", threads)
-        _check_positive("batch", batch)
+    def __init__(self, program: Program, threads: int | None = None, batch: int = 1, pages: int | None = None,
+                 memory: int | None = None) -> None:  # fmt: skip
+        for name, value in (("threads", threads), ("batch", batch), ("pages", pages), ("memory", memory)):
+            _check_positive(name, value, optional=name != "batch")
         _check_batch(program, batch)
         self.program = program
         self.threads = threads or program.threads or default_threads()
         self.batch = batch
-        self.capacity = min((state.length for state in program.manifest.states), default=0)
+        self.sizes = CacheSizes.of(program.manifest.states)
+        self.capacity = self.sizes.capacity
+        count = self.sizes.pool(batch, pages, memory)
+        self.pages = self._page_pool(count)
         self._library = program.library
         self._lock = threading.Lock()
         self._arena = Arena()
-        self._states: list[Array] = []
-        self._addresses: Any = None
         self._plans: dict[str, tuple[tuple[int, ...], _Plan]] = {}
         self._lease = threading.Lock()
         self._lease_thread: int | None = None
         self._open()
+        self._states = self._make_states(count)
 
     def _open(self) -> None:
         """Get what runs the program: threads."""
@@ -101,7 +110,7 @@ class Session:
                 dims,
                 call.input_addresses,
                 call.output_addresses,
-                self._state_addresses() if call.spec.batch is not None else None,
+                self._states.pointers(call.first) if call.spec.batch is not None else None,
                 self.program.weights.address,
                 self._arena.reserve(arena_bytes),
             )
@@ -126,12 +135,16 @@ class Session:
         arena_bytes = next(values)
         return arena_bytes, [tuple(next(values) for _ in range(rank)) for rank in ranks]
 
-    def _state_addresses(self) -> Any:
-        if not self._states:
-            specs = self.program.manifest.states
-            self._states = parts_of_pages([size * self.batch for spec in specs for size in (spec.k_bytes, spec.v_bytes)])
-            self._addresses = _addresses(self._states)
-        return self._addresses
+    def _page_pool(self, count: int) -> PagePool | None:
+        return PagePool(count, self.sizes.page, SPARE) if self.sizes.page else None
+
+    def _make_states(self, pages: int) -> States:
+        return States(self.program.manifest.states, self.batch, pages)
+
+    def copy(self, index: int, to: int, paged: bool) -> None:
+        """Copies a page of the KV states, or else what a sequence has of its own in them."""
+        with self._lock:
+            self._states.copy(index, to, paged)
 
     def generate(
         self, prompts: Sequence[Sequence[int]] | Array, max_new_tokens: int, *,
@@ -167,13 +180,14 @@ class Session:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes held: ``arena``, and ``states`` (reserved; only touched pages are resident)."""
-        return {"arena": self._arena.bytes, "states": sum(state.size for state in self._states)}
+        return {"arena": self._arena.bytes, "states": self._states.bytes}
 
     def reset(self) -> None:
         """Forgets the states and gives all memory back; the next call starts from zeros."""
         with self._lock:
             self._arena.release()
-            self._states = []
+            self._states.release()
+            self.pages = self._page_pool(self.pages.count) if self.pages else None
 
     def close(self) -> None:
         """Ends the threads and gives the memory back. Waits for a running call; safe to repeat."""
@@ -181,7 +195,7 @@ class Session:
             self._pool = None
             self._finalizer()
             self._arena.release()
-            self._states = []
+            self._states.release()
 
     def __enter__(self) -> Session:
         return self
@@ -206,6 +220,8 @@ class Call:
         found = [self._array(shape, tensor.dtype) for tensor, shape in zip(spec.outputs, self.plan[2])]
         self.inputs = {tensor.name: array for tensor, array in zip(spec.inputs, arrays)}
         self.outputs = {tensor.name: output for tensor, output in zip(spec.outputs, found)}
+        self.first = 0
+        """The sequence, of those that the states hold, that the first row is."""
         self.readable = self.inputs
         """Inputs whose values can be looked at."""
         self._place(arrays, found)
@@ -223,6 +239,8 @@ class Call:
         check_values(self.spec, self.readable, self.entry)
         if self.spec.batch is not None:
             check_positions(self.readable, self.session.capacity, self.entry)
+            if self.session.pages is not None:
+                check_table(self.readable, self.session.pages.tokens, self.session.pages.end, self.entry)
         self.session._run(self)
         return self.outputs
 
@@ -231,8 +249,8 @@ def _addresses(arrays: Sequence[Array]) -> Any:
     return (ctypes.c_void_p * max(1, len(arrays)))(*map(address, arrays))
 
 
-def _check_positive(name: str, value: int | None) -> None:
-    if value is None and name == "threads":
+def _check_positive(name: str, value: int | None, optional: bool) -> None:
+    if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(name, "an integer >= 1", repr(value))

@@ -241,9 +241,11 @@ def inspect(
     ir: Annotated[bool, typer.Option("--ir", help="Print the IR that was compiled.")] = False,
     program: Annotated[bool, typer.Option("--program", help="Print the generated program.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    tokens: Annotated[int, typer.Option(help="Say what KV caches for so many tokens of a sequence take.")] = 0,
+    sequences: Annotated[int, typer.Option(help="And for so many sequences.")] = 1,
 ) -> None:
     """Show what an artifact holds and how it was made."""
-    from tilewright.inspection import describe, kernel_table, layer_table, pass_table, sensitivity_table
+    from tilewright.inspection import cache_need, describe, kernel_table, layer_table, pass_table, sensitivity_table
     from tilewright.report import CompileReport
     from tilewright.runtime.artifact import read_manifest
 
@@ -252,6 +254,8 @@ def inspect(
         typer.echo(report.to_json(), nl=False)
         return
     typer.echo(describe(manifest, report))
+    if tokens:
+        typer.echo(cache_need(manifest, tokens, sequences))
     shown = [(kernels, lambda: kernel_table(report)), (passes, lambda: pass_table(report))]
     shown += [(layers, lambda: layer_table(report)), (sensitivity, lambda: sensitivity_table(report))]
     shown += [(ir, (artifact / "ir.twir").read_text), (program, (artifact / "program.c").read_text)]

@@ -28,6 +28,7 @@ from tilewright.passes.pipeline import Pipeline, PipelineReport
 from tilewright.report import FILE, CompileReport
 from tilewright.runtime import Program, Session, load
 from tilewright.runtime.artifact import ArtifactWriter, refuse_foreign
+from tilewright.runtime.caches import CacheSizes
 from tilewright.schedules import SHIPPED, choose_schedules
 from tilewright.sensitivity import Steps, few
 from tilewright.sensitivity import sensitivity as table_of
@@ -179,7 +180,7 @@ def lower(
         report.notes += carry(source, writer)
         report.kernels = [asdict(k) for k in build.report.kernels]
         report.weight_bytes = build.report.weight_bytes
-        report.cache_bytes = sum(s.k_bytes + s.v_bytes for s in manifest.states)
+        report.cache_bytes = CacheSizes.of(manifest.states).full
         report.seconds = stages.finished()
         report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         writer.add(FILE, report.to_json())
@@ -234,9 +235,9 @@ class Compiled:
             self._program = load(self.path)
         return self._program
 
-    def session(self, threads: int | None = None, batch: int = 1) -> Session:
-        """A session of its own: memory, threads and KV caches for ``batch`` sequences."""
-        return self.program.session(threads, batch)
+    def session(self, threads: int | None = None, batch: int = 1, **caches: int | None) -> Session:
+        """A session of its own; ``caches``, and all of it, as ``Program.session`` says."""
+        return self.program.session(threads, batch, **caches)
 
     @property
     def default_session(self) -> Session:
@@ -261,7 +262,7 @@ class Compiled:
 
     def generate(self, prompts: Any, max_new_tokens: int, **options: Any) -> list[list[int]]:
         """New tokens for each prompt (lists of token ids): see ``tilewright.runtime.generation.generate``."""
-        with self.session(batch=len(prompts)) as session:
+        with self.session(batch=len(prompts) * options.get("n", 1)) as session:
             return session.generate(prompts, max_new_tokens, **options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

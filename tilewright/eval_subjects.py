@@ -105,14 +105,11 @@ class CompiledRun(Run):
         return np.asarray(every[:, first - 1 : -1], np.float32)
 
     def decoded(self, ids: Array, first: int) -> Array:
-        """Logits from the cache: the context in one go, the rest token by token, all windows side by side."""
-        count, session = len(ids), self.opened(len(ids))
-        zero = np.zeros(count, np.int64)
-        outputs = session("prefill", ids=ids[:, :first], start=zero, last=zero + first - 1)
-        found = [outputs["logits"]]
-        for at in range(first, ids.shape[1] - 1):
-            found.append(session("decode", ids=ids[:, at : at + 1], start=zero + at)["logits"])
-        return np.stack([np.asarray(step, np.float32) for step in found], axis=1)
+        """Logits from the cache: the context in chunks, the rest token by token, all windows side by side."""
+        from tilewright.runtime.following import follow
+
+        steps = follow(self.opened(len(ids)), ids, first)
+        return np.stack([np.asarray(step, np.float32) for step in steps], axis=1)
 
     def embeddings(self, ids: Array, mask: Array) -> Array:
         session = self.opened(1)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from tilewright.report import CompileReport
 from tilewright.runtime.artifact import EntrySpec, Manifest, TensorSpec
+from tilewright.runtime.caches import CacheSizes
 
 
 def describe(manifest: Manifest, report: CompileReport) -> str:
     """The artifact in a screenful: report, entries, states, files."""
     lines = [report.summary(), "entries"]
     lines += [f"  {name}{signature(entry)}" for name, entry in manifest.entries.items()]
+    lines += caches(manifest)
     lines += ["files", *(f"  {name:24} {f.bytes:>14,} bytes" for name, f in sorted(manifest.files.items()))]
     return "\n".join(lines)
+
+
+def caches(manifest: Manifest) -> list[str]:
+    """A line for each kind of KV cache: how many there are, layout, element type, bytes."""
+    kinds = Counter((s.layout, s.dtype, s.k_bytes + s.v_bytes, s.page) for s in manifest.states)
+    lines = [f"  {count} x {layout} of {dtype}: {size:,} bytes {'a page' if page else 'a sequence'}"
+             for (layout, dtype, size, page), count in kinds.items()]  # fmt: skip
+    return ["kv caches", *lines] if lines else []
+
+
+def cache_need(manifest: Manifest, tokens: int, sequences: int) -> str:
+    """How many bytes of KV caches sequences of so many tokens need. Raises InputError."""
+    need = CacheSizes.of(manifest.states).bytes(tokens, sequences)
+    return f"{tokens:,} tokens x {sequences:,} sequences need {need:,} bytes of KV caches"
 
 
 def signature(entry: EntrySpec) -> str:

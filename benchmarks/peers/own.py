@@ -126,12 +126,11 @@ class Model(Engine):
         with (self.path / "weights.safetensors").open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        states = self.session.program.manifest.states
         return {
             "artifact": hashlib.sha256((self.path / "manifest.json").read_bytes()).hexdigest()[:16],
             **weight_bytes(header),
-            "cache_bytes": sum(s.k_bytes + s.v_bytes for s in states),
-            "capacity": min((s.length for s in states), default=0),
+            "cache_bytes": self.session.sizes.full,
+            "capacity": self.session.capacity,
         }
 
 

@@ -23,7 +23,7 @@ from tilewright.codegen.index import floor_div
 from tilewright.codegen.index_shapes import as_dim, size
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.schedule import Schedule, Space
-from tilewright.ir import CodegenError, Dim, Function, KVType, Op, Value, eval_dim, ops, product
+from tilewright.ir import CONTIGUOUS, CodegenError, Dim, Function, KVType, Op, Value, eval_dim, ops, product
 
 _COMBINING_THREADS = 128
 
@@ -39,7 +39,7 @@ class CudaAttentionEmitter:
             return found
         for value in found.operands:
             kind = value.type
-            if isinstance(kind, KVType) and (kind.layout != "contiguous" or kind.dtype.value not in DTYPES):
+            if isinstance(kind, KVType) and (kind.layout != CONTIGUOUS or kind.dtype.value not in DTYPES):
                 return f"no kernel for {kind}"
         if reason := next((reason for op in kernel.body if is_elementwise(op) and (reason := refusal(op))), None):
             return reason

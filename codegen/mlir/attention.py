@@ -11,7 +11,8 @@ from typing import Any
 from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import VALUE_STEP, panel_for, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
+from tilewright.codegen.mlir.flash import Flash, Straight
+from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
 from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
@@ -153,8 +154,8 @@ class _Attention:
             key = blocks.index
             count = (high - key).min(constant(step))
             self._pack(batch, head, key, count)
-            keys, values = Keys(self.keys, constant(0)), Values(self.values, constant(0), step, constant(0))
-            flash.block(keys, values, key, count, rows,
+            source = Straight(self.keys, self.values, constant(0), constant(0), step, constant(0))
+            flash.block(source, key, count, rows,
                         lambda query: visible(shift + query), self._adjust(batch, head, first))
         for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: self._finish(
             row, batch, first + query, head * self.spec.group + member))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from tilewright.codegen.attention_pattern import (
+    DENSE,
     DTYPES,
     KINDS,
     View,
@@ -60,8 +61,8 @@ class AttentionEmitter:
             return reason
         for value in map(unrotated, found.operands):
             if isinstance(value.type, KVType):
-                if value.type.layout != "contiguous" or value.dtype.value not in DTYPES:
-                    return f"no kernel for {value.type}"
+                if value.cache.keeps_recent and value.cache.page:
+                    return f"no kernel for recent tokens beside pages: {value.type}"
             elif isinstance(view := view_of(value), str):
                 return view
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
@@ -109,8 +110,11 @@ def arguments(kernel: Function) -> list[tuple[str, str]]:
     """Names and element types of the pointers: two for a cache."""
     pairs = []
     for i, value in enumerate(kernel.args):
-        parts = ("k", "v") if isinstance(value.type, KVType) else ("",)
-        pairs += [(f"a{i}{part}", value.dtype.value) for part in parts]
+        if isinstance(value.type, KVType):
+            stored = "u8" if value.type.is_coded else value.dtype.value
+            pairs += [(f"a{i}{part}", stored) for part in ("k", "v")]
+        else:
+            pairs.append((f"a{i}", value.dtype.value))
     return pairs + [("out", v.dtype.value) for v in kernel.returns if not isinstance(v.type, KVType)]
 
 
@@ -139,6 +143,11 @@ def _tables(place: dict[Any, Any], value: Value) -> tuple[Any, Any]:
     """The buffers of cos and sin of the rotation that gives ``value``."""
     rope = rope_before(value)
     return (None, None) if rope is None else (_at(place, rope.cos), _at(place, rope.sin))
+
+
+def _pages(k: Kernel, place: dict[Any, Any], table: Value | None) -> tuple[Any, Any]:
+    """The buffer of a table of pages, and how many a sequence has there."""
+    return (None, None) if table is None else (place[table], dim_value(table.shape[1], k.dims))
 
 
 Places = dict[Any, Any]
@@ -198,7 +207,7 @@ def _attend_spec(op: ops.Attend, target: CpuTarget) -> AttendSpec:
         out_dtype=op.result.dtype.value, scale=op.scale, window=op.window, chunk=op.chunk, softcap=op.softcap,
         bias=axes_of(op.bias), bias_dtype=op.bias.dtype.value if op.bias else "f32",
         sinks=op.sinks.dtype.value if op.sinks else None, s=static(op.q.shape[1]), rope=rotation(op.q),
-        q=_view(op.q).place,
+        q=_view(op.q).place, far=_view(op.q_sinks).place if op.q_sinks else DENSE,
     )  # fmt: skip
 
 
@@ -206,7 +215,8 @@ def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedul
     spec = _attend_spec(op, target)
     b, s = op.q.shape[:2]
     extra = (*(_at(place, v) for v in (op.bias, op.sinks)), *_tables(place, op.q), place["parts"])
-    buffers = AttendBuffers(place[_view(op.q).source], *place[op.cache], _at(place, op.start), place["out"], *extra)
+    found = place[_view(op.q).source], *place[op.cache], _at(place, op.start), place["out"], *extra
+    buffers = AttendBuffers(*found, *_pages(k, place, op.table), far=_at(place, op.q_sinks))
     emit_attend(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
     scratch = tuple(map(as_dim, spec.scratch(schedule, b)))
     return {"tasks": as_dim(spec.tasks(schedule, b, s)), "last": as_dim(spec.last(schedule, b)), "scratch": scratch}
@@ -218,5 +228,6 @@ def _append(op: ops.Append, k: Kernel, place: Places, schedule: AttentionSchedul
     layout: CacheLayout = cache_layout(op.cache.cache, target)
     spec = AppendSpec(layout, op.k.dtype.value, static(s), rotation(op.k), k=key.place, v=value.place)
     sources = place[key.source], place[value.source], _at(place, op.start)
-    emit_append(k, spec, dim_value(s, k.dims), AppendBuffers(*place[op.cache], *sources, *_tables(place, op.k)))
+    buffers = AppendBuffers(*place[op.cache], *sources, *_tables(place, op.k), *_pages(k, place, op.table))
+    emit_append(k, spec, dim_value(s, k.dims), buffers)
     return {"tasks": as_dim(spec.tasks(b, s)), "grain": _INLINE_APPENDS if s == 1 else 1}

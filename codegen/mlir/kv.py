@@ -3,19 +3,26 @@
 In decoding the keys of each head are cut into parts, one a task, and the tasks that run last put them together.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout
+from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Adjust, Flash, Keys, Shape, Values, Visible
+from tilewright.codegen.mlir.flash import Flash, Scattered, Straight
+from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
+from tilewright.codegen.mlir.kv_codes import ONE_DIGIT, CodeFlash, Digits
+from tilewright.codegen.mlir.kv_codes_recent import RecentRows, Windows
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
+from tilewright.codegen.mlir.kv_places import Places
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 from tilewright.codegen.target import CpuTarget
+from tilewright.ir import CONTIGUOUS, Paged, Ring
 
 _FEW_KEYS = 256
 
@@ -25,11 +32,11 @@ class AttendSpec:
     """q ``[B, S, heads, dim]`` over a cache -> ``[B, S, heads, vdim]``; query s of sequence b stands at start[b] + s.
 
     ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
-    With ``rope`` the queries are rotated on the way.
+    With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks.
     """
 
     heads: int
-    cache: CacheLayout
+    cache: CacheLayout | CodeLayout
     dtype: str = "f32"
     out_dtype: str = "f32"
     scale: float = 1.0
@@ -41,13 +48,20 @@ class AttendSpec:
     sinks: str | None = None
     s: int | None = None
     rope: Rope | None = None
+    digits: Digits = ONE_DIGIT
     q: Slice = DENSE
     out: Slice = DENSE
+    far: Slice = DENSE
 
     @property
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.heads // self.cache.heads
+
+    @property
+    def sinks_kept(self) -> int:
+        """Positions that a ring keeps for good."""
+        return self.cache.layout.sinks if isinstance(self.cache.layout, Ring) else 0
 
     def queries(self, schedule: AttentionSchedule) -> int:
         """Queries of one task."""
@@ -59,7 +73,7 @@ class AttendSpec:
 
     def parts(self, schedule: AttentionSchedule) -> int:
         """Parts of the keys of one head, at most."""
-        return min(schedule.parts, -(-self.cache.slots // _FEW_KEYS)) if self.s == 1 else 1
+        return min(schedule.parts, -(-self.cache.most // _FEW_KEYS)) if self.s == 1 else 1
 
     def last(self, schedule: AttentionSchedule, b: Any) -> Any:
         """Number of tasks that put parts together."""
@@ -73,7 +87,10 @@ class AttendSpec:
 
 @dataclass(frozen=True)
 class AttendBuffers:
-    """Arguments of the kernel; ``k`` and ``v`` are the cache, ``start`` is i64 [B]."""
+    """Arguments of the kernel; ``k`` and ``v`` are the cache, ``start`` is i64 [B].
+
+    Pages have a ``table`` i32 [B, T], whose ``width`` is T; ``far`` are the queries that meet a ring's sinks.
+    """
 
     q: Buffer
     k: Buffer
@@ -85,19 +102,25 @@ class AttendBuffers:
     cos: Buffer | None = None
     sin: Buffer | None = None
     parts: Buffer | None = None
+    table: Buffer | None = None
+    width: Val | None = None
+    far: Buffer | None = None
 
 
 def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: AttentionSchedule) -> Kernel:
-    """The whole kernel: dims B, S; buffers q, cache, start, what the spec has of bias, sinks, cos, sin, then out, parts."""
-    extra = {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
+    """The whole kernel: dims B, S, and T of a table; buffers q, cache, start, what the spec has of table, far, bias, sinks,
+    cos, sin, then out, parts."""
+    paged = isinstance(spec.cache.layout, Paged)
+    extra = {"table": "i32" if paged else None, "far": spec.dtype if spec.sinks_kept else None}
+    extra |= {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
-    stored = spec.cache.dtype
+    stored = spec.cache.stored
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]
     given += [("parts", "f32")] * (spec.parts(schedule) > 1)
-    with Kernel(name, target, ("B", "S"), given) as kernel:
+    with Kernel(name, target, ("B", "S", *["T"] * paged), given) as kernel:
         named = {name: buffer for (name, _), buffer in zip(given, kernel.buffers)}
-        buffers = AttendBuffers(**named)
+        buffers = AttendBuffers(**named, width=kernel.dims.get("T"))
         emit_attend(kernel, spec, schedule, kernel.dims["B"], kernel.dims["S"], buffers)
     return kernel
 
@@ -115,13 +138,29 @@ class _Attend:
     def __init__(self, kernel: Kernel, spec: AttendSpec, schedule: AttentionSchedule, b: Val, s: Val,
                  buffers: AttendBuffers) -> None:
         self.kernel, self.spec, self.schedule, self.b, self.s, self.buffers = kernel, spec, schedule, b, s, buffers
-        cache = spec.cache
-        dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
-        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, dot, spec.scale, spec.softcap, spec.s)
-        self.flash = Flash(kernel, shape, schedule, (buffers.k, buffers.v))
+        self.recent: RecentRows | None = None
+        self.flash = self._floats() if isinstance(spec.cache, CacheLayout) else self._codes(spec.cache)
+        self.places = Places(spec.cache, buffers.table, buffers.width)
         self.parts, self.angles = spec.parts(schedule), None
         if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
+
+    def _floats(self) -> Flash:
+        kernel, spec, cache, memory = self.kernel, self.spec, self.spec.cache, (self.buffers.k, self.buffers.v)
+        dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
+        run = 0 if cache.layout == CONTIGUOUS else cache.run
+        sizes = spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel
+        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, run)
+        return Flash(kernel, shape, self.schedule, memory)
+
+    def _codes(self, cache: CodeLayout) -> CodeFlash:
+        spec, memory = self.spec, (self.buffers.k, self.buffers.v)
+        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, False, spec.scale, spec.softcap, spec.s)
+        self.schedule = replace(self.schedule, keys=max(self.schedule.keys, cache.run))
+        flash = CodeFlash(self.kernel, shape, self.schedule, cache, memory, spec.digits)
+        if cache.keeps_recent:
+            self.recent = RecentRows(self.kernel, shape, self.schedule, Windows(cache, *memory), spec.dtype, flash)
+        return flash
 
     def emit(self) -> None:
         if self.parts > 1:
@@ -150,7 +189,7 @@ class _Attend:
             size = self._part_keys(high - begin)
             first = begin + part * size
             with kernel.when(first < high):
-                self._task(batch, head, zero, constant(1), first, (first + size).min(high))
+                self._task(batch, head, zero, constant(1), first, (first + size).min(high), part.eq(0))
                 with kernel.loop(0, self.spec.group) as members:
                     kernel.branch(high - begin <= size,
                                   lambda: self._finish(members.index, batch, zero, head * self.spec.group + members.index),
@@ -159,15 +198,17 @@ class _Attend:
             self._combine(tasks.index - work)
 
     def _range(self, batch: Val, first: Val, queries: Val) -> tuple[Val, Val]:
-        """The keys that some of the queries see, from the start of a block on."""
+        """The keys that some of the queries see, sinks apart, from the start of a block on; never none."""
         position, step = self.buffers.start.load(batch).to("index") + first, self.schedule.keys
         low = self._visible(position).low
-        return constant(0) if low is None else low // step * step, self._visible(position + (queries - 1)).high
+        begin = constant(0) if low is None else low.min(position) // step * step
+        return begin, self._visible(position + (queries - 1)).high
 
     def _part_keys(self, keys: Val) -> Val:
         """Keys of each part but the last, whole runs: not so few that memory has hardly begun to stream."""
+        step = SLOT_STEP if isinstance(self.spec.cache, CacheLayout) else self.schedule.keys
         parts = ((keys + (_FEW_KEYS - 1)) // _FEW_KEYS).min(constant(self.parts))
-        return ((keys + (parts - 1)) // parts + (SLOT_STEP - 1)) // SLOT_STEP * SLOT_STEP
+        return ((keys + (parts - 1)) // parts + (step - 1)) // step * step
 
     def _part_place(self, row: Val, lane: Val, part: Val) -> Val:
         return ((lane * self.parts + part) * self.spec.group + row) * part_size(self.spec.cache.vdim)
@@ -190,35 +231,87 @@ class _Attend:
             parts.combine(self.buffers.out, self._place(spec.out, spec.cache.vdim, batch, constant(0), query_head),
                           self._sink(query_head))
 
-    def _task(self, batch: Val, head: Val, first: Val, queries: Val, begin: Val, high: Val) -> None:
-        """Queries from ``first`` on, over keys ``begin <= key < high``."""
-        spec, cache, flash, step = self.spec, self.spec.cache, self.flash, self.schedule.keys
-        rows = queries * spec.group
-        lane = (batch * cache.heads + head) * cache.slots
+    def _task(self, batch: Val, head: Val, first: Val, queries: Val, begin: Val, high: Val,
+              with_sinks: Val | None = None) -> None:
+        """Queries from ``first`` on, over keys ``begin <= key < high``, and a ring's sinks (if ``with_sinks`` holds)."""
+        flash, step = self.flash, self.schedule.keys
+        rows = queries * self.spec.group
         flash.reset(rows)
-        for_rows(self.kernel, queries, spec.group, lambda query, member, row: flash.load_query(
-            row, self._query(batch, first + query, head * spec.group + member)))
         position = self.buffers.start.load(batch).to("index") + first
+        if self.spec.sinks_kept:
+            every = constant(True, "bool")
+            with self.kernel.when(every if with_sinks is None else with_sinks):
+                self._sinks(batch, head, first, queries)
+        self._load_queries(batch, head, first, queries, self._query)
+        adjust = self._adjust(batch, head, first)
+        if self.recent is not None:
+            coded = self.spec.cache.coded(self.buffers.start.load(batch).to("index") + self.s)
+            self.recent.attend(batch, head, begin.max(coded), high, rows,
+                               lambda query: self._visible(position + query), adjust)
+            high = high.min(coded)
+
+        def seen(query: Val) -> Visible:
+            found = self._visible(position + query)
+            return found if self.recent is None else Visible(found.low, found.high.min(high))
+
         with self.kernel.loop(begin, high, step) as blocks:
             key = blocks.index
-            keys = Keys(self.buffers.k, (lane + key) * cache.key_size)
-            values = Values(self.buffers.v, lane * cache.value_size, cache.slots, key)
-            flash.block(keys, values, key, (high - key).min(constant(step)), rows,
-                        lambda query: self._visible(position + query), self._adjust(batch, head, first))
+            flash.block(self._source(batch, head, key, high), key, (high - key).min(constant(step)), rows, seen, adjust)
+
+    def _sinks(self, batch: Val, head: Val, first: Val, queries: Val) -> None:
+        """The queries that meet the sinks, over these; positions and slots are the same there."""
+        sinks, step = constant(self.spec.sinks_kept), self.schedule.keys
+        position = self.buffers.start.load(batch).to("index") + first
+        self._load_queries(batch, head, first, queries, self._far_query)
+        with self.kernel.loop(0, sinks, step) as blocks:
+            key, rows = blocks.index, queries * self.spec.group
+            self.flash.block(
+                self._source(batch, head, key, sinks, sinks=True), key, (sinks - key).min(constant(step)), rows,
+                lambda query: Visible(None, (position + query + 1).min(sinks)), self._adjust(batch, head, first))
+
+    def _load_queries(self, batch: Val, head: Val, first: Val, queries: Val,
+                      source: Callable[[Val, Val, Val], Row]) -> None:
+        for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: self.flash.load_query(
+            row, source(batch, first + query, head * self.spec.group + member)))
+        if self.recent is not None:
+            recent = self.recent.flash
+            for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: recent.load_query(
+                row, source(batch, first + query, head * self.spec.group + member)))
+
+    def _source(self, batch: Val, head: Val, key: Val, high: Val, sinks: bool = False) -> Any:
+        """Where the block of keys from ``key`` on lies, perhaps of a ring's sinks; there is nothing from ``high`` on."""
+        cache, k, v = self.spec.cache, self.buffers.k, self.buffers.v
+
+        def run_of(n: Val) -> Val:
+            find = self.places.own_run if sinks else self.places.run_of
+            return find(batch, head, (key + n).min(high - 1))
+
+        if isinstance(cache, CodeLayout):
+            sizes = (cache.k_run, cache.k_beside), (cache.v_run, cache.v_beside)
+            return lambda i: tuple(run_of(i * cache.run) * size + batch * beside for size, beside in sizes)
+        if cache.layout != CONTIGUOUS:
+            return Scattered(k, v, run_of)
+        lane = (batch * cache.heads + head) * cache.slots
+        return Straight(k, v, (lane + key) * cache.key_size, lane * cache.value_size, cache.slots, key)
 
     def _query(self, batch: Val, token: Val, head: Val) -> Row:
         place = self._place(self.spec.q, self.spec.cache.dim, batch, token, head)
         at = self.spec.rope.place(batch, token, self.s) if self.spec.rope else None
         return Row(self.kernel, self.buffers.q, place, self.spec.cache.dim, self.angles, at)
 
+    def _far_query(self, batch: Val, token: Val, head: Val) -> Row:
+        """The query as it meets the sinks."""
+        place = self._place(self.spec.far, self.spec.cache.dim, batch, token, head)
+        return Row(self.kernel, self.buffers.far, place, self.spec.cache.dim)
+
     def _place(self, where: Slice, size: int, batch: Val, token: Val, head: Val) -> Val:
         return (batch * self.s + token) * (where.stride or self.spec.heads * size) + (head * size + where.offset)
 
     def _visible(self, position: Val) -> Visible:
-        """Keys up to the query's own position, from its window and chunk on."""
-        low = None
+        """Keys up to the query's own position, from its window and chunk on, and behind the sinks of a ring."""
+        low = constant(self.spec.sinks_kept) if self.spec.sinks_kept else None
         if self.spec.window > 0:
-            low = (position - (self.spec.window - 1)).max(constant(0))
+            low = (position - (self.spec.window - 1)).max(constant(0) if low is None else low)
         if self.spec.chunk > 0:
             chunk = position // self.spec.chunk * self.spec.chunk
             low = chunk if low is None else low.max(chunk)

@@ -5,10 +5,15 @@ from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout, value_panels
+from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.kv_codes_recent import RecentWriter, Windows
+from tilewright.codegen.mlir.kv_codes_write import CodeWriter
+from tilewright.codegen.mlir.kv_places import Places
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.target import CpuTarget
+from tilewright.ir import Paged
 
 
 @dataclass(frozen=True)
@@ -18,16 +23,21 @@ class AppendSpec:
     ``s`` is S when it is static. With ``rope`` the keys are rotated on the way.
     """
 
-    cache: CacheLayout
+    cache: CacheLayout | CodeLayout
     dtype: str = "f32"
     s: int | None = None
     rope: Rope | None = None
     k: Slice = DENSE
     v: Slice = DENSE
 
+    @property
+    def keeps_recent(self) -> bool:
+        """Whether the newest tokens are no codes yet: then one task writes those of a head."""
+        return isinstance(self.cache, CodeLayout) and self.cache.keeps_recent
+
     def runs(self, s: Any) -> Any:
         """Tasks that the tokens of one sequence are cut into; they meet at slots that are multiples of SLOT_STEP."""
-        return 1 if self.s == 1 else -(-s // SLOT_STEP) + 1
+        return 1 if self.s == 1 or self.keeps_recent else -(-s // SLOT_STEP) + 1
 
     def tasks(self, b: Any, s: Any) -> Any:
         """Number of tasks."""
@@ -36,7 +46,8 @@ class AppendSpec:
 
 @dataclass(frozen=True)
 class AppendBuffers:
-    """Arguments of the kernel: the cache, the new keys and values, ``start`` i64 [B], tables of a rotation."""
+    """Arguments of the kernel: the cache, the new keys and values, ``start`` i64 [B], tables of a rotation, and that of
+    pages, i32 [B, T] with ``width`` T."""
 
     cache_k: Buffer
     cache_v: Buffer
@@ -45,14 +56,23 @@ class AppendBuffers:
     start: Buffer
     cos: Buffer | None = None
     sin: Buffer | None = None
+    table: Buffer | None = None
+    width: Val | None = None
 
 
 def append_kernel(name: str, target: CpuTarget, spec: AppendSpec) -> Kernel:
-    """The whole kernel: dims B, S; buffers cache k, cache v, k, v, start, and cos and sin if the spec has them."""
-    given = [("cache_k", spec.cache.dtype), ("cache_v", spec.cache.dtype), ("k", spec.dtype), ("v", spec.dtype)]
+    """The whole kernel: dims B, S; buffers cache k, cache v, k, v, start, and cos and sin if the spec has them.
+
+    With pages there are a dim T and a buffer table, the last ones.
+    """
+    stored = spec.cache.stored
+    given = [("cache_k", stored), ("cache_v", stored), ("k", spec.dtype), ("v", spec.dtype)]
     tables = [("cos", spec.rope.dtype), ("sin", spec.rope.dtype)] if spec.rope else []
-    with Kernel(name, target, ("B", "S"), [*given, ("start", "i64"), *tables]) as kernel:
-        emit_append(kernel, spec, kernel.dims["S"], AppendBuffers(*kernel.buffers))
+    paged = isinstance(spec.cache.layout, Paged)
+    given += [("start", "i64"), *tables, *[("table", "i32")] * paged]
+    with Kernel(name, target, ("B", "S", *["T"] * paged), given) as kernel:
+        named = {name: buffer for (name, _), buffer in zip(given, kernel.buffers)}
+        emit_append(kernel, spec, kernel.dims["S"], AppendBuffers(**named, width=kernel.dims.get("T")))
     return kernel
 
 
@@ -66,45 +86,81 @@ class _Append:
 
     def __init__(self, kernel: Kernel, spec: AppendSpec, s: Val, buffers: AppendBuffers) -> None:
         self.kernel, self.spec, self.cache, self.s, self.buffers = kernel, spec, spec.cache, s, buffers
-        self.row = kernel.scratch(-(-spec.cache.key_size // kernel.lanes) * kernel.lanes, spec.cache.dtype)
+        if isinstance(spec.cache, CodeLayout):
+            self.codes = CodeWriter(kernel, spec.cache)
+            self.recent = RecentWriter(kernel, spec.cache) if spec.keeps_recent else None
+        else:
+            self.row = kernel.scratch(-(-spec.cache.key_size // kernel.lanes) * kernel.lanes, spec.cache.dtype)
+        self.places = Places(spec.cache, buffers.table, buffers.width)
         self.angles = None
         if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
 
     def emit(self) -> None:
-        runs = (self.s + (SLOT_STEP - 1)) // SLOT_STEP + 1
+        runs = 1 if self.spec.keeps_recent else (self.s + (SLOT_STEP - 1)) // SLOT_STEP + 1
         with self.kernel.loop(self.kernel.begin, self.kernel.end) as tasks:
             lane = tasks.index if self.spec.s == 1 else tasks.index // runs
             batch, head = lane // self.cache.heads, lane % self.cache.heads
             start = self.buffers.start.load(batch).to("index")
-            if self.spec.s == 1:
-                self._token(lane, batch, head, constant(0), start)
+            if self.spec.keeps_recent:
+                self._recent(batch, head, start)
+            elif self.spec.s == 1:
+                self._token(batch, head, constant(0), start)
             else:
                 first = start // SLOT_STEP * SLOT_STEP + tasks.index % runs * SLOT_STEP
                 with self.kernel.loop(first.max(start), (first + SLOT_STEP).min(start + self.s)) as slots:
-                    self._token(lane, batch, head, slots.index - start, slots.index)
+                    self._token(batch, head, slots.index - start, slots.index)
 
-    def _token(self, lane: Val, batch: Val, head: Val, token: Val, slot: Val) -> None:
-        """One token of one head into its slot."""
+    def _recent(self, batch: Val, head: Val, start: Val) -> None:
+        """All tokens of one head into its window, and from there, in whole groups, into codes."""
+        cache, buffers = self.cache, self.buffers
+        assert isinstance(cache, CodeLayout)
+        assert self.recent is not None
+        windows = Windows(cache, buffers.cache_k, buffers.cache_v)
+
+        def run(position: Val) -> tuple[Buffer, Buffer]:
+            found = self.places.run_of(batch, head, position)
+            return (buffers.cache_k.at(found * cache.k_run + batch * cache.k_beside),
+                    buffers.cache_v.at(found * cache.v_run + batch * cache.v_beside))
+
+        new = (lambda position, column: self._rows(batch, head, position - start)[0].load(column),
+               lambda position, column: self._rows(batch, head, position - start)[1].load(column))
+        rows = windows.keys(batch, head), windows.values(batch, head)
+        self.recent.append(start, start + self.s, new, rows, run)
+
+    def _rows(self, batch: Val, head: Val, token: Val) -> tuple[Row, Row]:
+        """The key and the value of one token of one head."""
         cache, spec, buffers = self.cache, self.spec, self.buffers
         row, at = batch * self.s + token, None
         if spec.rope is not None:
             at = spec.rope.place(batch, token, self.s)
         k_from = row * (spec.k.stride or cache.heads * cache.dim) + (head * cache.dim + spec.k.offset)
         v_from = row * (spec.v.stride or cache.heads * cache.vdim) + (head * cache.vdim + spec.v.offset)
-        first = lane * cache.slots
         key = Row(self.kernel, buffers.k, k_from, cache.dim, self.angles, at)
+        return key, Row(self.kernel, buffers.v, v_from, cache.vdim)
+
+    def _token(self, batch: Val, head: Val, token: Val, position: Val) -> None:
+        """One token of one head into its slot."""
+        cache, buffers = self.cache, self.buffers
+        key, value = self._rows(batch, head, token)
+        run, slot = self.places.of(batch, head, position)
+        if isinstance(cache, CodeLayout):
+            self.codes.key(key.load, buffers.cache_k.at(run * cache.k_run), slot)
+            self.codes.value(value.load, buffers.cache_v.at(run * cache.v_run), slot)
+            return
+        first = run * cache.run
         self._key(key, buffers.cache_k.at(first * cache.key_size), slot)
-        self._value(Row(self.kernel, buffers.v, v_from, cache.vdim), buffers.cache_v.at(first * cache.value_size), slot)
+        self._value(value, buffers.cache_v.at(first * cache.value_size), slot)
 
     def _key(self, source: Row, k: Buffer, slot: Val) -> None:
         """Scatter one key over its panel, a pair at a time."""
         cache = self.cache
         for start in range(0, cache.key_size, self.kernel.lanes):
             self.row.store(source.load(start).to(cache.dtype), start)
-        place = slot // cache.panel * (cache.panel * cache.key_size) + slot % cache.panel * cache.pair
+        panel = cache.key_panel
+        place = slot // panel * (panel * cache.key_size) + slot % panel * cache.pair
         with self.kernel.loop(0, cache.key_size, cache.pair) as loop:
-            k.store(self.row.load(loop.index, cache.pair), place + loop.index * cache.panel)
+            k.store(self.row.load(loop.index, cache.pair), place + loop.index * panel)
 
     def _value(self, source: Row, v: Buffer, slot: Val) -> None:
         """Write one value; in a pair, the first clears the second, which it precedes, and the second keeps the first."""
@@ -114,7 +170,7 @@ class _Append:
                 if start + column >= cache.vdim:
                     return
                 value = source.load(start + column).to(cache.dtype)
-                at = slot // cache.pair * (cache.pair * width) + (start * cache.slots + column * cache.pair)
+                at = slot // cache.pair * (cache.pair * width) + (start * cache.run + column * cache.pair)
                 v.store(value if cache.pair == 1 else self._paired(value, v, at, slot), at)
 
     def _paired(self, value: Val, v: Buffer, at: Val, slot: Val) -> Val:

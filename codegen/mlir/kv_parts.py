@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tilewright.codegen.cache import VALUE_STEP, round_up
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import LOG2E, LOWEST
+from tilewright.codegen.mlir.flash_rows import LOG2E, LOWEST
 from tilewright.codegen.mlir.value import Val, constant
 
 _AT_ONCE = 8  # vectors of a result

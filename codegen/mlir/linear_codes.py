@@ -149,15 +149,15 @@ class DotFeed(CodeFeed):
         if self.vnni or self.bits == 8:
             return self.accumulate_bytes(total, weights, inputs)
         # 2 * 15 * 128 each of two, 2 * 7 * 128 each of eight: far from the end of i16.
-        first, *others = (_madd_bytes(weight, value) for weight, value in zip(weights, inputs, strict=True))
+        first, *others = (madd_bytes(weight, value) for weight, value in zip(weights, inputs, strict=True))
         for other in others:
             first = first + other
-        return total + _madd(first, constant(1, "i16", 2 * self.lanes))
+        return total + madd(first, constant(1, "i16", 2 * self.lanes))
 
     def accumulate_bytes(self, total: Val, weights: Sequence[Val], inputs: Sequence[Val]) -> Val:
         """``total`` plus products of factors that ``bytes`` and ``wide`` give."""
         for weight, value in zip(weights, inputs, strict=True):
-            total = dot_quads(total, weight, value) if self.vnni else total + _madd(weight, value)
+            total = dot_quads(total, weight, value) if self.vnni else total + madd(weight, value)
         return total
 
 
@@ -167,13 +167,13 @@ def dot_quads(total: Val, unsigned: Val, signed: Val) -> Val:
     return intrinsic(f"llvm.x86.avx512.vpdpbusd.{bits}", "i32", total.lanes, total, unsigned, signed)
 
 
-def _madd(a: Val, b: Val) -> Val:
+def madd(a: Val, b: Val) -> Val:
     """vpmaddwd: pairs of i16 products, added to i32."""
     name = "llvm.x86.avx512.pmaddw.d.512" if a.lanes == 32 else "llvm.x86.avx2.pmadd.wd"
     return intrinsic(name, "i32", a.lanes // 2, a, b)
 
 
-def _madd_bytes(unsigned: Val, signed: Val) -> Val:
+def madd_bytes(unsigned: Val, signed: Val) -> Val:
     """vpmaddubsw: pairs of u8 x i8 products, added to i16 with saturation."""
     name = "llvm.x86.avx512.pmaddubs.w.512" if unsigned.lanes == 64 else "llvm.x86.avx2.pmadd.ub.sw"
     return intrinsic(name, "i16", unsigned.lanes // 2, unsigned, signed)
@@ -184,4 +184,4 @@ def quad_sums(codes: Val) -> Val:
     if Kernel.current().target.has_vnni:
         zero = constant(0, "i32", codes.lanes // 4)
         return dot_quads(zero, constant(1, "u8", codes.lanes), codes)
-    return _madd(_madd_bytes(constant(1, "u8", codes.lanes), codes), constant(1, "i16", codes.lanes // 2))
+    return madd(madd_bytes(constant(1, "u8", codes.lanes), codes), constant(1, "i16", codes.lanes // 2))

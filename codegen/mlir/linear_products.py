@@ -1,4 +1,7 @@
-"""Products of linear kernels: which micro-kernels a kernel has, and the walk over blocks of K and rows that calls them."""
+"""Products of linear kernels: which micro-kernels a kernel has, and the walk over blocks of K and rows that calls them.
+
+A row's sums grow in the order of K in every tile, so they are the same to the bit whatever other rows there are.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +180,7 @@ class Products:
             # A tall tile is long enough by itself, and so is a step of many factors.
             unroll = max(1, min(schedule.unroll, 8 // rows) // (4 if feed.factors > 16 else 1))
             columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
-            tile = Tile(rows, columns, x_stride, self.panel, unroll, told=self._fetches(rows))
+            tile = Tile(rows, columns, x_stride, self.panel, unroll, told=self._fetches(rows), in_order=True)
             if isinstance(feed, RowFeed):
                 tile = replace(tile, unroll=-(-_FEW // rows))
                 buffers = (x, w, self.sums[0], self.buffers.tables[0])

@@ -195,10 +195,16 @@ class Tile:
     prefetch: int | Val = 0  # bytes ahead in the weight stream, 0 = none
     fresh: bool = False  # start from zero rather than from the sums
     told: bool = False  # how far to fetch ahead is a sixth number of a call
+    in_order: bool = False  # one chain however low the tile: a row's sums do not depend on how many rows there are
 
     @property
     def vectors(self) -> int:
         return len(self.columns)
+
+    @property
+    def chains(self) -> int:
+        """Sums that each total is kept as while it grows."""
+        return 1 if self.in_order else min(self.unroll, -(-_MIN_CHAINS // (self.rows * self.vectors)))
 
 
 def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: int, buffers: Sequence[Buffer],
@@ -218,8 +224,7 @@ def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: i
         places = [r * tile.sums_stride + v * feed.lanes for r in range(tile.rows) for v in range(tile.vectors)]
         zero = constant(0, feed.acc, feed.lanes)
         totals = [zero if tile.fresh else sums.load(place, feed.lanes) for place in places]
-        chains = min(tile.unroll, -(-_MIN_CHAINS // len(totals)))
-        totals = sum_steps(kernel, feed, tile, (x, w), steps, totals, chains)
+        totals = sum_steps(kernel, feed, tile, (x, w), steps, totals, tile.chains)
         for place, total in zip(places, totals):
             sums.store(total, place)
         if k % feed.step:
@@ -231,21 +236,45 @@ def emit_micro_kernel(kernel: Kernel, name: str, feed: AnyFeed, tile: Tile, k: i
 def sum_steps(kernel: Kernel, feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Weights], steps: Val,
               totals: Sequence[Val], split: int = 1) -> list[Val]:
     """``totals`` after so many steps along x and the weights; each is kept as ``split`` sums meanwhile."""
-    count, w = len(totals), streams[1]
-    zero = constant(0, feed.acc, feed.lanes)
-    whole = steps // tile.unroll * tile.unroll
-    with kernel.loop(0, whole, tile.unroll, [*totals, *[zero] * (count * (split - 1)), *carried(w)]) as loop:
-        chains = resumed(w, loop.values)
+    whole, chains = steps // tile.unroll * tile.unroll, in_chains(feed, totals, split)
+    chains = add_whole(kernel, feed, tile, streams, whole, chains)
+    return add_rest(kernel, feed, tile, streams, (whole, steps), join_chains(chains, len(totals)))
+
+
+def in_chains(feed: AnyFeed, totals: Sequence[Val], split: int) -> list[Val]:
+    """``totals`` and, for each, ``split - 1`` more sums from zero."""
+    return [*totals, *[constant(0, feed.acc, feed.lanes)] * (len(totals) * (split - 1))]
+
+
+def add_whole(kernel: Kernel, feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Weights], steps: Val,
+              chains: Sequence[Val]) -> list[Val]:
+    """``chains`` after steps from 0 on, a multiple of the unrolled ones, which take turns on them."""
+    count, w = tile.rows * tile.vectors, streams[1]
+    split = len(chains) // count
+    with kernel.loop(0, steps, tile.unroll, [*chains, *carried(w)]) as loop:
+        sums = resumed(w, loop.values)
         for u in range(tile.unroll):
             part = slice((u % split) * count, (u % split + 1) * count)
-            chains[part] = _one_step(feed, tile, streams, loop.index + u, chains[part])
-        loop.next(*chains, *carried(w))
-    chains = resumed(w, loop.results)
-    for part in range(1, split):
-        chains[:count] = [a + b for a, b in zip(chains[:count], chains[part * count:])]
+            sums[part] = _one_step(feed, tile, streams, loop.index + u, sums[part])
+        loop.next(*sums, *carried(w))
+    return resumed(w, loop.results)
+
+
+def join_chains(chains: Sequence[Val], count: int) -> list[Val]:
+    """One sum for each of ``count`` that were split."""
+    totals = list(chains[:count])
+    for part in range(count, len(chains), count):
+        totals = [a + b for a, b in zip(totals, chains[part:part + count])]
+    return totals
+
+
+def add_rest(kernel: Kernel, feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Weights], steps: tuple[Val, Val],
+             totals: Sequence[Val]) -> list[Val]:
+    """``totals`` after the steps from one number on to another, one by one."""
     if tile.unroll == 1:
-        return chains
-    with kernel.loop(whole, steps, carry=[*chains[:count], *carried(w)]) as loop:
+        return list(totals)
+    w = streams[1]
+    with kernel.loop(*steps, carry=[*totals, *carried(w)]) as loop:
         sums = _one_step(feed, tile, streams, loop.index, resumed(w, loop.values))
         loop.next(*sums, *carried(w))
     return resumed(w, loop.results)

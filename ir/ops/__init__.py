@@ -1,11 +1,12 @@
 """All operations, by family. Importing this package fills ``Op.registry``."""
 
-from tilewright.ir.ops.attention import Append, Attend, Attention
+from tilewright.ir.ops.attention import Attention
 from tilewright.ir.ops.conv import AdaptiveAvgPool, AvgPool, Conv, MaxPool, Resize
 from tilewright.ir.ops.core import ArgMax, CumSum, Full, Iota, Reduce, SizeOf, Sort, TopK
 from tilewright.ir.ops.elementwise import *  # noqa: F403
 from tilewright.ir.ops.elementwise import __all__ as _elementwise
 from tilewright.ir.ops.kernel import Call
+from tilewright.ir.ops.kv import Append, Attend
 from tilewright.ir.ops.lossless import Decompress
 from tilewright.ir.ops.moe import Experts
 from tilewright.ir.ops.movement import (

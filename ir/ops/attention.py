@@ -1,4 +1,4 @@
-"""``nn.attention`` and the ``kv`` operations. Layout everywhere: batch, sequence, heads, size of a head."""
+"""``nn.attention``. Layout everywhere: batch, sequence, heads, size of a head."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.ops import numerics as num
 from tilewright.ir.ops.shapes import expect_broadcast, expect_dim, expect_rank
-from tilewright.ir.types import Dim, DType, KVType, Type, as_dim, product
+from tilewright.ir.types import Dim, DType, Type, as_dim, product
 
 
 def visible(queries: Any, keys: Any, causal: bool, window: int, window_right: int, chunk: int) -> Any:
-    """Which keys (positions ``[T]``) a query (positions ``[..., S]``) attends to: bool ``[..., S, T]``."""
+    """Which keys (positions ``[T]`` or ``[.., S, T]``) queries (positions ``[.., S]``) attend to: bool ``[.., S, T]``."""
     q, k = np.asarray(queries)[..., :, None], np.asarray(keys)
     keep = np.ones(np.broadcast_shapes(q.shape, k.shape), bool)
     if causal:
@@ -32,9 +32,19 @@ def attend(q: Any, k: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: floa
 
     ``keep`` and ``bias`` are ``[B|1, Hq|1, S, T]``; see :class:`Attention`.
     """
-    group = q.shape[2] // k.shape[2]
-    kk, vv = (np.repeat(num.wide(x), group, axis=2).transpose(0, 2, 1, 3) for x in (k, v))
-    scores = num.wide(q).transpose(0, 2, 1, 3) @ kk.transpose(0, 1, 3, 2) * np.float32(scale)
+    return average(products(q, k), v, keep, bias, sinks, scale, softcap).astype(q.dtype)
+
+
+def products(q: Any, k: Any) -> Any:
+    """What queries ``[B, S, Hq, D]`` and keys ``[B, T, Hkv, D]`` give: f32 ``[B, Hq, S, T]``."""
+    keys = np.repeat(num.wide(k), q.shape[2] // k.shape[2], axis=2)
+    return num.wide(q).transpose(0, 2, 1, 3) @ keys.transpose(0, 2, 3, 1)
+
+
+def average(scores: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: float, softcap: float) -> Any:
+    """Values ``[B, T, Hkv, Dv]`` weighted by products of queries and keys: f32 ``[B, S, Hq, Dv]``."""
+    values = np.repeat(num.wide(v), scores.shape[1] // v.shape[2], axis=2).transpose(0, 2, 1, 3)
+    scores = scores * np.float32(scale)
     if softcap > 0:
         scores = softcap * np.tanh(scores / softcap)
     if bias is not None:
@@ -45,7 +55,7 @@ def attend(q: Any, k: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: floa
         weights = num.softmax(np.concatenate([scores, column], -1))[..., :-1]
     else:
         weights = num.softmax(scores)
-    return np.ascontiguousarray((weights @ vv).transpose(0, 2, 1, 3)).astype(q.dtype)
+    return np.ascontiguousarray((weights @ values).transpose(0, 2, 1, 3))
 
 
 class Attention(Op):
@@ -81,7 +91,7 @@ class Attention(Op):
         expect_dim(self, "k, size of a head", self.k.shape[3], self.q.shape[3])
         for axis in range(3):
             expect_dim(self, f"v, axis {axis}", self.v.shape[axis], self.k.shape[axis])
-        _expect_groups(self, self.q.shape[2], self.k.shape[2])
+        expect_groups(self, self.q.shape[2], self.k.shape[2])
         self.expect(self.mask is None or self.mask.dtype is DType.bool, "the mask must be bool")
         scores = (self.q.shape[0], self.q.shape[2], self.q.shape[1], self.k.shape[1])
         for what, extra in (("mask", self.mask), ("bias", self.bias)):
@@ -107,70 +117,7 @@ class Attention(Op):
         return as_dim(2 * product((b, s, h, self.k.shape[1])) * (d + self.v.shape[3]))
 
 
-def _expect_groups(op: Op, heads: Dim, kv_heads: Dim) -> None:
+def expect_groups(op: Op, heads: Dim, kv_heads: Dim) -> None:
+    """Fail unless the heads of queries divide over those of keys."""
     fits = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
     op.expect(fits, f"{heads} query heads do not divide over {kv_heads} key heads")
-
-
-class Append(Op):
-    """The cache with k ``[B, S, H, D]``, v ``[B, S, H, Dv]`` written to slots ``start[b] .. start[b] + S``."""
-
-    name = "kv.append"
-    has_effect = True
-    cache: Value
-    k: Value
-    v: Value
-    start: Value
-
-    def infer(self) -> tuple[Type, ...]:
-        kv = self.cache.cache
-        for what, x, size in (("k", self.k, kv.dim), ("v", self.v, kv.vdim)):
-            expect_rank(self, what, x.shape, 4)
-            expect_dim(self, f"{what}, heads", x.shape[2], kv.heads)
-            expect_dim(self, f"{what}, size of a head", x.shape[3], size)
-        expect_rank(self, "start", self.start.shape, 1)
-        return (kv,)
-
-    def evaluate(self, env: Env, cache: Any, k: Any, v: Any, start: Any) -> Any:
-        out = (cache[0].copy(), cache[1].copy())
-        for b, at in enumerate(start):
-            if not 0 <= at <= out[0].shape[1] - k.shape[1]:
-                self.fail(f"token {at} and {k.shape[1]} more do not fit the cache's {out[0].shape[1]} slots")
-            for store, new in zip(out, (k, v)):
-                store[b, at : at + new.shape[1]] = new[b].astype(store.dtype)
-        return out
-
-
-class Attend(Op):
-    """Causal attention of q ``[B, S, Hq, D]`` over a cache: query s of sequence b stands at ``start[b] + s``.
-
-    It sees the slots up to its own; ``bias`` broadcasts to ``[B, Hq, S, length]``; the rest is as in nn.attention.
-    """
-
-    name = "kv.attend"
-    q: Value
-    cache: Value
-    start: Value
-    bias: Value | None = None
-    sinks: Value | None = None
-    scale: float = 1.0
-    window: int = -1
-    chunk: int = 0
-    softcap: float = 0.0
-
-    def infer(self) -> tuple[Type, ...]:
-        kv: KVType = self.cache.cache
-        expect_rank(self, "q", self.q.shape, 4)
-        expect_dim(self, "q, size of a head", self.q.shape[3], kv.dim)
-        _expect_groups(self, self.q.shape[2], kv.heads)
-        return (self.q.tensor.with_shape((*self.q.shape[:3], kv.vdim)),)
-
-    def evaluate(self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any) -> Any:
-        where = start[:, None] + np.arange(q.shape[1])
-        keep = visible(where, np.arange(cache[0].shape[1]), True, self.window, -1, self.chunk)
-        return attend(q, cache[0], cache[1], keep[:, None], bias, sinks, self.scale, self.softcap)
-
-    def flops(self) -> Dim:
-        b, s, h, d = self.q.shape
-        kv = self.cache.cache
-        return as_dim(product((b, s, h)) * kv.length * (d + kv.vdim))

@@ -12,7 +12,7 @@ from tilewright.codegen.cuda.attention_schedule import CudaAttentionSchedule, Ti
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.schedule import parse_schedule
 from tilewright.codegen.target import parse_target
-from tilewright.ir import CodegenError, DType, Function, KVType, Return, TensorType, eval_dim, ops
+from tilewright.ir import CodegenError, DType, Function, KVType, Paged, Return, TensorType, eval_dim, ops
 
 TARGET = "cuda{arch=sm_80}"
 EMITTER = CudaAttentionEmitter()
@@ -354,12 +354,13 @@ def test_refusals() -> None:
         function = Function("k", kind="kernel")
         q = function.arg("q", TensorType((1, 1, kind.heads, kind.dim), DType.f32))
         cache, start = function.arg("cache", kind), function.arg("start", TensorType((1,), DType.i64))
-        function.append(Return(function.append(ops.Attend(q, cache, start)).results))
+        table = function.arg("table", TensorType((1, "T"), DType.i32)) if kind.page else None
+        function.append(Return(function.append(ops.Attend(q, cache, start, table=table)).results))
         return reason(function)
 
     assert matched(KVType(1, 8, 8, 8, DType.f32)) is None
     assert matched(KVType(1, 8, 8, 8, DType.i8)).startswith("no kernel for kv<")
-    assert matched(KVType(1, 8, 8, 8, DType.f32, "paged")).startswith("no kernel for kv<")
+    assert matched(KVType(1, 8, 8, 8, DType.f32, Paged(32))).startswith("no kernel for kv<")
     assert reason(attention("f64", 1, 1, 8, 8)) == "no attention of f64"
     assert "bytes of shared memory" in reason(attention("f32", 1, 1, 4096, 512))
     function = attention("f32", 1, 1, 8, 8)

@@ -73,6 +73,21 @@ def test_dtypes_and_rows(name: str, x: str, weight: str, out: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("x", "weight", "out"), DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_row_is_the_same_among_any_others(name: str, x: str, weight: str, out: str, wide: bool) -> None:
+    """To the bit: a token's logits do not depend on the batch, nor on how a prompt is cut into calls."""
+    subject = case(name, LinearSpec(n=70, k=331, x_dtype=x, weight=weight, out_dtype=out), block_k=128,
+                   tile_v=4 if wide and target(name).vector_bits == 512 else 2)  # fmt: skip
+    rows = random_array(subject.rng, (110, 331), x)
+    y = subject.run(rows)
+    for begin, end in ((0, 1), (4, 6), (50, 53), (11, 15), (30, 37), (20, 45), (9, 110)):
+        some = aligned((end - begin, 331), x)
+        some[...] = rows[begin:end]
+        assert np.array_equal(subject.run(some), y[begin:end])
+
+
+@pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (17, 15), (127, 129), (64, 1), (3, 700)])
 def test_sizes(name: str, dtype: str, n: int, k: int) -> None:

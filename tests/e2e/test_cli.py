@@ -23,6 +23,7 @@ from tilewright.cli import main
 from tilewright.codegen.standalone import StandaloneKernel
 from tilewright.ir import parse_module, print_module
 from tilewright.passes import Pipeline, registry
+from tilewright.runtime.artifact import read_manifest
 
 ROOT = Path(__file__).parents[2]
 SMALL_LM = ROOT / "tests" / "models" / "small-lm"
@@ -209,6 +210,17 @@ def test_inspect_describes(cli: Run, artifact: Path) -> None:
     assert "  decode(ids: i64[B, 1], start: i64[B]) -> logits: f32[B, 4096]\n" in done.out
     size = (artifact / "kernels.so").stat().st_size
     assert re.search(rf"^  kernels\.so +{size:,} bytes$", done.out, re.MULTILINE)
+
+
+def test_inspect_says_what_caches_take(cli: Run, artifact: Path) -> None:
+    of_one = sum(state.k_bytes + state.v_bytes for state in read_manifest(artifact).states)
+    done = cli("inspect", artifact, "--tokens", 60, "--sequences", 3)
+    assert f"\n60 tokens x 3 sequences need {3 * of_one:,} bytes of KV caches\n" in done.out
+    assert "\nkv caches\n  6 x contiguous of " in done.out
+    with tilewright.load(artifact).session(batch=3) as session:
+        session.generate([[1, 2, 3]] * 3, 1)
+        assert session.memory["states"] == 3 * of_one
+    assert "tokens: expected at most 64, the positions" in cli("inspect", artifact, "--tokens", 65).err
 
 
 def test_inspect_lists_kernels_and_passes(cli: Run, artifact: Path) -> None:

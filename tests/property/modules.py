@@ -23,6 +23,7 @@ from tilewright.ir import (
     sym,
 )
 from tilewright.ir import ops as o
+from tilewright.ir.kv_type import Ring, parse_layout
 
 SYMBOLS = ("B", "S", "T", "LONG_1")
 names = st.one_of(
@@ -106,16 +107,20 @@ def _argument(draw: st.DrawFn, f: Function, index: int) -> Value:
 
 
 def _cache(draw: st.DrawFn, module: Module, b: Builder) -> list[Value]:
-    layout = draw(st.sampled_from(["contiguous", "paged<32>"]))
-    kv = KVType(2, 4, draw(st.integers(1, 8)), draw(st.integers(1, 99)), DType.bf16, layout)
+    layout = parse_layout(draw(st.sampled_from(["contiguous", "paged<32>", "ring<9, 4>", "ring<9, 4, 2>"])))
+    codes = {"dtype": DType.i4, "scales": DType.f32} if draw(st.booleans()) else {"dtype": DType.bf16}
+    kv = KVType(2, 4, draw(st.integers(1, 8)), draw(st.integers(1, 99)), layout=layout, **codes)
     state = module.state(_fresh(draw, {**module.weights, **module.states}), kv)
     f, n, s = b.function, sym("B"), sym("S")
     q, k, v = (
         f.arg(f"kv.{i}", TensorType((n, s, h, d), DType.f32)) for i, h, d in [(0, 4, 4), (1, 2, 4), (2, 2, kv.vdim)]
     )
     start = f.arg("kv.3", TensorType((n,), DType.i64))
-    cache = b.add(o.Append(state, k, v, start))
-    return [b.add(o.Attend(q, cache, start, None, None, draw(floats), draw(st.integers(-1, 9))))]
+    table = f.arg("kv.4", TensorType((n, sym("T")), DType.i32)) if kv.page else None
+    cache = b.add(o.Append(state, k, v, start, table))
+    window = draw(st.integers(1 if isinstance(layout, Ring) else -1, 9))
+    more = {"table": table, "q_sinks": q if kv.sinks else None}
+    return [b.add(o.Attend(q, cache, start, None, None, draw(floats), window, **more))]
 
 
 def _unary(draw: st.DrawFn, module: Module, b: Builder, x: Value) -> list[Value]:

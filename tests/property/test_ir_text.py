@@ -46,6 +46,7 @@ def test_dimension_text_keeps_the_value(expression: object, values: list[int]) -
 SAMPLE = """module @qwen {
   dim B : 1..64
   dim S : 1..4096
+  dim T : 1..2
   meta "task" = "generate"
   weight @layers.0.up : tensor<64x32xbf16>
   weight @"odd name" : tensor<32xbf16>
@@ -54,14 +55,15 @@ SAMPLE = """module @qwen {
     %0 = core.reduce(%a) {fn="max" axes=[2] keepdim=true} : tensor<BxSx1xbf16>
     return([%0])
   }
-  func @forward(%x: tensor<BxSx32xbf16>, %q: tensor<BxSx4x16xbf16>, %at: tensor<Bxi64>) {
+  func @forward(%x: tensor<BxSx32xbf16>, %q: tensor<BxSx4x16xbf16>, %at: tensor<Bxi64>,
+      %pages: tensor<BxTxi32>) {
     %0 = nn.rms_norm(%x, @"odd name") {eps=1e-05} : tensor<BxSx32xbf16> loc("model.norm" "model.py":12)
     %1 = nn.linear(%0, @layers.0.up, none) : tensor<BxSx64xbf16>
     %2, %3 = core.topk(%1) {k=2 axis=2} : tensor<BxSx2xbf16>, tensor<BxSx2xi64>
     %4 = core.iota() {length="max(S, 2) + 2*B" dtype=i64} : tensor<(2*B+max(2, S))xi64>
     %5 = core.reshape(%1) {shape=["B*S", 64]} : tensor<(B*S)x64xbf16>
     %6 = kernel.call([%1]) {callee="k0"} : tensor<BxSx1xbf16>
-    %7 = kv.attend(%q, @kv.0, %at, none, none) {scale=0.25 window=8} : tensor<BxSx4x16xbf16>
+    %7 = kv.attend(%q, @kv.0, %at, none, none, %pages) {scale=0.25 window=8} : tensor<BxSx4x16xbf16>
     return([%2, %3, %4, %5, %6, %7])
   }
 }

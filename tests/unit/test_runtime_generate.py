@@ -20,9 +20,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("generate")
 
 
-@pytest.fixture(scope="module")
-def program(folder):
-    return load(save(folder / "toy"), threads=1)
+@pytest.fixture(scope="module", params=[0, 4], ids=["contiguous", "paged"])
+def program(folder, request):
+    return load(save(folder / f"toy-{request.param}", page=request.param), threads=1)
 
 
 @pytest.fixture(scope="module")

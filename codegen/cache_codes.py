@@ -1,0 +1,319 @@
+"""How a cache of codes lies in memory on CPUs: runs of slots, each one piece of bytes: codes, then scales, then zeros.
+
+A run of keys has panels of tokens, ``[run / panel][steps][panel][4 bytes]``; the four bytes hold as many components as
+fit, in the order of `Packing`: the first four in the lowest bits of the bytes, the next four above them. A run of values
+has panels of components, ``[vdim / panel][run / pair][panel][4 bytes]``; the bytes hold neighbouring tokens in the same
+order. So four 8-bit integers that belong together lie side by side, as vpdpbusd wants them, and of narrower codes a shift
+and a mask give four. Keys are stored unsigned (i8 plus 128), values signed. Scales and zeros of tokens are vectors
+``[run]``; those of channels are ``[run / group][dim]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tilewright.codegen.packing import code_pair
+from tilewright.ir import CONTIGUOUS, DType, Layout, Paged, Ring
+from tilewright.ir.ops.kv_codes import encode
+
+RUN = 64
+"""Slots of a run where no page says otherwise."""
+_VALUE_STEP = 16
+_SCALES = {"f16": np.dtype("f2"), "f32": np.dtype("f4")}
+_FULL = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype("f4")}
+_BITS = {"i8": 8, "i4": 4, "i2": 2}
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """Layout of one layer's cache of codes (``dtype`` i8, i4, i2) for up to ``length`` tokens; see `KVType`."""
+
+    heads: int
+    dim: int
+    vdim: int
+    length: int
+    dtype: str
+    panel: int = 32
+    layout: Layout = CONTIGUOUS
+    keys: str = "token"
+    group: int = 32
+    recent: int = 0
+    scales: str = "f16"
+    full: str = "bf16"
+
+    @property
+    def stored(self) -> str:
+        """Element type of the memory."""
+        return "u8"
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return _BITS[self.dtype]
+
+    @property
+    def bias(self) -> int:
+        """What the codes of keys are stored with, on top."""
+        return 128 if self.bits == 8 else 0
+
+    @property
+    def pair(self) -> int:
+        """Codes in four bytes."""
+        return code_pair(self.bits)
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.bits < 8
+
+    @property
+    def channels(self) -> bool:
+        """Whether the scales of keys are those of channels."""
+        return self.keys == "channel"
+
+    @property
+    def run(self) -> int:
+        """Slots of a run."""
+        if isinstance(self.layout, Paged):
+            return self.layout.page
+        run = RUN if isinstance(self.layout, Ring) or self.length <= RUN else 2 * RUN
+        return max(run, self.group) if self.channels else run
+
+    @property
+    def held(self) -> int:
+        """Slots of a region that hold tokens."""
+        match self.layout:
+            case Paged(page):
+                return page
+            case Ring() as ring:
+                return ring.sinks + ring.size
+        return self.length
+
+    @property
+    def slots(self) -> int:
+        """Slots of a region in memory."""
+        match self.layout:
+            case Paged(page):
+                return page
+            case Ring() as ring:
+                return _round_up(ring.sinks, RUN) + ring.size
+        return _round_up(self.length, self.run)
+
+    @property
+    def most(self) -> int:
+        """The most slots of a sequence in memory."""
+        return _round_up(self.length, RUN) if isinstance(self.layout, Paged) else self.slots
+
+    @property
+    def runs(self) -> int:
+        """Runs of one head in a region."""
+        return self.slots // self.run
+
+    @property
+    def key_panel(self) -> int:
+        """Tokens of a panel of keys."""
+        return min(self.panel, self.run)
+
+    @property
+    def key_size(self) -> int:
+        """Components of a key in memory."""
+        return _round_up(self.dim, self.pair)
+
+    @property
+    def value_size(self) -> int:
+        """Components of a value in memory."""
+        return _round_up(self.vdim, _VALUE_STEP)
+
+    @property
+    def scale_size(self) -> int:
+        """Bytes of a scale."""
+        return _SCALES[self.scales].itemsize
+
+    @property
+    def k_codes(self) -> int:
+        """Bytes of the codes of a run of keys: where its scales begin."""
+        return self.run * self.key_size * self.bits // 8
+
+    @property
+    def k_scales(self) -> int:
+        """Scales of a run of keys."""
+        return self.run // self.group * self.key_size if self.channels else self.run
+
+    @property
+    def k_run(self) -> int:
+        """Bytes of a run of keys."""
+        return self.k_codes + self.k_scales * self.scale_size * (1 + self.has_zeros)
+
+    @property
+    def v_codes(self) -> int:
+        """Bytes of the codes of a run of values: where its scales begin."""
+        return self.run * self.value_size * self.bits // 8
+
+    @property
+    def v_run(self) -> int:
+        """Bytes of a run of values."""
+        return self.v_codes + self.run * self.scale_size * (1 + self.has_zeros)
+
+    @property
+    def keeps_recent(self) -> bool:
+        """Whether the newest tokens are no codes yet."""
+        return self.recent > 0 or self.channels
+
+    @property
+    def window(self) -> int:
+        """Rows for those tokens: position p is in row ``p % window``."""
+        return _round_up(self.recent + self.group - 1, RUN) + RUN if self.keeps_recent else 0
+
+    @property
+    def key_row(self) -> int:
+        """Elements of a row of the window of keys, zeros behind the last component."""
+        return _round_up(self.dim, 32)
+
+    @property
+    def full_size(self) -> int:
+        """Bytes of an element of the windows."""
+        return _FULL[self.full].itemsize
+
+    @property
+    def k_beside(self) -> int:
+        """Bytes of a region's windows of keys, one for each head, behind all codes."""
+        return self.heads * self.window * self.key_row * self.full_size
+
+    @property
+    def v_beside(self) -> int:
+        """As ``k_beside``, of values."""
+        return self.heads * self.window * self.value_size * self.full_size
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of K of one region."""
+        return self.heads * self.runs * self.k_run + self.k_beside
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of V of one region."""
+        return self.heads * self.runs * self.v_run + self.v_beside
+
+    def coded(self, tokens: Any) -> Any:
+        """How many of so many tokens are codes; ``tokens`` is a number, or one of a kernel."""
+        if not self.keeps_recent:
+            return tokens
+        old = max(tokens - self.recent, 0) if isinstance(tokens, int) else (tokens - self.recent).max(0)
+        return old // self.group * self.group
+
+    def places(self) -> np.ndarray:
+        """Where the slots that hold tokens are among those in memory."""
+        at = np.arange(self.held)
+        return at if not isinstance(self.layout, Ring) else at + (at >= self.layout.sinks) * (self.slots - self.held)
+
+    def empty(self, regions: int) -> tuple[np.ndarray, np.ndarray]:
+        """A fresh cache, zero: bytes ``[regions, k_bytes]`` and ``[regions, v_bytes]``."""
+        return np.zeros((regions, self.k_bytes), np.uint8), np.zeros((regions, self.v_bytes), np.uint8)
+
+    def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A cache whose first slots hold codes of keys [regions, T, heads, dim] and values [regions, T, heads, vdim]."""
+        k, v = self.empty(len(keys))
+        codes, scales = self._encode(keys, self.channels, self.key_size)
+        packed = np.concatenate([_pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
+        self._runs_of(k, self.k_run)[...] = packed
+        codes, scales = self._encode(values, False, self.value_size)
+        self._runs_of(v, self.v_run)[...] = np.concatenate([_pack_values(codes, self.bits, self.panel), *scales], -1)
+        return k, v
+
+    def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the slots decode to, f32: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
+        k, v = self._runs_of(k, self.k_run), self._runs_of(v, self.v_run)
+        codes = _unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.run) - np.uint8(self.bias)
+        keys = self._decode(codes, k[..., self.k_codes:], self.channels)[..., :self.dim]
+        codes = _unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.run)
+        values = self._decode(codes, v[..., self.v_codes:], False)[..., :self.vdim]
+        return self._rows(keys), self._rows(values)
+
+    def read_recent(self, k: np.ndarray, v: np.ndarray, region: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a region with so many tokens, those that are no codes yet: K ``[T, heads, dim]``, V ``[T, heads, vdim]``."""
+        rows = np.arange(self.coded(tokens), tokens) % self.window
+        found = []
+        for memory, beside, size, given in ((k, self.k_beside, self.key_row, self.dim),
+                                            (v, self.v_beside, self.value_size, self.vdim)):
+            window = np.ascontiguousarray(memory[region, -beside:]).view(_FULL[self.full])
+            window = window.reshape(self.heads, self.window, size)
+            found.append(window[:, rows, :given].transpose(1, 0, 2).astype(np.float32))
+        return found[0], found[1]
+
+    def _runs_of(self, memory: np.ndarray, run: int) -> np.ndarray:
+        """The codes of regions, a view ``[regions, heads, runs, bytes]``."""
+        return memory[:, :self.heads * self.runs * run].reshape(len(memory), self.heads, self.runs, run)
+
+    def _encode(self, rows: np.ndarray, channels: bool, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Codes ``[regions, heads, runs, run, size]``, and the bytes of the scales and zeros of each run."""
+        regions, tokens, heads, given = rows.shape
+        wide = np.zeros((regions, self.slots, heads, given), np.float32)
+        wide[:, self.places()[:tokens]] = rows
+        runs = wide.reshape(regions, self.runs, self.run, heads, given).transpose(0, 3, 1, 2, 4)
+        grouped = runs.reshape(*runs.shape[:3], -1, self.group if channels else 1, given)
+        coded = encode(grouped, DType(self.dtype), 4 if channels else 5, DType(self.scales))
+        pad = [(0, 0)] * 5 + [(0, size - given)]
+        codes = np.pad(coded.codes.view(np.uint8), pad).reshape(*runs.shape[:4], size)
+        parts = [np.pad(x, pad) if channels else x for x in (coded.scale, coded.zero) if x is not None]
+        return codes, [np.ascontiguousarray(x).reshape(*runs.shape[:3], -1).view(np.uint8) for x in parts]
+
+    def _decode(self, codes: np.ndarray, scales: np.ndarray, channels: bool) -> np.ndarray:
+        """The inverse of ``_encode``."""
+        numbers = (codes.view(np.int8) if self.bits == 8 else codes).astype(np.float32)
+        grouped = numbers.reshape(*codes.shape[:3], -1, self.group if channels else 1, codes.shape[-1])
+        held = np.ascontiguousarray(scales).view(_SCALES[self.scales]).astype(np.float32)
+        held = held.reshape(*codes.shape[:3], 1 + self.has_zeros, *grouped.shape[3:4], 1, -1)
+        decoded = grouped * held[:, :, :, 0] + (held[:, :, :, 1] if self.has_zeros else 0)
+        return decoded.reshape(codes.shape)
+
+    def _rows(self, runs: np.ndarray) -> np.ndarray:
+        """Runs ``[regions, heads, runs, run, size]`` -> rows ``[regions, held, heads, size]``."""
+        rows = runs.transpose(0, 2, 3, 1, 4)
+        return rows.reshape(len(rows), self.slots, self.heads, -1)[:, self.places()]
+
+
+def _pack_keys(codes: np.ndarray, bits: int, panel: int) -> np.ndarray:
+    """Unsigned codes ``[..., run, size]`` -> bytes."""
+    *first, run, _ = codes.shape
+    words = _words(codes.reshape(*first, run // panel, panel, -1, code_pair(bits)), bits)
+    return np.swapaxes(words, -3, -2).reshape(*first, -1)
+
+
+def _unpack_keys(packed: np.ndarray, bits: int, panel: int, run: int) -> np.ndarray:
+    words = packed.reshape(*packed.shape[:-1], run // panel, -1, panel, 4)
+    return _parts(np.swapaxes(words, -3, -2), bits).reshape(*packed.shape[:-1], run, -1)
+
+
+def _pack_values(codes: np.ndarray, bits: int, panel: int) -> np.ndarray:
+    """Codes ``[..., run, size]`` -> bytes."""
+    *first, _, size = codes.shape
+    pairs = np.swapaxes(codes.reshape(*first, -1, code_pair(bits), size), -1, -2)
+    words = _words(pairs, bits)
+    return np.concatenate([words[..., at:at + panel, :].reshape(*first, -1) for at in range(0, size, panel)], -1)
+
+
+def _unpack_values(packed: np.ndarray, bits: int, panel: int, run: int) -> np.ndarray:
+    first, each = packed.shape[:-1], run * bits // 8  # bytes of one component
+    size = packed.shape[-1] // each
+    panels = [packed[..., at * each:min(at + panel, size) * each] for at in range(0, size, panel)]
+    words = [x.reshape(*first, run // code_pair(bits), -1, 4) for x in panels]
+    return np.swapaxes(_parts(np.concatenate(words, -2), bits), -1, -2).reshape(*first, run, size)
+
+
+def _words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes ``[..., pair]`` -> ``[..., 4]`` bytes."""
+    quads = codes.reshape(*codes.shape[:-1], -1, 4) << (bits * np.arange(8 // bits, dtype=np.uint8))[:, None]
+    return np.bitwise_or.reduce(quads, -2)
+
+
+def _parts(words: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of ``_words``."""
+    quads = words[..., None, :] >> (bits * np.arange(8 // bits, dtype=np.uint8))[:, None]
+    return (quads & np.uint8((1 << bits) - 1)).reshape(*words.shape[:-1], -1)

@@ -1,0 +1,184 @@
+"""The newest tokens beside codes, in full: rows of a window, round which they go (see `CodeLayout.window`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tilewright.codegen.cache_codes import RUN, CodeLayout
+from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.flash import Flash, Straight
+from tilewright.codegen.mlir.flash_rows import Adjust, Shape, SoftRows, Visible
+from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
+from tilewright.codegen.mlir.kv_codes_write import CodeWriter, Scale, make_scale
+from tilewright.codegen.mlir.value import SIZES, Val, constant, iota
+from tilewright.codegen.schedule import AttentionSchedule
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Bytes seen as elements of ``dtype``; places are in elements."""
+
+    memory: Buffer
+    dtype: str
+
+    def at(self, offset: Val) -> Typed:
+        """The same memory, with places counted from byte ``offset``."""
+        return Typed(self.memory.at(offset), self.dtype)
+
+    def load(self, index: Val | int, lanes: int, mask: None = None) -> Val:
+        size = SIZES[self.dtype]
+        return self.memory.load(index * size, lanes * size).bitcast(self.dtype)
+
+    def store(self, value: Val, index: Val | int) -> None:
+        self.memory.store(value.to(self.dtype).bitcast("u8"), index * SIZES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a cache: ``keys`` and ``values`` of a head, and the elements of their rows."""
+
+    cache: CodeLayout
+    k: Buffer
+    v: Buffer
+
+    def keys(self, batch: Val, head: Val) -> Typed:
+        """Rows of ``key_row`` elements."""
+        cache = self.cache
+        return self._rows(self.k, cache.k_bytes, cache.k_beside, cache.key_row, batch, head)
+
+    def values(self, batch: Val, head: Val) -> Typed:
+        """Rows of ``value_size`` elements."""
+        cache = self.cache
+        return self._rows(self.v, cache.v_bytes, cache.v_beside, cache.value_size, batch, head)
+
+    def _rows(self, memory: Buffer, region: int, beside: int, size: int, batch: Val, head: Val) -> Typed:
+        cache = self.cache
+        window = cache.window * size * cache.full_size
+        return Typed(memory, cache.full).at(batch * region + (region - beside) + head * window)
+
+
+RowSource = Callable[[Val, int], Val]
+"""One vector of f32 components of a token's row, from a component on."""
+
+
+class RecentWriter:
+    """Appends to one head of a cache that keeps recent tokens: whole groups become codes, the rest goes to the windows."""
+
+    def __init__(self, kernel: Kernel, cache: CodeLayout) -> None:
+        self.kernel, self.cache, self.lanes, self.codes = kernel, cache, kernel.lanes, CodeWriter(kernel, cache)
+        self.k_rows, self.v_rows = (kernel.scratch(cache.group * size, "f32") for size in (cache.key_row, cache.value_size))
+        self.scale, self.zero = (kernel.scratch(cache.key_row, "f32") for _ in range(2))
+
+    def append(self, start: Val, end: Val, new: tuple[RowSource, RowSource], windows: tuple[Typed, Typed],
+               run: Callable[[Val], tuple[Buffer, Buffer]]) -> None:
+        """Tokens ``start`` to ``end``; ``new`` gives their rows by position, ``run(position)`` where codes lie."""
+        cache, group = self.cache, self.cache.group
+        coded = cache.coded(end)
+        with self.kernel.loop(cache.coded(start), coded, group) as groups:
+            first = groups.index
+            with self.kernel.loop(0, group) as rows:
+                position = first + rows.index
+                for source, window, stage, size in self._both(new, windows, (self.k_rows, self.v_rows)):
+                    self._stage(position, start, source, window, stage.at(rows.index * size), size)
+            self._encode(first, *run(first))
+        with self.kernel.loop(start.max(coded), end) as tokens:
+            for source, window, _, size in self._both(new, windows, (None, None)):
+                row = tokens.index % cache.window * size
+                for column in range(0, size, self.lanes):
+                    window.store(source(tokens.index, column), row + column)
+
+    def _both(self, *pairs: tuple) -> list[tuple]:
+        return list(zip(*pairs, (self.cache.key_row, self.cache.value_size)))
+
+    def _stage(self, position: Val, start: Val, source: RowSource, window: Typed, stage: Buffer, size: int) -> None:
+        """One row as the window has it, or would have it."""
+        full = self.cache.full
+
+        def kept() -> None:
+            for column in range(0, size, self.lanes):
+                stage.store(window.load(position % self.cache.window * size + column, self.lanes).to("f32"), column)
+
+        def added() -> None:
+            for column in range(0, size, self.lanes):
+                stage.store(source(position, column).to(full).to("f32"), column)
+
+        self.kernel.branch(position < start, kept, added)
+
+    def _encode(self, first: Val, k: Buffer, v: Buffer) -> None:
+        """The staged group becomes codes from slot ``first`` on, in the runs at ``k`` and ``v``."""
+        cache, lanes = self.cache, self.lanes
+        slot = first % cache.run
+        if cache.channels:
+            self._channels(k, slot // cache.group)
+        with self.kernel.loop(0, cache.group) as rows:
+            key, value = rows.index * cache.key_row, rows.index * cache.value_size
+
+            def key_source(start: int) -> Val:
+                return self.k_rows.load(key + start, lanes)
+
+            if cache.channels:
+                self.codes.key_codes(key_source, self._scale, k, slot + rows.index)
+            else:
+                self.codes.key(key_source, k, slot + rows.index)
+            self.codes.value(lambda start: self.v_rows.load(value + start, lanes), v, slot + rows.index)
+
+    def _scale(self, start: int) -> Scale:
+        return Scale(self.cache.dtype, self.scale.load(start, self.lanes), self.zero.load(start, self.lanes))
+
+    def _channels(self, k: Buffer, group: Val) -> None:
+        """Scales and zeros of the channels of the staged keys, into the run at ``k`` too."""
+        cache, lanes, size = self.cache, self.lanes, self.cache.scale_size
+        infinity = constant(float("inf"), "f32", lanes)
+        for start in range(0, cache.key_row, lanes):
+            with self.kernel.loop(0, cache.group, carry=[infinity, -infinity]) as rows:
+                x = self.k_rows.load(rows.index * cache.key_row + start, lanes)
+                rows.next(rows.values[0].min(x), rows.values[1].max(x))
+            made = make_scale(cache, *rows.results)
+            assert made.zero is not None
+            self.scale.store(made.scale, start)
+            self.zero.store(made.zero, start)
+            keep = cache.key_size - start
+            if keep <= 0:
+                continue
+            mask = None if keep >= lanes else self.kernel.mask(constant(keep * size), lanes * size)
+            inside = iota(lanes) < cache.dim - start  # behind the last channel there is nothing to tell apart
+            for number, begin in ((made.scale, 0), (made.zero, cache.k_scales)):
+                number = inside.select(number, 0.0)
+                at = (group * cache.key_size + (begin + start)) * size + cache.k_codes
+                k.store(number.to(cache.scales).bitcast("u8"), at, mask)
+
+
+class RecentRows:
+    """Attends to the windows: packs them block by block for the kernels of floats, whose rows are those over the codes."""
+
+    def __init__(self, kernel: Kernel, shape: Shape, schedule: AttentionSchedule, windows: Windows, dtype: str,
+                 shared: SoftRows) -> None:
+        """``dtype`` is that of the queries."""
+        cache = windows.cache
+        dot = kernel.target.has_bf16_dot and dtype == cache.full == "bf16"
+        stored = "bf16" if dot else "f32"
+        self.kernel, self.windows, self.panel = kernel, windows, shape.panel
+        self.keys = kernel.scratch(RUN * cache.key_row, stored)
+        self.values = kernel.scratch(RUN * cache.value_size, stored)
+        rows = replace(shape, dim=cache.key_row, dtype=stored, dot=dot)
+        self.flash = Flash(kernel, rows, replace(schedule, keys=RUN, prefetch=0), (self.keys, self.values), shared)
+
+    def attend(self, batch: Val, head: Val, begin: Val, high: Val, rows: Val, visible: Callable[[Val], Visible],
+               adjust: Adjust | None) -> None:
+        """Keys ``begin <= key < high``, none of which is a code; for the rest see `Flash.block`."""
+        cache, none = self.windows.cache, constant(0)
+        k, v = self.windows.keys(batch, head), self.windows.values(batch, head)
+
+        def seen(query: Val) -> Visible:
+            low, high = visible(query).low, visible(query).high
+            return Visible(begin if low is None else low.max(begin), high)
+
+        with self.kernel.loop(begin // RUN * RUN, high, RUN) as blocks:
+            key = blocks.index
+            count, slot = (high - key).min(constant(RUN)), key % cache.window
+            of_keys = Rows(k, slot * cache.key_row, cache.key_row, cache.key_row)
+            pack_keys(self.kernel, of_keys, count, self.panel, self.keys)
+            of_values = Rows(v, slot * cache.value_size, cache.value_size, cache.value_size)
+            pack_values(self.kernel, of_values, count, self.panel, RUN, self.values)
+            self.flash.block(Straight(self.keys, self.values, none, none, RUN, none), key, count, rows, seen, adjust)

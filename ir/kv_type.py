@@ -1,0 +1,246 @@
+"""The type of a KV cache: which slot a position has, and how a slot is stored.
+
+A sequence has *positions*, where a token stands in the text, and *slots*, where its key and value lie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+from tilewright.ir.dtypes import DType
+
+PAGES = (16, 32, 64)
+"""Tokens that a page may hold."""
+GROUPS = (16, 32, 64, 128)
+"""Tokens that share the scales of channels."""
+RING_STEP = 64
+"""The slots of a ring are a multiple of this."""
+FLOATS = (DType.f32, DType.f16, DType.bf16)
+CODES = (DType.i8, DType.i4, DType.i2)
+
+
+@dataclass(frozen=True)
+class Contiguous:
+    """Position p lies in slot p of the sequence's own memory."""
+
+    def __str__(self) -> str:
+        return "contiguous"
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Slots in pages of ``page`` tokens, out of a pool that sequences share.
+
+    Position p of sequence b is in row ``p % page`` of page ``table[b, p // page]``.
+    """
+
+    page: int
+
+    def __post_init__(self) -> None:
+        _expect(self.page in PAGES, f"pages have {', '.join(map(str, PAGES))} tokens, got {self.page}")
+
+    def __str__(self) -> str:
+        return f"paged<{self.page}>"
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The first ``sinks`` positions stay; of the others the last ``window`` are there (StreamingLLM, arXiv:2309.17453).
+
+    A call appends at most ``chunk`` tokens, and so overwrites nothing that its own queries see.
+    """
+
+    window: int
+    chunk: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        _expect(self.window >= 1 and self.chunk >= 1, f"window and chunk of a ring are positive, got {self}")
+        _expect(self.sinks >= 0, f"sinks are not negative, got {self}")
+
+    def __str__(self) -> str:
+        return f"ring<{self.window}, {self.chunk}" + (f", {self.sinks}>" if self.sinks else ">")
+
+    @property
+    def size(self) -> int:
+        """Slots that are written again and again; position p, if no sink, lies in slot ``sinks + p % size``."""
+        return -(-(self.window + self.chunk) // RING_STEP) * RING_STEP
+
+
+CONTIGUOUS = Contiguous()
+Layout: TypeAlias = Contiguous | Paged | Ring
+_LAYOUTS: dict[str, type[Layout]] = {"contiguous": Contiguous, "paged": Paged, "ring": Ring}
+_LAYOUT = re.compile(r"([a-z]+)(?:<(\d{1,12}(?:, ?\d{1,12})*)>)?", re.ASCII)
+
+
+def parse_layout(text: str) -> Layout:
+    """``contiguous``, ``paged<32>``, ``ring<1024, 512, 4>``; raises ValueError."""
+    match = _LAYOUT.fullmatch(text)
+    kind = _LAYOUTS.get(match[1]) if match else None
+    numbers = [int(n) for n in match[2].split(",")] if match and match[2] else []
+    if kind is None or not _takes(kind, len(numbers)):
+        raise ValueError(f"no layout of a cache: {text!r}; there are contiguous, paged<page>, ring<window, chunk, sinks>")
+    return kind(*numbers)
+
+
+def _takes(kind: type[Layout], count: int) -> bool:
+    return {Contiguous: count == 0, Paged: count == 1, Ring: count in (2, 3)}[kind]
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class KVType:
+    """The cache of one attention layer: keys of ``heads`` heads of size ``dim``, values of size ``vdim``.
+
+    ``length`` is how many positions a sequence may have; the batch is that of the session that runs it. ``dtype`` is a
+    float or, for codes, i8, i4 or i2. Codes have ``scales`` (and zeros, but for i8) of f16 or f32: a pair for the values of
+    a token and head, and for its key (``keys=token``) or for a channel of ``group`` tokens (``keys=channel``, KIVI,
+    arXiv:2402.02750). The last ``recent`` tokens, and those in no whole group yet, stay in ``full`` beside the codes; a
+    call appends only tokens of the text to such a cache, no padding. Without ``recent``, ``keys=token`` has none of these.
+    """
+
+    heads: int
+    dim: int
+    vdim: int
+    length: int
+    dtype: DType
+    layout: Layout = CONTIGUOUS
+    keys: str = "token"
+    group: int = 32
+    recent: int = 0
+    scales: DType = DType.f16
+    full: DType = DType.bf16
+    _always: ClassVar[int] = 6  # fields that are printed whatever they are
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layout, str):
+            object.__setattr__(self, "layout", parse_layout(self.layout))
+        sizes = self.heads, self.dim, self.vdim, self.length
+        _expect(min(sizes) >= 1, f"sizes of a cache are positive, got {self}")
+        known = ", ".join(d.value for d in FLOATS + CODES)
+        _expect(self.dtype in FLOATS + CODES, f"no cache of {self.dtype.value}; there are {known}")
+        self._check_codes()
+
+    def _check_codes(self) -> None:
+        given = [f.name for f in fields(self)[self._always :] if getattr(self, f.name) != f.default]
+        _expect(self.is_coded or not given, f"{', '.join(given)}: only of codes, not of {self.dtype.value}")
+        _expect(self.keys in ("token", "channel"), f"keys are token or channel, got {self.keys}")
+        fits = self.keys == "token" or self.dtype is not DType.i8
+        _expect(fits, "i8 has a scale for each token; give keys=token, or i4 or i2")
+        _expect(self.group in GROUPS, f"groups have {', '.join(map(str, GROUPS))} tokens, got {self.group}")
+        _expect(self.recent >= 0, f"recent is not negative, got {self.recent}")
+        _expect(self.scales in (DType.f16, DType.f32), f"scales are f16 or f32, got {self.scales.value}")
+        _expect(self.full in (DType.bf16, DType.f32), f"full is bf16 or f32, got {self.full.value}")
+        if not self.keeps_recent:
+            return
+        ring = isinstance(self.layout, Ring)
+        _expect(not ring, "a ring overwrites tokens one by one: give keys=token and no recent tokens, or another layout")
+        split = self.page % self.group != 0
+        _expect(not split, f"a group of {self.group} tokens lies in several pages of {self.page}; give group={self.page}")
+
+    def __str__(self) -> str:
+        shown = [f for i, f in enumerate(fields(self)) if i < self._always or getattr(self, f.name) != f.default]
+        return f"kv<{', '.join(f'{f.name}={_text(getattr(self, f.name))}' for f in shown)}>"
+
+    @property
+    def is_coded(self) -> bool:
+        return self.dtype in CODES
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether codes have a zero beside each scale."""
+        return self.dtype in (DType.i4, DType.i2)
+
+    @property
+    def keeps_recent(self) -> bool:
+        """Whether some tokens are not codes yet."""
+        return self.is_coded and (self.recent > 0 or self.keys == "channel")
+
+    @property
+    def held(self) -> DType:
+        """Element type of what slots decode to."""
+        return DType.f32 if self.is_coded else self.dtype
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page, 0 when there are no pages."""
+        return self.layout.page if isinstance(self.layout, Paged) else 0
+
+    @property
+    def sinks(self) -> int:
+        """Positions that a ring keeps for good."""
+        return self.layout.sinks if isinstance(self.layout, Ring) else 0
+
+    @property
+    def pages(self) -> int:
+        """The most pages of a sequence."""
+        return -(-self.length // self.page) if self.page else 0
+
+    @property
+    def slots(self) -> int:
+        """The most slots of a sequence."""
+        if isinstance(self.layout, Ring):
+            return self.layout.sinks + self.layout.size
+        return self.pages * self.page or self.length
+
+    def coded(self, tokens: int) -> int:
+        """How many of the first ``tokens`` tokens are stored as codes."""
+        if not self.keeps_recent:
+            return tokens if self.is_coded else 0
+        return max(tokens - self.recent, 0) // self.group * self.group
+
+    @property
+    def recent_slots(self) -> int:
+        """The most tokens that are stored in ``full`` beside codes."""
+        return self.recent + self.group - 1 if self.keeps_recent else 0
+
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of so many tokens, as ``dtype`` says: keys, values, scales and zeros."""
+        numbers = -(-tokens * self.heads * (self.dim + self.vdim) * self.dtype.bits // 8)
+        if not self.is_coded:
+            return numbers
+        of_keys = -(-tokens // self.group) * self.dim if self.keys == "channel" else tokens
+        return numbers + (of_keys + tokens) * self.heads * self.scales.size * (1 + self.has_zeros)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of this layer; 0 when there are no pages."""
+        return self.bytes_of(self.page)
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes of a sequence at its longest, ``full`` tokens included."""
+        beside = self.recent_slots * self.heads * (self.dim + self.vdim) * self.full.size
+        return self.bytes_of(self.slots) + beside
+
+
+def _text(value: object) -> str:
+    return value.value if isinstance(value, DType) else str(value)
+
+
+def _integer(text: str) -> int:
+    _expect(re.fullmatch(r"\d{1,12}", text, re.ASCII) is not None, f"not a size: {text!r}")
+    return int(text)
+
+
+def parse_kv_type(text: str) -> KVType:
+    """Read ``kv<heads=2, dim=64, vdim=64, length=2048, dtype=i8, layout=paged<32>>``; raises ValueError."""
+    names = {f.name: f for f in fields(KVType)}
+    given: dict[str, str] = {}
+    for item in re.split(r",(?![^<]*>)", text[len("kv<") : -1]):
+        key, _, value = (part.strip() for part in item.partition("="))
+        if key not in names or key in given:
+            raise ValueError(f"a cache has no {key!r} here; it has {', '.join(names)}, each once")
+        given[key] = value
+    missing = [name for name in list(names)[: KVType._always] if name not in given]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} of a cache missing in {text}")
+    read: dict[str, Callable[[str], Any]] = {"DType": DType, "int": _integer, "str": str, "Layout": parse_layout}
+    return KVType(**{key: read[str(names[key].type)](value) for key, value in given.items()})

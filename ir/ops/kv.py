@@ -1,0 +1,189 @@
+"""``kv.append`` and ``kv.attend``: the only operations that look into a cache.
+
+In the interpreter a cache is two arrays of what its slots decode to: K ``[B, slots, H, D]`` and V ``[B, slots, H, Dv]``, or
+``[pages, page, H, ...]`` for all sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tilewright.ir.core import Env, Op, Value
+from tilewright.ir.kv_type import Ring
+from tilewright.ir.ops.attention import average, expect_groups, products, visible
+from tilewright.ir.ops.kv_codes import appended, rounded
+from tilewright.ir.ops.shapes import expect_dim, expect_rank
+from tilewright.ir.types import Dim, DType, KVType, Type, as_dim, product
+
+Array = np.ndarray[Any, Any]
+
+
+class Append(Op):
+    """The cache with k ``[B, S, H, D]``, v ``[B, S, H, Dv]`` at positions ``start[b] .. start[b] + S``.
+
+    Which slots these have is up to the cache's layout. That of pages takes a ``table`` (i32 ``[B, T]``) of the pages of
+    each sequence, in order; only those that hold its tokens are looked at.
+    """
+
+    name = "kv.append"
+    has_effect = True
+    cache: Value
+    k: Value
+    v: Value
+    start: Value
+    table: Value | None = None
+
+    def infer(self) -> tuple[Type, ...]:
+        kv = self.cache.cache
+        for what, x, size in (("k", self.k, kv.dim), ("v", self.v, kv.vdim)):
+            expect_rank(self, what, x.shape, 4)
+            expect_dim(self, f"{what}, heads", x.shape[2], kv.heads)
+            expect_dim(self, f"{what}, size of a head", x.shape[3], size)
+        expect_rank(self, "start", self.start.shape, 1)
+        expect_table(self, self.table, self.k)
+        return (kv,)
+
+    def evaluate(self, env: Env, cache: Any, k: Any, v: Any, start: Any, table: Any) -> Any:
+        out = (cache[0].copy(), cache[1].copy())
+        for b, at in enumerate(start):
+            end = int(at) + k.shape[1]
+            slots = self.slots(b, np.arange(at, end), table, out[0])
+            for store, new in zip(out, appended(self.cache.cache, k[b], v[b])):
+                store[slots] = new
+            self.encode(b, int(at), end, table, out)
+        return out
+
+    def slots(self, b: int, positions: Array, table: Any, memory: Array) -> tuple[Any, Any]:
+        """The places of some positions in K and V; fails for those that the cache has no room for."""
+        kv, at, count = self.cache.cache, int(positions[0]), len(positions)
+        fits = 0 <= at <= kv.length - count
+        self.expect(fits, f"token {at} and {count} more do not fit the cache's {kv.length} slots")
+        if isinstance(kv.layout, Ring):
+            most = kv.layout.chunk
+            self.expect(count <= most, f"{count} tokens at once, the ring takes {most}")
+            return b, np.where(positions < kv.sinks, positions, kv.sinks + positions % kv.layout.size)
+        if not kv.page:
+            return b, positions
+        entries = positions // kv.page
+        known = table.shape[1]
+        self.expect(entries[-1] < known, f"token {at} and {count} more do not fit {known} pages of {kv.page}")
+        return expect_pages(self, table[b, entries], memory), positions % kv.page
+
+    def encode(self, b: int, start: int, end: int, table: Any, out: tuple[Array, Array]) -> None:
+        """Round the groups that became old enough to be codes."""
+        kv = self.cache.cache
+        first, last = kv.coded(start), kv.coded(end)
+        if not kv.keeps_recent or first >= last:
+            return
+        slots = self.slots(b, np.arange(first, last), table, out[0])
+        for store, numbers in zip(out, rounded(kv, *(x[slots] for x in out))):
+            store[slots] = numbers
+
+
+class Attend(Op):
+    """Causal attention of q ``[B, S, Hq, D]`` over a cache: query s of sequence b stands at ``start[b] + s``.
+
+    It sees the positions up to its own; ``bias`` broadcasts to ``[B, Hq, S, length]``; the rest is as in nn.attention.
+    ``table`` is that of the cache's pages. A ring is seen through a window (or chunk) that it holds, and its first
+    positions, the sinks, always: by ``q_sinks``, the queries as they would be at the end of sinks and window.
+    """
+
+    name = "kv.attend"
+    q: Value
+    cache: Value
+    start: Value
+    bias: Value | None = None
+    sinks: Value | None = None
+    scale: float = 1.0
+    window: int = -1
+    chunk: int = 0
+    softcap: float = 0.0
+    table: Value | None = None
+    q_sinks: Value | None = None
+
+    def infer(self) -> tuple[Type, ...]:
+        kv: KVType = self.cache.cache
+        expect_rank(self, "q", self.q.shape, 4)
+        expect_dim(self, "q, size of a head", self.q.shape[3], kv.dim)
+        expect_groups(self, self.q.shape[2], kv.heads)
+        expect_table(self, self.table, self.q)
+        self.check_ring(kv)
+        return (self.q.tensor.with_shape((*self.q.shape[:3], kv.vdim)),)
+
+    def check_ring(self, kv: KVType) -> None:
+        self.expect((self.q_sinks is not None) == (kv.sinks > 0), f"q_sinks is for a ring with sinks, and only that: {kv}")
+        if self.q_sinks is not None:
+            self.expect(self.q_sinks.type == self.q.type, f"q_sinks is {self.q_sinks.type}, q {self.q.type}")
+        if not isinstance(kv.layout, Ring):
+            return
+        sight = min((n for n in (self.window, self.chunk) if n > 0), default=0)
+        self.expect(0 < sight <= kv.layout.window, f"sees {sight or 'all'} tokens of a ring that holds {kv.layout.window}")
+        by_key = self.bias is not None and self.bias.shape[-1:] not in ((), (1,))
+        self.expect(not by_key, "a bias for each position, which a ring does not keep apart")
+
+    def evaluate(
+        self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any, table: Any, q_sinks: Any
+    ) -> Any:
+        kv = self.cache.cache
+        where = start[:, None] + np.arange(q.shape[1])
+        if kv.page:
+            cache = self.gathered(cache, table, where)
+            bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., : cache[0].shape[1]]
+        keys = ring_positions(kv.layout, where) if isinstance(kv.layout, Ring) else np.arange(cache[0].shape[1])
+        keep = visible(where, keys, True, self.window, -1, self.chunk)
+        if isinstance(kv.layout, Ring):
+            keep = keep & (keys >= kv.sinks)
+            keep[..., : kv.sinks] = np.arange(kv.sinks) <= where[..., None]
+        scores = products(q, cache[0])
+        if q_sinks is not None:
+            scores[..., : kv.sinks] = products(q_sinks, cache[0][:, : kv.sinks])
+        return average(scores, cache[1], keep[:, None], bias, sinks, self.scale, self.softcap).astype(q.dtype)
+
+    def gathered(self, cache: Any, table: Any, where: Array) -> tuple[Array, Array]:
+        """The pages of each sequence in order, those behind its last query as zeros."""
+        kv = self.cache.cache
+        positions = np.arange(min(table.shape[1] * kv.page, kv.length))
+        last = where[:, -1:]
+        held = len(positions)
+        self.expect(bool((last < held).all()), f"a query at {last.max()}, the tables hold {held} tokens")
+        seen = positions <= last
+        entries = np.where(seen, table[:, positions // kv.page], 0)
+        pages = expect_pages(self, entries, cache[0])
+        rows = (x[pages, positions % kv.page] for x in cache)
+        return tuple(np.where(seen[..., None, None], x, np.zeros((), x.dtype)) for x in rows)  # type: ignore[return-value]
+
+    def flops(self) -> Dim:
+        b, s, h, d = self.q.shape
+        kv = self.cache.cache
+        return as_dim(product((b, s, h)) * min(kv.length, kv.slots) * (d + kv.vdim))
+
+
+def ring_positions(ring: Ring, where: Array) -> Array:
+    """The position that each slot of a ring holds for queries at ``where [B, S]``: i64 ``[B, S, slots]``, below 0 for none.
+
+    It is the last one up to the query's own: later ones of the same call are not the query's to see.
+    """
+    last = where[..., None]
+    turning = last - (last - np.arange(ring.size)) % ring.size
+    first = np.broadcast_to(np.arange(ring.sinks), (*where.shape, ring.sinks))
+    return np.concatenate([first, turning], -1)
+
+
+def expect_table(op: Op, table: Value | None, tokens: Value) -> None:
+    """Fail unless there is a table of pages, i32 ``[B, T]``, exactly where the cache has pages."""
+    kv = op.cache.cache  # type: ignore[attr-defined]
+    op.expect((table is not None) == (kv.page > 0), f"a table of pages is for a cache with pages, and only that: {kv}")
+    if table is None:
+        return
+    expect_rank(op, "table", table.shape, 2)
+    op.expect(table.dtype is DType.i32, f"table is {table.dtype.value}, not i32")
+    expect_dim(op, "table, sequences", table.shape[0], tokens.shape[0])
+
+
+def expect_pages(op: Op, pages: Array, memory: Array) -> Array:
+    """``pages`` if the pool has them all."""
+    bad = pages[(pages < 0) | (pages >= len(memory))]
+    op.expect(not bad.size, f"page {bad[:1].tolist()} in a table, the pool has {len(memory)}")
+    return pages

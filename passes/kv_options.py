@@ -1,0 +1,113 @@
+"""The options of kv-layout: how much of the text a cache holds, in which slots, and as what numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from tilewright.ir import DType, KVType, Layout, Paged, Ring
+from tilewright.ir.kv_type import CODES, CONTIGUOUS
+from tilewright.passes.base import Pass
+from tilewright.passes.kv_mask import Sight
+
+ENDLESS = 1 << 24
+"""Positions of a sequence whose cache is a ring: beyond, models' f32 angles do not tell them apart."""
+_OF_KIND = {"paged": ("page",), "ring": ("window", "sinks", "chunk")}
+_OF_CODES = ("keys", "group", "recent", "scales", "full")
+_RECENT = 128
+
+
+@dataclass(frozen=True)
+class KvOptions(Pass):
+    """``length``: positions of a sequence; none is what the model was traced for, at most 4096, or a ring's 16,777,216.
+
+    ``kind``: ``contiguous`` slots for each sequence; ``paged``, pages of ``page`` tokens from a pool that sequences share;
+    ``ring``, the last ``window`` tokens and the first ``sinks``, for calls of at most ``chunk`` tokens. A ring without a
+    ``window`` is for attention that is windowed in the model, and changes nothing; other layers stay contiguous.
+
+    ``dtype``: what is stored, auto for the keys' own floats; i8, i4, i2 are codes, whose ``keys`` have scales for each
+    ``token`` or for each ``channel`` of ``group`` tokens; ``recent`` tokens stay in ``full``. ``scales`` are f16 or f32.
+    """
+
+    kind: Literal["contiguous", "paged", "ring"] = "contiguous"
+    length: int | None = None
+    dtype: Literal["auto", "f32", "f16", "bf16", "i8", "i4", "i2"] = "auto"
+    page: int | None = None
+    window: int | None = None
+    sinks: int | None = None
+    chunk: int | None = None
+    keys: Literal["token", "channel"] = "token"
+    group: int | None = None
+    recent: int | None = None
+    scales: Literal["f16", "f32"] = "f16"
+    full: Literal["auto", "bf16", "f32"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("length", "page", "window", "chunk", "group"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.length is not None and self.is_endless and self.length > ENDLESS:
+            raise ValueError(f"length={self.length} is more than the {ENDLESS} positions that models tell apart")
+        self._check_kind()
+        self.type(KVType(1, 8, 8, self.length or ENDLESS, DType.bf16), Sight(window=self.window or 1))
+
+    def _check_kind(self) -> None:
+        for kind, names in _OF_KIND.items():
+            given = [name for name in names if getattr(self, name) is not None]
+            if given and self.kind != kind:
+                raise ValueError(f"{', '.join(given)}: only of kind={kind}, not of kind={self.kind}")
+        if self.sinks and self.window is None:
+            raise ValueError("sinks stay where a window moves on: give window, how many of the last tokens are seen")
+        defaults = {f.name: f.default for f in fields(self)}
+        given = [name for name in _OF_CODES if getattr(self, name) != defaults[name]]
+        if given and not self.is_coded:
+            raise ValueError(f"{', '.join(given)}: only of codes; give dtype=i8, i4 or i2")
+        if self.keys == "token" and not self.recent and (self.group is not None or self.full != "auto"):
+            raise ValueError("group and full are for keys=channel, or for recent tokens: give recent")
+
+    @property
+    def is_coded(self) -> bool:
+        return self.dtype in [d.value for d in CODES]
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether every cache is a ring, so that memory does not bound the positions."""
+        return self.kind == "ring" and self.window is not None
+
+    def sight(self, sight: Sight) -> Sight:
+        """What an attention of the model sees of the cache."""
+        if not self.is_endless or self.window is None:
+            return sight
+        return Sight(min(self.window, sight.window) if sight.window > 0 else self.window, sight.chunk)
+
+    def type(self, plain: KVType, sight: Sight) -> KVType:
+        """How the cache ``plain`` is stored for an attention that sees ``sight`` of it."""
+        sizes = plain.heads, plain.dim, plain.vdim, plain.length
+        dtype = plain.dtype if self.dtype == "auto" else DType(self.dtype)
+        return KVType(*sizes, dtype, self.layout(sight), **(self._codes(plain.dtype) if self.is_coded else {}))
+
+    def layout(self, sight: Sight) -> Layout:
+        """Which slots the positions have for an attention that sees ``sight``."""
+        seen = min((n for n in (sight.window, sight.chunk) if n > 0), default=0)
+        if self.kind == "ring" and seen:
+            return Ring(seen, 512 if self.chunk is None else self.chunk, self.sinks or 0)
+        return Paged(32 if self.page is None else self.page) if self.kind == "paged" else CONTIGUOUS
+
+    def _codes(self, own: DType) -> dict[str, Any]:
+        page = (32 if self.page is None else self.page) if self.kind == "paged" else 32
+        group = min(page, 32) if self.group is None else self.group
+        recent = _RECENT * (self.keys == "channel") if self.recent is None else self.recent
+        full = (DType.f32 if own is DType.f32 else DType.bf16) if self.full == "auto" else DType(self.full)
+        unused = not recent and self.keys == "token"
+        kept = {} if unused else {"group": group, "full": full}
+        return {"keys": self.keys, "recent": recent, "scales": DType(self.scales), **kept}
+
+
+def describe(types: list[KVType]) -> str:
+    """What the caches of a model take, before anything runs."""
+    page = max((t.page for t in types), default=0)
+    total = sum(t.sequence_bytes for t in types)
+    parts = [f"{sum(t.bytes_of(64) for t in types if not isinstance(t.layout, Ring)) / 64:g} bytes a token"]
+    parts += [f"{sum(t.page_bytes for t in types)} a page of {page} tokens"] if page else []
+    return ", ".join([*parts, f"{total} a sequence of {min((t.length for t in types), default=0)} tokens"])
