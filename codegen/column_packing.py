@@ -5,8 +5,8 @@ and not the next is worth while. Features past N are zero. Where a piece is a mu
 the next: else the same features of many k's would share few places of a cache.
 
 Codes keep their sign. They are reordered within each 64 bytes, so that instructions that work on four blocks of 16 bytes
-make vectors of neighbouring features. i8: byte ``16 q + 4 t + i`` is feature ``16 t + 4 q + i``. i4: the lower and the upper
-half of byte ``16 q + 8 h + 2 i + b`` are features ``64 h + 32 b + 4 q + i`` and that plus 16.
+make vectors of neighbouring features. i8: byte ``16 q + 4 t + i`` is feature ``16 t + 4 q + i``. i4: the lower half of byte
+``16 q + 8 h + 2 i + b`` is feature ``64 h + 32 b + 4 q + i``, the upper half that plus 16.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ FINISHED = 256
 ROWS = 8
 """Of x that a task copies without its small elements."""
 _FEATURES = 64  # of the panels that many rows of x multiply
-_SHARED = 16  # tasks that threads share evenly
+_SHARED = 8  # tasks that threads share evenly
 
 
 @dataclass(frozen=True)

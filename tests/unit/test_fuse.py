@@ -5,7 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tilewright.ir import Builder, DType, Function, Module, Return, TensorType, interpret, ops, sym, verify
+from tilewright.ir import (
+    ArraySource,
+    Builder,
+    DType,
+    Function,
+    Module,
+    Return,
+    TensorType,
+    interpret,
+    ops,
+    parse_module,
+    sym,
+    verify,
+)
 from tilewright.passes.base import PassContext
 from tilewright.passes.fuse import Fuse, unfuse
 from tilewright.passes.plan_memory import PlanMemory, root
@@ -53,6 +66,38 @@ def test_fused_module_means_the_same_and_equal_kernels_are_one():
         ["nn.linear", "core.silu"],
     ]
     assert [op.callee for op in module.ops(ops.Call)][:2] == [op.callee for op in module.ops(ops.Call)][2:4]
+
+
+def test_a_threshold_is_in_the_kernel_of_each_layer_that_it_leads_to():
+    text = """
+module @m {
+  dim B : 1..8
+  weight @a : tensor<4x6xf32>
+  weight @b : tensor<6x4xf32>
+  weight @least : tensor<1xf32>
+  func @forward(%x: tensor<Bx6xf32>) {
+    %0 = nn.linear(%x, @a) : tensor<Bx4xf32>
+    %1 = sparse.threshold(%0, @least) : tensor<Bx4xf32>
+    %2 = nn.linear(%1, @b) : tensor<Bx6xf32>
+    %3 = nn.gated_linear(%1, @b, @b) : tensor<Bx6xf32>
+    %4 = core.add(%2, %3) : tensor<Bx6xf32>
+    %5 = sparse.threshold(%4, @least) : tensor<Bx6xf32>
+    return([%5])
+  }
+}
+"""
+    module, x = parse_module(text), np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    for weight in module.weights.values():
+        weight.source = ArraySource(np.full([int(d) for d in weight.shape], 0.5, np.float32))
+    want = interpret(module, "forward", [x])[0]
+    Fuse().run(module, PassContext())
+    verify(module)
+    np.testing.assert_array_equal(interpret(module, "forward", [x])[0], want)
+    assert kernels(module) == [
+        ["nn.linear"],
+        ["sparse.threshold", "nn.gated_linear"],
+        ["sparse.threshold", "nn.linear", "core.add", "sparse.threshold"],
+    ]
 
 
 def test_single_mode_makes_one_kernel_an_operation():

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tilewright.codegen.column_packing import ColumnPacking
 from tilewright.codegen.emitters import pack, packed_spec
 from tilewright.codegen.packing import Packing, RowPacking, parse_packing
 from tilewright.ir import DType, TensorType
@@ -117,3 +118,28 @@ def test_narrow_floats_are_stored_as_bytes(dtype: DType) -> None:
     assert packed.dtype == np.uint8
     if dtype.bits == 8:
         assert np.array_equal(packed.view(dtype.np), array)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "i8", "i4"])
+@pytest.mark.parametrize(("n", "k", "panel"), [(1, 1, 128), (200, 33, 256), (300, 7, 128), (2048, 3, 2048)])
+def test_columns(dtype: str, n: int, k: int, panel: int) -> None:
+    """The place of each feature of a k, as the layout's text has it."""
+    weight = np.random.default_rng(0).integers(*RANGES.get(dtype, (-100, 100)), (n, k)).astype(KINDS[dtype])
+    packing = ColumnPacking(dtype, n, k, panel)
+    assert parse_packing(packing.text) == packing
+    packed = packing.pack(weight)
+    assert packed.shape == packing.shape
+    assert packed.nbytes == packing.nbytes
+    for feature in range(0, n, max(n // 40, 1)):
+        column = packed[feature // panel]
+        at, line = feature % panel, {"i8": 64, "i4": 128}.get(dtype, 1)
+        within, start = at % line, at // line * (64 if line > 1 else 1)
+        t, q, i = within // 16 % 4, within // 4 % 4, within % 4
+        if dtype == "i8":
+            got = column[:, start + 16 * q + 4 * t + i].view(np.int8)
+        elif dtype == "i4":
+            byte = column[:, start + 16 * q + 8 * (within // 64) + 2 * i + within // 32 % 2]
+            got = ((byte if within // 16 % 2 else byte << 4).astype(np.uint8).view(np.int8) >> 4).astype(np.int8)
+        else:
+            got = column[:, start]
+        np.testing.assert_array_equal(got.astype(np.float32), weight[feature].astype(np.float32))
