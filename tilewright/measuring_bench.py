@@ -106,7 +106,7 @@ class Bench:
         for i, arg in enumerate(self.subject.kernel.args):
             if isinstance(arg.type, KVType):
                 layout = self.subject.layout(arg)
-                total += self.subject.batch(arg) * (layout.k_bytes + layout.v_bytes)
+                total += self.subject.regions(arg) * (layout.k_bytes + layout.v_bytes)
             elif self.subject.is_constant(i):
                 total += eval_dim(arg.tensor.bytes, self.subject.dims)
         wanted = min(max(_CACHES * last_level_cache(), _LEAST_COLD), _MOST_COLD)

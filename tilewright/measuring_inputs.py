@@ -16,7 +16,20 @@ import numpy as np
 from tilewright.codegen.cache import CacheLayout, cache_layout
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.target import Target
-from tilewright.ir import DType, Function, KVType, Module, Op, TensorType, Value, dim_symbols, eval_dim, ops, parse_module
+from tilewright.ir import (
+    CONTIGUOUS,
+    DType,
+    Function,
+    KVType,
+    Module,
+    Op,
+    TensorType,
+    Value,
+    dim_symbols,
+    eval_dim,
+    ops,
+    parse_module,
+)
 from tilewright.ir.caches import origin
 
 Array = np.ndarray[Any, Any]
@@ -67,6 +80,11 @@ class Subject:
         op = next(op for op in cache.users if isinstance(op, (ops.Append, ops.Attend)))
         return self.shape(op.start)[0]
 
+    def regions(self, cache: Value) -> int:
+        """Sequences that a cache is for, or pages of a pool that has all of theirs."""
+        kind = cache.cache
+        return self.batch(cache) * (kind.pages if kind.page else 1)
+
     def changed(self) -> dict[int, int]:
         """The caches that the kernel changes in place: index of the result -> of the argument."""
         kernel = self.kernel
@@ -85,7 +103,7 @@ class Subject:
                 total += eval_dim(value.type.bytes, self.dims)
             elif value in self.kernel.args:
                 layout = self.layout(value)
-                total += self.batch(value) * (layout.k_bytes + layout.v_bytes)
+                total += self.regions(value) * (layout.k_bytes + layout.v_bytes)
         return total
 
     def flops(self) -> int:
@@ -132,6 +150,8 @@ def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
     rng = np.random.default_rng(seed)
     made = {arg: _make(subject, arg, rng) for arg in subject.kernel.args}
     for cache, op in ((op.cache, op) for op in subject.kernel.body if isinstance(op, (ops.Append, ops.Attend))):
+        if cache.cache.layout != CONTIGUOUS:
+            continue
         tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
         for part in made.get(cache, ()) if op.start in made else ():
             for sequence, start in zip(part, made[op.start]):
@@ -141,14 +161,16 @@ def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
 
 def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
     if isinstance(arg.type, KVType):
-        sizes = (subject.batch(arg), arg.type.length, arg.type.heads)
-        return tuple(normal(rng, (*sizes, size), arg.dtype) for size in (arg.type.dim, arg.type.vdim))
+        sizes = (subject.regions(arg), arg.type.page or arg.type.slots, arg.type.heads)
+        return tuple(normal(rng, (*sizes, size), arg.type.held) for size in (arg.type.dim, arg.type.vdim))
     shape, found = subject.shape(arg), list(roles(arg))
     if arg.dtype is DType.bool:
         share = 0.875 if any(r.field in ("mask", "padding") for r in found) else 0.5
         return tiled(rng.random, shape, lambda numbers: numbers < share)
     if arg.dtype.is_float or arg.dtype.is_narrow_float:
         return _floats(subject, arg, shape, found, rng)
+    if any(role.field == "table" and isinstance(role.op, (ops.Append, ops.Attend)) for role in found):
+        return np.arange(math.prod(shape)).reshape(shape).astype(arg.dtype.np)  # pages in order, each of one sequence
     low, high = _range(subject, arg, shape, found)
     return tiled(lambda count: rng.integers(low, high, count), shape, lambda numbers: numbers.astype(arg.dtype.np))
 
@@ -198,7 +220,9 @@ def _range(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role]
 def positions(subject: Subject, op: ops.Append | ops.Attend) -> tuple[int, int]:
     """Around the middle of the cache, but with room for all tokens."""
     tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
-    length = op.cache.cache.length
+    kind = op.cache.cache
+    held = subject.shape(op.table)[1] * kind.page if op.table is not None else kind.length
+    length = min(kind.length, held)
     middle = max(min(length // 2, length - tokens), 0)
     return max(middle - _BELOW, 0), middle + 1
 

@@ -29,8 +29,9 @@ from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.attention import AttentionBuffers, AttentionSpec, Extents, emit_attention
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import dim_value
-from tilewright.codegen.mlir.kv import AttendBuffers, AttendSpec, emit_attend
+from tilewright.codegen.mlir.kv import emit_attend
 from tilewright.codegen.mlir.kv_append import AppendBuffers, AppendSpec, emit_append
+from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.rows import Rope
 from tilewright.codegen.schedule import AttentionSchedule, Schedule, Space

@@ -26,7 +26,8 @@ _UNROLL = 4  # vectors of scores at a time
 class Shape:
     """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` and ``panel`` of the blocks.
 
-    ``run`` keys lie together, and so many values; 0 when all of a block do. With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
+    ``run`` keys lie together, and so many values; 0 when all of a block do. With ``dot`` the queries and p are rounded to
+    bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
     """
 
     group: int

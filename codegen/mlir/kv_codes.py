@@ -27,6 +27,7 @@ from tilewright.codegen.schedule import AttentionSchedule
 
 _DIGIT = 256
 LINE = 64  # bytes that memory gives at a time
+_PRODUCTS_OF_A_LINE = 40  # four of them a cycle, 20 GB/s
 _LEAST = 1e-30  # of a scale: that of a row of zeros
 
 
@@ -217,9 +218,12 @@ class CodeFlash(SoftRows):
             for memory, place, start, lines in zip(self.memory, runs(loop.index), first, share):
                 self._fetch(memory, place + row * (lines * LINE), start, lines)
 
-    def _fetch(self, memory: Buffer, place: Val, first: int, lines: int) -> None:
-        """Ask for lines of the next block: few at a time all along, so that memory is busy all the time."""
-        for line in range(first, first + lines):
+    def _fetch(self, memory: Buffer, place: Val, first: int, lines: int, products: int = 1 << 20) -> None:
+        """Ask for lines of the next block: few at a time all along, so that memory is busy all the time.
+
+        No more than come while so many ``products`` (of a vector) are made: what waits longer only stands in the way.
+        """
+        for line in range(first, first + min(lines, products // _PRODUCTS_OF_A_LINE)):
             memory.prefetch(place + line * LINE, locality=2)
 
     def _load_scales(self, first: Val, k: Val, v: Val) -> None:
@@ -241,13 +245,14 @@ class CodeFlash(SoftRows):
         place = constant(0) if self.channels else place
 
         calls = sum(cache.run // self.lanes // self._score_width(height) for height in self.q_heights)
+        products = {height: height * self._score_width(height) * cache.key_size for height in self.q_heights}
         shares = iter(_shares(0, self.k_early, calls))
 
         def call(height: int, row: Val) -> None:
             for panel in range(cache.run // cache.key_panel):
                 for vector in range(0, cache.key_panel // self.lanes, self._score_width(height)):
                     if self.exact:
-                        self._fetch(self.memory[0], following, *next(shares))
+                        self._fetch(self.memory[0], following, *next(shares), products[height])
                     at = place + (panel * panel_size + vector * self.lanes * 4)
                     to = row * self.keys + first + (panel * cache.key_panel + vector * self.lanes)
                     numbers = (row * self.q_stride, at, to, cache.key_size // feed.step, 0)
@@ -265,7 +270,7 @@ class CodeFlash(SoftRows):
                 column = 0
                 for width in self._widths(height, panel):
                     if self.exact:
-                        self._fetch(self.memory[1], following, *next(shares))
+                        self._fetch(self.memory[1], following, *next(shares), height * width * self.cache.run)
                     at = place + (start * self.cache.run * self.cache.bits // 8 + column * 4)
                     numbers = (row * self.keys + first, at, row * self.out_size + (start + column), steps, 0)
                     self.value_kernels[height, panel, width]((self.p, self.memory[1], self.products), numbers)

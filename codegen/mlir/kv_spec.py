@@ -1,0 +1,98 @@
+"""What a kernel that attends to a cache is: its facts while compiling, and its arguments."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.codegen.attention_pattern import DENSE, Slice
+from tilewright.codegen.cache import CacheLayout
+from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.mlir.builder import Buffer
+from tilewright.codegen.mlir.kv_codes import ONE_DIGIT, Digits
+from tilewright.codegen.mlir.kv_parts import part_size
+from tilewright.codegen.mlir.rows import Rope
+from tilewright.codegen.mlir.value import Val
+from tilewright.codegen.schedule import AttentionSchedule
+from tilewright.ir import Ring
+
+FEW_KEYS = 256
+"""Parts of a head's keys are no shorter, if there are so many."""
+
+
+@dataclass(frozen=True)
+class AttendSpec:
+    """q ``[B, S, heads, dim]`` over a cache -> ``[B, S, heads, vdim]``; query s of sequence b stands at start[b] + s.
+
+    ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
+    With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks.
+    """
+
+    heads: int
+    cache: CacheLayout | CodeLayout
+    dtype: str = "f32"
+    out_dtype: str = "f32"
+    scale: float = 1.0
+    window: int = -1
+    chunk: int = 0
+    softcap: float = 0.0
+    bias: str | None = None
+    bias_dtype: str = "f32"
+    sinks: str | None = None
+    s: int | None = None
+    rope: Rope | None = None
+    digits: Digits = ONE_DIGIT
+    q: Slice = DENSE
+    out: Slice = DENSE
+    far: Slice = DENSE
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // self.cache.heads
+
+    @property
+    def sinks_kept(self) -> int:
+        """Positions that a ring keeps for good."""
+        return self.cache.layout.sinks if isinstance(self.cache.layout, Ring) else 0
+
+    def queries(self, schedule: AttentionSchedule) -> int:
+        """Queries of one task."""
+        return max(schedule.rows // self.group, 1)
+
+    def tasks(self, schedule: AttentionSchedule, b: Any, s: Any) -> Any:
+        """Number of tasks: an int, or an expression when ``b`` or ``s`` is symbolic."""
+        return b * self.cache.heads * (self.parts(schedule) if self.s == 1 else -(-s // self.queries(schedule)))
+
+    def parts(self, schedule: AttentionSchedule) -> int:
+        """Parts of the keys of one head, at most."""
+        return min(schedule.parts, -(-self.cache.most // FEW_KEYS)) if self.s == 1 else 1
+
+    def last(self, schedule: AttentionSchedule, b: Any) -> Any:
+        """Number of tasks that put parts together."""
+        return b * self.cache.heads if self.parts(schedule) > 1 else 0
+
+    def scratch(self, schedule: AttentionSchedule, b: Any) -> tuple[Any, ...]:
+        """Bytes of the parts."""
+        size = 4 * self.parts(schedule) * self.heads * part_size(self.cache.vdim)
+        return (b * size,) if self.parts(schedule) > 1 else ()
+
+
+@dataclass(frozen=True)
+class AttendBuffers:
+    """Arguments of the kernel; ``k`` and ``v`` are the cache, ``start`` is i64 [B].
+
+    Pages have a ``table`` i32 [B, T], whose ``width`` is T; ``far`` are the queries that meet a ring's sinks.
+    """
+
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    start: Buffer
+    out: Buffer
+    bias: Buffer | None = None
+    sinks: Buffer | None = None
+    cos: Buffer | None = None
+    sin: Buffer | None = None
+    parts: Buffer | None = None
+    table: Buffer | None = None
+    width: Val | None = None
+    far: Buffer | None = None
