@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
-from tilewright.codegen.mlir.value import SIZES, Val, constant, intrinsic, shuffle
+from tilewright.codegen.mlir.value import SIZES, Val, constant, in_register, intrinsic, shuffle
 from tilewright.ir import DType
 from tilewright.ir.ops.sparse_expand import ROWS, SEGMENT, MaskLayout
 
@@ -113,7 +113,7 @@ class Expander:
     def _expanded(self, at: Val, bits: Val) -> Val:
         item = f"i{8 * self.item}"
         name = f"llvm.x86.avx512.mask.expand.v{self.count}{item}"
-        loaded = self._load(at, self.count).bitcast(item)
+        loaded = in_register(self._load(at, self.count).bitcast(item))  # reading memory itself, it takes twice as long
         zero = constant(0, item, self.count)
         return intrinsic(name, item, self.count, loaded, zero, bits.splat(1).bitcast("bool")).bitcast("u8")
 
@@ -260,12 +260,13 @@ class Reader:
             self.carried[block] = self.carried[block] + self.expander.advance(mask)
         return places, masks
 
-    def prefetch(self, ahead: Val | int) -> None:
-        """Ask for what the blocks have ``ahead`` bytes later."""
+    def prefetch(self, ahead: Val | int, masks: bool) -> None:
+        """Ask for the values that the blocks have ``ahead`` bytes later, and perhaps for the masks."""
         size = SIZES[self.weight.values.dtype]
         for mask, at in zip(self.masks, self.carried):
             self.weight.values.prefetch(at + ahead // size, locality=2)
-            mask.prefetch(self.now + ahead // (_MASK_AHEAD * SIZES[mask.dtype]), locality=2)
+            if masks:
+                mask.prefetch(self.now + ahead // (_MASK_AHEAD * SIZES[mask.dtype]), locality=2)
 
 
 def emit_expand_function(kernel: Kernel, weight: Sparse, width: int, out: Buffer) -> Function:

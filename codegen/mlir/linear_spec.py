@@ -162,6 +162,8 @@ class LinearSpec:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
         if self.dynamic or self.asymmetric or self.offset or self.parts * self.packing(wide, target).nbytes <= _CACHED:
             wide = replace(wide, first="rows")  # the sums of x are found once a block of rows
+        if self.sparse and target.vector_bits == 512 and not grouped:
+            wide = replace(wide, prefetch=8192)
         if self.expands or self.sparse:
             wide = replace(wide, block_m=240)  # each block of rows expands the weights once
         enough = _SHARED // 2 if grouped else _SHARED
