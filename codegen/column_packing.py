@@ -1,8 +1,11 @@
 """How the weight of a linear kernel lies in memory that leaves out inputs: what belongs to one input is one piece.
 
 ``[ceil(N / panel)][K][panel]``: the weights of one k for a whole panel of output features, so wide that fetching one piece
-and not the next is worth while. Two codes of four bits share a byte: of 32 features the first 16 have the lower halves.
-Codes keep their sign. Features past N are zero.
+and not the next is worth while. Features past N are zero.
+
+Codes keep their sign. They are reordered within each 64 bytes, so that instructions that work on four blocks of 16 bytes
+make vectors of neighbouring features. i8: byte ``16 q + 4 t + i`` is feature ``16 t + 4 q + i``. i4: the lower and the upper
+half of byte ``16 q + 8 h + 2 i + b`` are features ``64 h + 32 b + 4 q + i`` and that plus 16.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from tilewright.ir import DType
 
 _FLOATS = ("f32", "f16", "bf16")
 _CODES = ("i8", "i4")
-UNIT = 32
-"""Features whose codes of four bits lie together."""
+LINES = {"f32": 16, "f16": 32, "bf16": 32, "i8": 64, "i4": 128}
+"""Features of 64 bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class ColumnPacking:
     def __post_init__(self) -> None:
         if self.dtype not in (*_FLOATS, *_CODES):
             raise ValueError(f"cannot pack {self.dtype} weights in columns; known: {', '.join((*_FLOATS, *_CODES))}")
-        if self.panel % UNIT:
-            raise ValueError(f"columns are panels of multiples of {UNIT} features, not {self.panel}")
+        if self.panel % LINES[self.dtype]:
+            raise ValueError(f"panels of {self.dtype} have multiples of {LINES[self.dtype]} features, not {self.panel}")
 
     @property
     def stored(self) -> str:
@@ -80,16 +83,19 @@ class ColumnPacking:
         source, target = (array.view(f"u{array.dtype.itemsize}") for array in (weight, packed))
         for panel, columns in enumerate(target):
             rows = source[panel * self.panel : (panel + 1) * self.panel]
-            rows = _halves(rows) if self.dtype == "i4" else rows
+            rows = _bytes(rows, LINES[self.dtype]) if self.dtype in _CODES else rows
             turn(rows, columns[:, : len(rows)])
             columns[:, len(rows) :] = 0
         return packed
 
 
-def _halves(rows: np.ndarray) -> np.ndarray:
-    """Codes of four bits [features, k] -> bytes [features / 2, k]."""
-    units = np.pad(rows.view(np.uint8), ((0, -len(rows) % UNIT), (0, 0))).reshape(-1, 2, UNIT // 2, rows.shape[1])
-    return (units[:, 0] & np.uint8(15) | units[:, 1] << np.uint8(4)).reshape(-1, rows.shape[1])
+def _bytes(rows: np.ndarray, line: int) -> np.ndarray:
+    """Codes [features, k] -> bytes of whole lines, a k a column."""
+    padded, k = np.pad(rows.view(np.uint8), ((0, -len(rows) % line), (0, 0))), rows.shape[1]
+    if line == LINES["i8"]:
+        return padded.reshape(-1, 4, 4, 4, k).transpose(0, 2, 1, 3, 4).reshape(-1, k)
+    low, high = padded.reshape(-1, 2, 2, 2, 4, 4, k).transpose(3, 0, 4, 1, 5, 2, 6)
+    return (low & np.uint8(15) | high << np.uint8(4)).reshape(-1, k)
 
 
 def turn(rows: np.ndarray, target: np.ndarray, block: int = 2048) -> None:

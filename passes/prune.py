@@ -106,7 +106,7 @@ class Prune(Pass):
         shares = find_allocation(self.allocation)(self, module, ctx, layers)
         work = _Pruning(self, shares)
         if self.needs_data and layers:
-            function, batches = calibration(module, ctx, f"{self.name}{{method={self.method}}}")
+            function, batches = calibration(module, ctx, str(self))
             stream(function, batches, partial(work.visit, layers), [op for op in layers if op.parent is function])
         for weight in shares:
             self.replace(rw, weight, work.source(weight), layers)

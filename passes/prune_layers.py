@@ -47,8 +47,11 @@ class PruneLayers(Pass):
         function, batches = calibration(module, ctx, self.name)
         rw = Rewriter(module, pattern=self.name)
         blocks = self.candidates(function, rw)
+        if not blocks:
+            ctx.note(f"there are no {self.blocks}: no x + f(x) with a layer in f that nothing else reads")
+            return ctx.take(rw)
         count = self.count if self.count is not None else round((self.ratio or 0) * len(blocks))
-        if count >= max(len(blocks), 1):
+        if count >= len(blocks):
             raise PassError(f"{self.name}: {count} of {len(blocks)} {self.blocks} cannot go, one stays; ask for less")
         seen = influences(function, blocks, batches) if count else []
         order = sorted(range(len(seen)), key=lambda i: seen[i].turn)[:count]

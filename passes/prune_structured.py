@@ -30,7 +30,7 @@ class PruneStructured(Pass):
 
     ``ratio`` is the part of the bytes of what can be pruned that goes; ``speedup`` how many times less all linear layers
     are to cost. ``units``: ``channels`` between layers, ``heads`` of queries (where they share keys, as many of each head
-    of keys), ``groups``, heads of keys with all of their queries. ``method``: ``flap``, ``wanda`` and ``magnitude`` give
+    of keys), ``groups``, heads of keys with all of their queries; none given are channels and heads. ``method``: ``flap``, ``wanda`` and ``magnitude`` give
     each unit a score, ``ziplm`` corrects the layer after each removal and chooses sizes by the errors that add up.
     ``budget``: ``global`` compares standardised scores of all layers, ``uniform`` takes the same part of each, ``layers``
     less of those that turn the hidden state far; ``auto`` is ``global`` for flap, else ``uniform``. ``compensate``:
@@ -44,13 +44,13 @@ class PruneStructured(Pass):
     ratio: float | None = None
     speedup: float | None = None
     method: Literal["flap", "wanda", "magnitude", "ziplm"] = "flap"
-    units: tuple[Literal["channels", "heads", "groups"], ...] = ("channels", "heads")
+    units: tuple[Literal["channels", "heads", "groups"], ...] = ()
     budget: Literal["auto", "global", "uniform", "layers"] = "auto"
     compensate: Literal["auto", "none", "bias", "weights"] = "auto"
     multiple: int = 32
     damping: float = 0.01
     cost: Literal["bytes", "measured"] = "bytes"
-    stored: str = ""
+    stored: str | None = None
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -61,8 +61,8 @@ class PruneStructured(Pass):
             raise PassError(f"{self.name} takes a speedup above 1, got {self.speedup}")
         if self.ratio is not None and self.speedup is not None:
             raise PassError(f"{self.name} takes a ratio or a speedup, not both")
-        if not self.units or {"heads", "groups"} <= set(self.units):
-            raise PassError(f"units of {self.name} are channels, and heads or groups; got {list(self.units)}")
+        if {"heads", "groups"} <= set(self.units):
+            raise PassError(f"units of {self.name} are channels, and heads or groups, not both")
         if self.multiple < 1 or not self.damping > 0:
             raise PassError(f"{self.name}: multiple is 1 or more and damping above 0")
         if self.method == "ziplm" and self.budget != "auto":
@@ -116,7 +116,7 @@ class PruneStructured(Pass):
 
     def groups(self, function: Function, rw: Rewriter) -> list[Group]:
         """The groups that may become smaller; ``rw`` hears why others may not."""
-        kinds: Sequence[Kind] = self.units
+        kinds: Sequence[Kind] = self.units or ("channels", "heads")
         found = []
         for group in find_groups(function, kinds, rw.skip):
             reason = self.unfit(group)

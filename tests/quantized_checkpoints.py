@@ -293,3 +293,48 @@ def _add_tensor(writer: Any, name: str, p: Tensor, kind: str, seed: int, archite
     numbers = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     p[order] = torch.from_numpy(numbers)
     writer.add_tensor(f"{own}.{suffix}", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+
+
+# ---- sparse formats of compressed-tensors, by plain loops ----------------------------------------------------------------
+
+
+def bitmasked(weight: Tensor, half: bool) -> dict[str, Tensor]:
+    """``weight`` ``[N, K]`` as its numbers that are not 0 (with ``half``: two of four), eight bits a byte, and the rest."""
+    n, k = weight.shape
+    kept = [[bool(x != 0) for x in row] for row in weight.float()]
+    if half:  # zeros that fill a four up are numbers like others
+        for row, flags in zip(weight.float().abs().tolist(), kept):
+            for i in range(0, k, 4):
+                first = sorted(range(i, i + 4), key=lambda j: -row[j])[:2]
+                flags[i : i + 4] = [j in first for j in range(i, i + 4)]
+    numbers = torch.stack([weight[r, c] for r in range(n) for c in range(k) if kept[r][c]] or [weight.new_zeros(())])
+    bits = [[sum(flags[c] << (c - i) for c in range(i, min(i + 8, k))) for i in range(0, k, 8)] for flags in kept]
+    counts = torch.tensor([sum(flags) for flags in kept])
+    parts = {"bitmask": torch.tensor(bits, dtype=torch.uint8), "shape": torch.tensor([n, k])}
+    if half:
+        return {**parts, "compressed": numbers.reshape(n, k // 2), "shape": torch.tensor([[n], [k]])}
+    return {**parts, "compressed": numbers, "row_offsets": counts.cumsum(0) - counts}
+
+
+def sparse(folder: Path, half: bool = False, dtype: torch.dtype = torch.float32, codes: bool = False) -> Saved:
+    """Two of four weights; with ``codes`` those are 8-bit integers, a scale a row."""
+
+    def pack(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        fours = weight.reshape(len(weight), -1, 4)
+        small = fours.abs().argsort(-1).argsort(-1) < 2
+        weight = torch.where(small, 0, fours).reshape(weight.shape).to(dtype)
+        if not codes:
+            return bitmasked(weight, half), weight
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        whole = torch.round(weight / scale).to(torch.int8)
+        return {**bitmasked(whole, half), "weight_scale": scale}, whole * scale
+
+    kind = "sparse-24-bitmask" if half else "sparse-bitmask"
+    settings: dict[str, Any] = {
+        "quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
+        "sparsity_config": {"format": kind, "targets": ["Linear"], "ignore": ["lm_head"], "sparsity_structure": "2:4"},
+    }  # fmt: skip
+    if codes:
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+        settings |= {"format": "int-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    return save(folder, pack, settings)

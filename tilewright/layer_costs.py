@@ -26,7 +26,7 @@ _MOST = 64  # layers in a run
 _REPEATS = 9
 
 
-def layer_costs(target: Target, stored: str = "") -> Time:
+def layer_costs(target: Target, stored: str | None = None) -> Time:
     """Times of layers on this machine that are stored in the scheme ``stored``, or as they are.
 
     Raises PassError for a target that is no CPU, and for a scheme that does not exist.

@@ -1,1 +1,1 @@
-"""How good formats and methods of quantization are: on the evaluation model, and on sentences with MiniLM."""
+"""How good formats and methods of quantization, and models with zeros, are: the evaluation model, MiniLM on sentences."""

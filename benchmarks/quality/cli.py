@@ -1,13 +1,15 @@
-"""Formats and methods of quantization on the evaluation model and on MiniLM: one table, row by row, resumable."""
+"""Formats and methods of quantization on the evaluation model and on MiniLM, and sparsity: row by row, resumable."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from fnmatch import fnmatch
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,21 +18,47 @@ import typer
 
 from benchmarks.peers.environment import commit
 from benchmarks.peers.workplace import ROOT, default_cache
+from benchmarks.quality import sparsity
+from benchmarks.quality import table as formats
 from benchmarks.quality.rows import ENCODER, ROWS, Row
-from benchmarks.quality.running import Encoder, LanguageModel, Measure, Settings
+from benchmarks.quality.running import Count, Encoder, LanguageModel, Measure, Settings
 from benchmarks.quality.sentences import sentences
-from benchmarks.quality.table import page
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 SENTENCES = 200
 MODEL = default_cache() / "eval-lm"
-RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Kind(StrEnum):
+    """Which table."""
+
+    formats = "formats"
+    sparsity = "sparsity"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of the evaluation model, their page, and how bytes are counted; ``encoder`` are rows of MiniLM."""
+
+    file: str
+    rows: Sequence[Row]
+    page: Callable[[Mapping[str, Any]], str]
+    count: Count | None = None
+    encoder: Sequence[Row] = ()
+
+
+TABLES = {
+    Kind.formats: Table("quality.json", ROWS, formats.page, encoder=ENCODER),
+    Kind.sparsity: Table("sparsity.json", sparsity.SPARSE_ROWS, sparsity.page, sparsity.counted),
+}
 
 
 @app.command()
 def run(
     model: Annotated[Path, typer.Option(help="The folder that examples/train_eval_lm.py wrote.")] = MODEL,
-    out: Annotated[Path, typer.Option(help="The results; the page goes beside.")] = RESULTS,
+    table: Annotated[Kind, typer.Option(help="What is compared.")] = Kind.formats,
+    out: Annotated[Path | None, typer.Option(help="The results, if not among those of the project.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows whose name matches; 'minilm' for those of MiniLM.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to score.")] = Settings.tokens,
     again: Annotated[bool, typer.Option("--again", help="Measure rows anew that are there.")] = False,
@@ -38,17 +66,19 @@ def run(
     """Measure what is missing and write the table."""
     if not (model / "model.safetensors").is_file():
         sys.exit(f"{model}: no model; make it with python examples/train_eval_lm.py")
-    settings, wanted = Settings(model, tokens), only or ["*", "minilm"]
-    results = read(out, settings)
-    rows = [r for r in ROWS if any(fnmatch(r.name, p) for p in wanted)]
-    if missing(rows, results["rows"], again):
+    settings, wanted, chosen = Settings(model, tokens), only or ["*", "minilm"], TABLES[table]
+    file = out or RESULTS / chosen.file
+    results = read(file, settings)
+    show = partial(write, file, results, chosen.page)
+    rows = missing([r for r in chosen.rows if any(fnmatch(r.name, p) for p in wanted)], results["rows"], again)
+    if rows:
         place().mkdir(parents=True, exist_ok=True)
-        lm = LanguageModel(settings, ROWS[0], place())
-        measure(missing(rows, results["rows"], again), lm.measure, results["rows"], results, out)
-    folder = minilm()
-    if folder is not None and "minilm" in wanted and missing(ENCODER, results["encoder"], again):
-        measure(missing(ENCODER, results["encoder"], again), encoder(folder).measure, results["encoder"], results, out)
-    write(out, results)
+        lm = LanguageModel(settings, ROWS[0], place(), chosen.count)
+        measure(rows, lm.measure, results["rows"], show)
+    folder, vectors = minilm(), missing(chosen.encoder, results["encoder"], again)
+    if folder is not None and "minilm" in wanted and vectors:
+        measure(vectors, encoder(folder).measure, results["encoder"], show)
+    show()
 
 
 def read(path: Path, settings: Settings) -> dict[str, Any]:
@@ -66,20 +96,20 @@ def missing(rows: Sequence[Row], known: dict[str, Any], again: bool) -> list[Row
     return [r for r in rows if again or known.get(r.name, {}).get("row") != asdict(r) or "error" in known[r.name]]
 
 
-def measure(rows: Sequence[Row], one: Measure, known: dict[str, Any], results: dict[str, Any], out: Path) -> None:
-    """Measure rows one after the other; the results are written after each."""
+def measure(rows: Sequence[Row], one: Measure, known: dict[str, Any], show: Callable[[], None]) -> None:
+    """Measure rows one after the other; ``show`` writes the results after each."""
     for row in rows:
         try:
             figures = one(row)
         except Exception as error:  # a row that fails is tried again by the next run; the others need not wait
             figures = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
         known[row.name] = {"row": asdict(row), "commit": commit(), **figures}
-        write(out, results)
+        show()
         shown = figures.get("error") or ", ".join(f"{k} {v}" for k, v in figures.items())
         typer.echo(f"{row.name}: {shown}")
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
+def write(path: Path, results: dict[str, Any], page: Callable[[Mapping[str, Any]], str]) -> None:
     """JSON and page, each written beside and renamed."""
     for target, text in ((path, json.dumps(results, indent=1) + "\n"), (path.with_suffix(".md"), page(results))):
         beside = target.with_name(target.name + ".partial")

@@ -28,6 +28,8 @@ from tilewright.texts import token_ids, windows
 
 Array = np.ndarray[Any, Any]
 Figures = dict[str, Any]
+Count = Callable[[Weight], int]
+"""Bytes of a weight."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ class Settings:
                 "calibration_tokens": self.calibration_tokens}  # fmt: skip
 
 
-def prepared(row: Row, folder: Path, calibration: Calibration | None) -> tuple[Run, Figures]:
-    """What runs a row, and its size. ``kernels`` says whether compiled code runs it."""
+def prepared(row: Row, folder: Path, calibration: Calibration | None, count: Count | None = None) -> tuple[Run, Figures]:
+    """What runs a row, and its size as ``count`` says. ``kernels`` says whether compiled code runs it."""
     module, _ = trace(folder, (), None, None, row.dtype)
     total = sum(int(w.tensor.elements) for w in module.weights.values() if w.dtype.is_float)
     options = {} if calibration is None else {"calibration": calibration.inputs(module)}
     Pipeline.parse(row.pipeline).run(module, ctx=PassContext(options))
-    size = sum(stored(w) for w in module.weights.values() if w.users)
+    size = sum((count or stored)(w) for w in module.weights.values() if w.users)
     Pipeline.parse("kernels").run(module)
     run, kernels = started(module)
     return run, {"bytes": size, "bits": round(8 * size / total, 3), "kernels": kernels}
@@ -107,8 +109,8 @@ class Reference:
 class LanguageModel:
     """Scores rows on the held-out text of the evaluation model."""
 
-    def __init__(self, settings: Settings, reference: Row, cache: Path) -> None:
-        self.settings, self.cache = settings, cache
+    def __init__(self, settings: Settings, reference: Row, cache: Path, count: Count | None = None) -> None:
+        self.settings, self.cache, self.count = settings, cache, count
         ids = token_ids(settings.model / "validation.txt", settings.model)
         self.rows = windows(ids, settings.window, settings.stride, settings.tokens)
         self.calibration = Calibration(settings.model / "calibration.txt", settings.model, settings.calibration_tokens)
@@ -126,7 +128,7 @@ class LanguageModel:
     def measure(self, row: Row) -> Figures:
         """Size, perplexity, KL and top-1 agreement of a row."""
         begun = time.perf_counter()
-        run, about = prepared(row, self.folder(row), self.calibration)
+        run, about = prepared(row, self.folder(row), self.calibration, self.count)
         made, parts = time.perf_counter(), []
         first = self.settings.window - self.settings.stride
         with closing(run):

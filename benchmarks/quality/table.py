@@ -9,6 +9,10 @@ from benchmarks.quality.goals import ENCODER_GOALS, GOALS
 from benchmarks.quality.rows import BASE, ENCODER, ROWS
 
 Results = Mapping[str, Any]
+HEADER = (
+    "| | bytes | bits | perplexity | change | KL, mean | KL, 99 % | same top token |",
+    "|---|---|---|---|---|---|---|---|",
+)
 
 
 def page(results: Results) -> str:
@@ -24,8 +28,7 @@ def page(results: Results) -> str:
         "quantized counts two bytes. Head and token embeddings keep eight bits in rows below eight. Rows are in f32",
         "arithmetic but for bf16; those that the interpreter runs, for want of kernels, are marked *.",
         "",
-        "| | bytes | bits | perplexity | change | KL, mean | KL, 99 % | same top token |",
-        "|---|---|---|---|---|---|---|---|",
+        *HEADER,
         *(line(row.name, rows[row.name], rows) for row in ROWS if row.name in rows),
         "",
         "## Goals",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.columns import Inputs
 from tilewright.codegen.mlir.columns_feed import ColumnFeed
-from tilewright.codegen.mlir.columns_spec import FEATURES, FINISHED, ROWS, ColumnsSchedule, ColumnsSpec
+from tilewright.codegen.mlir.columns_spec import FINISHED, ROWS, ColumnsSchedule, ColumnsSpec
 from tilewright.codegen.mlir.linear import Epilogue, LinearTasks
 from tilewright.codegen.mlir.linear_floats import WidenFeed
 from tilewright.codegen.mlir.linear_products import LinearBuffers, Path
@@ -33,7 +33,7 @@ class ManyRows(LinearTasks):
 
     def add_up(self, sums: Buffer, begin: Val, end: Val) -> None:
         """Results of few rows from the sums of all tasks, for the features of the tasks from ``begin`` to ``end``."""
-        with self.kernel.loop(begin * FINISHED, (end * FINISHED).min(constant(self.spec.n)), FEATURES) as loop:
+        with self.kernel.loop(begin * FINISHED, (end * FINISHED).min(constant(self.spec.n)), self.panel) as loop:
             for part in range(self.spec.parts):
                 with self.kernel.loop(0, self.m) as row:
                     self._add_up(sums, part, row.index, loop.index)
@@ -43,17 +43,18 @@ class ManyRows(LinearTasks):
         spec, schedule = self.few
         lanes, panel, splits, size = self.kernel.lanes, self.columns.panel, spec.splits(schedule), spec.sums(schedule)
         at = col // panel * (splits * size) + col % panel + row * panel + part * schedule.rows * panel
-        starts = range(0, FEATURES, lanes)
+        starts = range(0, self.panel, lanes)
         with self.kernel.loop(0, splits, carry=[constant(0.0, "f32", lanes) for _ in starts]) as loop:
             place = at + loop.index * size
             loop.next(*[total + sums.load(place + start, lanes) for total, start in zip(loop.values, starts)])
         for total, start in zip(loop.results, starts):
-            self.sums[part].store(total, row * FEATURES + start)
+            self.sums[part].store(total, row * self.panel + start)
 
     # --- many rows ----------------------------------------------------------------------------------------------------
 
     def _paths(self) -> tuple[Path, Path | None]:
         spec, lanes = self.spec, self.kernel.lanes
+        self.groups = self.few[0].groups
         if spec.coded:
             return self._wide(WidenFeed(spec.weight, self.panel, lanes, spec.k, spec.x_dtype)), None
         dot = self.kernel.target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
@@ -72,8 +73,8 @@ class ManyRows(LinearTasks):
 
     def place(self, panel: Val, start: Val, stored: AnyFeed) -> Val:
         feature, columns = panel * self.panel, self.columns
-        bits = 2 if self.spec.weight == "i4" else 1
-        return (feature // columns.panel * columns.k + start) * columns.row + feature % columns.panel // bits
+        line = feature % columns.panel // self.feed.line
+        return (feature // columns.panel * columns.k + start) * columns.row + line * self.feed.elements
 
     def _convert(self, path: Path, part: int, w: Buffer, panel: Val, start: Val, count: Val) -> None:
         core = path.feed
@@ -94,7 +95,10 @@ class ManyRows(LinearTasks):
                 low, high = (w.load(place + column, lanes).bitcast("i16") for place in places)
                 block.store(shuffle(low, high, pairs).bitcast("bf16"), k * core.panel + 2 * column)
             return
-        numbers = [list(self.feed.all_numbers(w, place, self.panel)) for place in places]
-        zero = constant(0.0, "f32", lanes)
-        for i, rows in enumerate(zip(*numbers)):
-            store_weights(core, block, k, i * lanes, [*rows, *[zero] * (core.pair - count)])
+        zero, vectors = constant(0.0, "f32", lanes), self.feed.line // lanes
+        for line in range(self.panel // self.feed.line):
+            loaded = [self.feed.load(w, place + line * self.feed.elements) for place in places]
+            for index in range(vectors):
+                rows = [self.feed.number(each, index) for each in loaded]
+                column = (line * vectors + index) * lanes
+                store_weights(core, block, k, column, [*rows, *[zero] * (core.pair - count)])

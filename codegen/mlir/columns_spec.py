@@ -7,20 +7,20 @@ from typing import Any, ClassVar
 
 import sympy
 
-from tilewright.codegen.column_packing import ColumnPacking
+from tilewright.codegen.column_packing import LINES, ColumnPacking
+from tilewright.codegen.mlir.columns_feed import FACTORS
+from tilewright.codegen.mlir.linear_groups import Groups
 from tilewright.codegen.mlir.linear_spec import LinearSpec
 from tilewright.codegen.schedule import LinearSchedule, Schedule, knob
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import Dim, DType, as_dim
 
 WEIGHTS = ("f32", "bf16", "f16", "i8", "i4")
-FEATURES = 64
-"""Of the panels that many rows of x multiply, and that results leave in."""
-FINISHED = 4 * FEATURES
+FINISHED = 256
 """Features of a task that puts sums together."""
 ROWS = 8
 """Of x that a task copies without its small elements."""
-_LINE = 64  # bytes
+_FEATURES = 64  # of the panels that many rows of x multiply
 _PIECE = 4096  # bytes of one k's weights worth fetching alone
 
 
@@ -35,8 +35,8 @@ class ColumnsSchedule(Schedule):
     panel: int = knob(2048, (256, 512, 1024, 2048, 4096, 8192))
     depth: int = knob(256, (64, 128, 256, 512, 1024, 2048))
     rows: int = knob(4, (1, 2, 4))
-    unroll: int = knob(4, (1, 2, 4, 8))
-    ahead: int = knob(8, (0, 2, 4, 8, 16))
+    unroll: int = knob(8, (1, 2, 4, 8))
+    ahead: int = knob(16, (0, 2, 4, 8, 16))
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,29 @@ class ColumnsSpec:
     def dense(self, target: CpuTarget) -> LinearSchedule:
         """How many rows are multiplied."""
         own = self.linear.schedule(target)
-        return replace(own, tile_v=FEATURES // target.lanes, prefetch=0)
+        return replace(own, tile_v=self.features // target.lanes, prefetch=0)
+
+    @property
+    def groups(self) -> Groups:
+        """Of the weights as the kernels see them."""
+        return replace(self.linear.groups, factor=FACTORS.get(self.linear.weight, 1.0))
 
     # --- layout -------------------------------------------------------------------------------------------------------
 
     @property
     def line(self) -> int:
         """Features of one k in a cache line."""
-        return _LINE * 8 // self.stored.bits
+        return LINES[self.linear.weight]
+
+    @property
+    def features(self) -> int:
+        """Of the panels that many rows of x multiply, and that results leave in."""
+        return max(_FEATURES, self.line)
 
     def panel(self, schedule: ColumnsSchedule) -> int:
         """Features of a panel: as many in each, in whole cache lines and whole panels of many rows."""
-        align = max(self.line, FEATURES)
         count = -(-self.linear.n // schedule.panel)
-        return -(-self.linear.n // (count * align)) * align
+        return -(-self.linear.n // (count * self.features)) * self.features
 
     def packing(self, schedule: ColumnsSchedule) -> ColumnPacking:
         """The layout in which each weight must come."""

@@ -64,7 +64,7 @@ class PairFeed(FloatFeed):
         if self.table is None:
             return self
         (table,) = more
-        return replace(self, entries=_repeated(table.load(0, 1 << self.bits), 32))
+        return replace(self, entries=repeated(table.load(0, 1 << self.bits), 32))
 
     def weights(self, w: Weights, place: Val | int, tail: bool = False) -> list[Val]:
         words = [word.bitcast("i16") for word in self.load(w, place)]
@@ -72,11 +72,11 @@ class PairFeed(FloatFeed):
             return [_pick_magnitudes(shifted(words[0], bit), self.weight) for bit in (0, 8)]
         if self.bits == 8:
             low, high = (literals(2 * list(numbers), "bf16") for numbers in (range(16), range(-128, 128, 16)))
-            return [_pick_pairs(words[0].shift_right_logical(4 * i), high if i % 2 else low) for i in range(4)]
-        entries = self.entries or _repeated(literals(meanings(self.weight), "bf16"), 32)
+            return [pick_pairs(words[0].shift_right_logical(4 * i), high if i % 2 else low) for i in range(4)]
+        entries = self.entries or repeated(literals(meanings(self.weight), "bf16"), 32)
         quads = range(self.step // 4)
         codes = [self.codes(words, quad, byte, 1, clean=False) for quad in quads for byte in (0, 1)]
-        return [_pick_pairs(code, entries) for code in codes]
+        return [pick_pairs(code, entries) for code in codes]
 
     def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         starts = (0, 0, 2, 2) if self.weight in ("i8", "u8") else range(0, self.step, 2)
@@ -120,7 +120,7 @@ class WidenFeed(FloatFeed):
         quad, byte = self.place(i)
         if self.bits < 4 or self.entries or self.weight == "f4e2m1" or (self.bits == 4 and self.lanes == 16):
             entries = self.entries or self.widest(literals(meanings(self.weight), "f32"))
-            return _pick(self.codes(words, quad, byte, 1, clean=False), entries)
+            return pick(self.codes(words, quad, byte, 1, clean=False), entries)
         if not is_integer(self.weight):
             return widen_f8(shifted(words[0], 8 * byte).to("i16"), self.weight)
         signed, drop = words[0] ^ (-0x7F7F7F80 if self.bits == 8 else -0x77777778), 32 - self.bits  # the sign bits flip
@@ -128,7 +128,7 @@ class WidenFeed(FloatFeed):
 
     def widest(self, table: Val) -> Val:
         """``table`` as often as fills a vector."""
-        return _repeated(table, max(self.lanes, table.lanes))
+        return repeated(table, max(self.lanes, table.lanes))
 
     def inputs(self, x: Buffer, place: Val | int, tail: bool = False) -> list[Val]:
         count = self.rest if tail else self.step
@@ -148,12 +148,12 @@ class WidenFeed(FloatFeed):
         return total
 
 
-def _repeated(table: Val, lanes: int) -> Val:
+def repeated(table: Val, lanes: int) -> Val:
     """As many copies of ``table`` as fill ``lanes``."""
     return shuffle(table, table, [i % table.lanes for i in range(lanes)])
 
 
-def _pick(indices: Val, table: Val) -> Val:
+def pick(indices: Val, table: Val) -> Val:
     """Of 16 or 8 f32 the one that the lowest bits of each i32 name: vpermps, or two of half the size and a blend."""
     if indices.lanes == 16:
         return intrinsic("llvm.x86.avx512.permvar.sf.512", "f32", 16, table, indices)
@@ -164,7 +164,7 @@ def _pick(indices: Val, table: Val) -> Val:
     return ((indices << 28) < 0).select(half(high, indices), half(low, indices))
 
 
-def _pick_pairs(indices: Val, table: Val) -> Val:
+def pick_pairs(indices: Val, table: Val) -> Val:
     """vpermw: of 32 bf16 the one that the low five bits of each 16 name."""
     return intrinsic("llvm.x86.avx512.permvar.hi.512", "i16", 32, table.bitcast("i16"), indices).bitcast("bf16")
 

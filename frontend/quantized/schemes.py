@@ -36,7 +36,7 @@ class Schemes:
         self.groups = settings.get("config_groups")
         if not isinstance(self.groups, dict) or not all(isinstance(g, dict) for g in self.groups.values()):
             raise CheckpointError("quantization_config has no config_groups with their settings written out")
-        for name in ("sparsity_config", "transform_config", "moe_sparsity_config"):
+        for name in ("transform_config", "moe_sparsity_config"):
             if settings.get(name):
                 raise UnsupportedError(f"quantization_config.{name} is not supported; use a checkpoint without it")
         if settings.get("kv_cache_scheme"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.frontend.quantized import awq, compressed, gptq
+from tilewright.frontend.quantized.bitmask import expanded
 from tilewright.frontend.quantized.packed import Packed, PackedCheckpoint, Reading
 from tilewright.ir.errors import CheckpointError, UnsupportedError
 
@@ -62,4 +63,9 @@ def unpacked(reading: Reading) -> PackedCheckpoint:
     Raises CheckpointError naming file and tensor for tensors that are damaged or do not fit each other, and
     UnsupportedError naming module and setting.
     """
-    return PackedCheckpoint(reading.checkpoint, READERS[reading.settings["quant_method"]](reading))
+    method = reading.settings["quant_method"]
+    if method != "compressed-tensors":
+        return PackedCheckpoint(reading.checkpoint, READERS[method](reading))
+    whole = expanded(reading)
+    only_sparse = "sparsity_config" in reading.settings and not reading.settings.get("config_groups")
+    return PackedCheckpoint(whole.checkpoint, {} if only_sparse else READERS[method](whole))

@@ -23,7 +23,10 @@ NORMAL_FLOATS = np.array([
 
 @dataclass(frozen=True)
 class Codebook(Format):
-    """A table of ``2^bits`` numbers (f16) a row, which weighted k-means fits (SqueezeLLM, arXiv:2306.07629)."""
+    """A table of ``2^bits`` numbers (f16) a row, which weighted k-means fits (SqueezeLLM, arXiv:2306.07629).
+
+    In rows that have zeros the number nearest to 0 is 0: what was pruned stays so.
+    """
 
     bits: int
 
@@ -57,6 +60,8 @@ class Codebook(Format):
         rows = np.clip(w, (w.min(-1) * narrow)[..., None], (w.max(-1) * narrow)[..., None]).reshape(len(w), -1)
         with np.errstate(over="ignore"):  # infinity is refused by name where the weight is known
             table = clusters(rows, 1 << self.bits, importance).astype(np.float16)
+        zeros = np.flatnonzero((rows == 0).any(1))
+        table[zeros, np.abs(table[zeros]).argmin(1)] = 0
         return {"table": table[:, None]}
 
     def encode(self, w: Array, params: Params) -> Array:

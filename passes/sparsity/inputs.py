@@ -12,6 +12,7 @@ from tilewright.ir import PassError
 from tilewright.passes.calibration.data import Array
 from tilewright.passes.calibration.gptq import Prepared, factored
 from tilewright.passes.calibration.statistics import blocks, hessian, moments
+from tilewright.passes.sparsity.alps import Spectrum
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,9 @@ class Inputs:
     def prepared(self) -> Prepared:
         """The factor of the inverse of the Hessian, columns in their own order."""
         return factored(hessian(self.arrays), self.damping, False, self.name)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The Hessian and its eigenvectors."""
+        assert self.square is not None  # all of it finite
+        return Spectrum.of(hessian(self.arrays), self.damping)

@@ -13,6 +13,7 @@ import numpy as np
 from tilewright.ir import PassError
 from tilewright.passes.calibration.data import Array
 from tilewright.passes.formats import check_finite
+from tilewright.passes.sparsity import alps
 from tilewright.passes.sparsity.dsnot import swapped
 from tilewright.passes.sparsity.inputs import Inputs
 from tilewright.passes.sparsity.patterns import Pattern
@@ -95,7 +96,24 @@ class Compensating(Method):
         return SparseGpt(self.pattern, sparsity).prune(rows, inputs.prepared)
 
 
-METHODS: dict[str, type[Method]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": Compensating}
+class Splitting(Method):
+    """Which weights go and what the others become, found together."""
+
+    needs_data = True
+    moves = True
+    paper = "arXiv:2406.07831"
+
+    def pruned(self, rows: Array, sparsity: float, inputs: Inputs | None) -> Array:
+        assert inputs is not None
+        return alps.prune(rows, inputs.spectrum, self.pattern, sparsity)
+
+
+METHODS: dict[str, type[Method]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": Compensating,
+    "alps": Splitting,
+}
 """What the option ``method`` of the pass ``prune`` may be."""
 REFINEMENTS: dict[str, Refine | None] = {"none": None, "dsnot": swapped}
 """What its option ``refine`` may be."""

@@ -38,7 +38,7 @@ class Pattern:
     def unfit(self, k: int) -> str | None:
         """Why rows of ``k`` weights cannot have this pattern."""
         size = self.span or self.group
-        return f"the pattern takes {size} neighbours together, which do not divide its rows of {k}" if k % size else None
+        return f"the pattern takes {size} neighbours together, which do not divide rows of {k}" if k % size else None
 
     def units(self, values: Array) -> Array:
         """Sums of ``values`` ``[R, K]`` over units: ``[R, U]``."""

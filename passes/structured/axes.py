@@ -109,8 +109,8 @@ def axes_of(function: Function, rule: Callable[[Op], Rule | None]) -> Axes:
         if apply is not None:
             apply(ties, op)
         ties.finish()
-    for value in {v for v, _ in axes.starts if isinstance(v, Weight)}:
-        if any(op.parent is not function for op in value.users):
+    for value in dict.fromkeys(v for v, _ in axes.starts):
+        if isinstance(value, Weight) and any(op.parent is not function for op in value.users):
             for i in range(value.tensor.rank):
                 axes.pin(value, i, f"@{value.name} is used by another function too")
     return axes

@@ -93,10 +93,14 @@ def layers_of(branches: Sequence[Branch]) -> list[Block]:
 
 @dataclass(frozen=True)
 class Influence:
-    """How far blocks turn the hidden state: ``1 - cos`` (ShortGPT, arXiv:2403.03853) and the angle as a part of pi."""
+    """How far blocks turn the hidden state: ``1 - cos`` (ShortGPT, arXiv:2403.03853) and the angle as a part of pi.
+
+    ``energy`` is the mean square of the hidden state behind the block, the sum over its channels.
+    """
 
     turn: float
     angle: float
+    energy: float
 
 
 def influences(function: Function, spans: Sequence[Block], batches: Sequence[Batch]) -> list[Influence]:
@@ -119,11 +123,12 @@ def influences(function: Function, spans: Sequence[Block], batches: Sequence[Bat
 
 def influence(before: Sequence[Array], after: Sequence[Array]) -> Influence:
     """Of hidden states ``[..., H]``."""
-    turn = angle = count = 0.0
+    turn = angle = energy = count = 0.0
     for a, b in zip(blocks(before), blocks(after)):
         sizes = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         cosine = np.clip(np.einsum("rh,rh->r", a, b) / np.maximum(sizes, 1e-30), -1, 1).astype(np.float64)
         turn += float((1 - cosine).sum())
         angle += float(np.arccos(cosine).sum() / np.pi)
+        energy += float(np.einsum("rh,rh->", b, b))
         count += len(a)
-    return Influence(turn / count, angle / count)
+    return Influence(turn / count, angle / count, energy / count)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tilewright.ir import Function
+from tilewright.ir import Function, Op
 from tilewright.ir.ops import numerics
 from tilewright.passes.calibration.data import Array, Batch
 from tilewright.passes.calibration.sites import fields
 from tilewright.passes.calibration.statistics import hessian
 from tilewright.passes.calibration.stream import Layer, stream
-from tilewright.passes.structured.branches import find_branches, influences
+from tilewright.passes.structured.branches import Influence, find_branches, influences
 from tilewright.passes.structured.groups import Group
 from tilewright.passes.structured.ladder import Cost, Ladder, ladder, means, steps_of
 from tilewright.passes.structured.obs import Removal, damped
@@ -53,8 +53,10 @@ def by_saliency(function: Function, groups: Sequence[Group], batches: Sequence[B
                 cost: Cost) -> Scored:  # fmt: skip
     """Ladders in the order of ZipLM: each removal is made up for before the next is chosen.
 
-    The harm of a step is the squared error that it adds to the outputs of the readers, relative to their energy.
+    The harm of a step is the squared error that it adds to the outputs of the readers, relative to the energy of the hidden
+    state that they are added to; outside of residual branches relative to their own.
     """
+    behind = {op: seen.energy for op, seen in influence_at(function, batches).items()}
     found: dict[Group, Ladder] = {}
     first = {group.readers[0]: group for group in groups}
     seen: dict[Layer, Spread] = {}
@@ -64,7 +66,7 @@ def by_saliency(function: Function, groups: Sequence[Group], batches: Sequence[B
         moments, mean = hessian(inputs), seen[op].mean
         group = first[op]
         weight = np.concatenate([wide_weight(reader, name) for reader in group.readers for name in fields(reader)])
-        energy = float(np.einsum("nk,nk->", weight @ moments, weight))
+        energy = behind.get(op) or float(np.einsum("nk,nk->", weight @ moments, weight))
         inverse = np.linalg.inv(damped(moments - np.outer(mean, mean), damping))
         rounds = list(Removal(weight, inverse, group.columns(op), group.parties).order(size_of(group, multiple)))
         steps = np.empty(group.count, np.int64)
@@ -96,12 +98,18 @@ def shares(function: Function, ladders: Sequence[Ladder], batches: Sequence[Batc
     The coarse half of CFSP (arXiv:2409.13199): a block's influence is the angle between its input and output, shares are
     the sigmoids of standardised influences. A group outside of all blocks counts as the mean one.
     """
-    branches = find_branches(function)
-    angles = [i.angle for i in influences(function, [(b,) for b in branches], batches)]
-    where = {op: angle for branch, angle in zip(branches, angles) for op in branch.body}
-    mean, deviation = float(np.mean(angles or [0.0])), float(np.std(angles or [0.0])) or 1.0
-    found = np.array([where.get(lad.group.readers[0], mean) for lad in ladders])
+    where = influence_at(function, batches)
+    angles = [seen.angle for seen in dict.fromkeys(where.values())] or [0.0]
+    mean, deviation = float(np.mean(angles)), float(np.std(angles)) or 1.0
+    found = np.array([where[op].angle if (op := lad.group.readers[0]) in where else mean for lad in ladders])
     return list(1 / (1 + np.exp((found - mean) / deviation)))
+
+
+def influence_at(function: Function, batches: Sequence[Batch]) -> dict[Op, Influence]:
+    """What the residual branch that an operation is in does to the hidden state."""
+    branches = find_branches(function)
+    seen = influences(function, [(b,) for b in branches], batches) if branches else []
+    return {op: influence for branch, influence in zip(branches, seen) for op in branch.body}
 
 
 def lost(groups: Sequence[Group], gone: Mapping[Group, Array]) -> dict[Layer, Array]:

@@ -16,11 +16,11 @@ from tilewright.passes.weights import derive
 
 def shrink(module: Module, function: Function, kept: Mapping[Axis, Array]) -> None:
     """Make ``function`` anew with what is true in ``kept`` of each axis; it must hold all that is tied to what it holds."""
-    touched = {value for value, _ in kept}
+    touched = dict.fromkeys(value for value, _ in kept)
     new: dict[Value, Value] = {v: cut(module, v, kept) for v in touched if isinstance(v, Weight) and v.users}
     gone: list[Op] = []
     for op in function.walk():
-        if touched.isdisjoint(op.operands) and touched.isdisjoint(op.results):
+        if not any(v in touched for v in (*op.operands, *op.results)):
             continue
         made = function.insert(function.body.index(op), op.clone(new, **resized(op, kept)))
         for old, result in zip(op.results, made.results):

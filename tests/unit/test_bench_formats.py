@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.formats import GOALS, PASSES, page
+from benchmarks.formats import FORMATS, GOALS, page
 from tilewright.passes.pipeline import Pipeline
 
 
@@ -18,8 +18,8 @@ def result(**rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_pipelines_parse_and_goals_name_formats() -> None:
-    assert all(Pipeline.parse(text).passes for text in PASSES.values())
-    assert {name for goal in GOALS for name in (goal.name, goal.beside)} <= PASSES.keys()
+    assert all(Pipeline.parse(fmt.passes).passes for fmt in FORMATS.values())
+    assert {name for goal in GOALS for name in (goal.name, goal.beside)} <= FORMATS.keys()
 
 
 def test_formats_are_compared_round_by_round() -> None:

@@ -67,7 +67,10 @@ def compensated(method: Gptq, w: Array, h: Array, name: str = "weight") -> tuple
 
 
 def reference(format: Format, weight: Array, h: Array, damping: float, order: bool) -> Array:
-    """The definition: round a column, give its error to those left by the inverse of what is left of H (OBQ)."""
+    """The definition: round a column, give its error to those left by the inverse of what is left of H (OBQ).
+
+    What is exactly 0 in ``weight`` is rounded as 0.
+    """
     k = weight.shape[1]
     size = k // format.groups(k)
     importance = np.diag(h).astype(np.float32).reshape(-1, size)
@@ -77,7 +80,8 @@ def reference(format: Format, weight: Array, h: Array, damping: float, order: bo
     shared = format.shared(grouped(format, weight), importance)
 
     def fit(g: int, current: Array) -> Params:
-        part = np.ascontiguousarray(current[:, g * size : (g + 1) * size], dtype=np.float32)[:, None]
+        part = np.where(weight == 0, 0, current)[:, g * size : (g + 1) * size]
+        part = np.ascontiguousarray(part, dtype=np.float32)[:, None]
         return format.fit(part, 1.0, importance[g : g + 1], shared)
 
     fitted = {g: fit(g, weight) for g in range(k // size)} if order else {}
@@ -86,7 +90,7 @@ def reference(format: Format, weight: Array, h: Array, damping: float, order: bo
         if j // size not in fitted:
             fitted[j // size] = fit(j // size, w.numpy())
         params = fitted[j // size]
-        column = w[:, j].numpy().astype(np.float32)[:, None, None]
+        column = np.where(weight[:, j] == 0, 0, w[:, j].numpy()).astype(np.float32)[:, None, None]
         out[:, j] = format.decode(format.encode(column, params), params)[:, 0, 0]
         left = columns[i:]
         inverse = torch.linalg.inv(h[left][:, left])
@@ -102,6 +106,18 @@ def test_blocks_change_nothing(format: Format, order: bool, monkeypatch: pytest.
     w, h = layer(12, 192)
     _, got = compensated(Gptq(format, 0.01, order), w, h)
     np.testing.assert_array_equal(got, reference(format, w, h, 0.01, order))
+
+
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("format", GPTQ_FORMATS, ids=str)
+def test_exact_zeros_stay_and_others_make_up_for_them(format: Format, order: bool) -> None:
+    w, h = layer(12, 128)
+    w[np.random.default_rng(2).uniform(size=w.shape) < 0.5] = 0
+    _, got = compensated(Gptq(format, 0.01, order), w, h)
+    np.testing.assert_array_equal(got, reference(format, w, h, 0.01, order))
+    assert not got[w == 0].any()
+    nearest = meaning(format, w, round_to_nearest(format, w))
+    assert error(w, got, h) < 0.9 * error(w, nearest, h)
 
 
 @each_format
