@@ -1,7 +1,8 @@
 """How the weight of a linear kernel lies in memory that leaves out inputs: what belongs to one input is one piece.
 
 ``[ceil(N / panel)][K][panel]``: the weights of one k for a whole panel of output features, so wide that fetching one piece
-and not the next is worth while. Features past N are zero.
+and not the next is worth while. Features past N are zero. Where a piece is a multiple of 2 KiB, 64 bytes lie between it and
+the next: else the same features of many k's would share few places of a cache.
 
 Codes keep their sign. They are reordered within each 64 bytes, so that instructions that work on four blocks of 16 bytes
 make vectors of neighbouring features. i8: byte ``16 q + 4 t + i`` is feature ``16 t + 4 q + i``. i4: the lower and the upper
@@ -50,8 +51,10 @@ class ColumnPacking:
 
     @property
     def row(self) -> int:
-        """Stored elements of one k."""
-        return self.panel // 2 if self.dtype == "i4" else self.panel
+        """Stored elements from one k to the next."""
+        line = 64 // DType(self.stored).np.itemsize
+        lines = self.panel // LINES[self.dtype]
+        return (lines + (lines % 32 == 0)) * line
 
     @property
     def shape(self) -> tuple[int, int, int]:

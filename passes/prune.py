@@ -103,9 +103,12 @@ class Prune(Pass):
         rw = Rewriter(module, pattern=self.name)
         check_patterns(self.name, module, self.skip, self.only)
         layers = {op: found for op in linear_layers(module) if (found := self.chosen(op, rw))}
+        if not layers:
+            ctx.note("there is no weight to prune")
+            return ctx.take(rw)
         shares = find_allocation(self.allocation)(self, module, ctx, layers)
         work = _Pruning(self, shares)
-        if self.needs_data and layers:
+        if self.needs_data:
             function, batches = calibration(module, ctx, str(self))
             stream(function, batches, partial(work.visit, layers), [op for op in layers if op.parent is function])
         for weight in shares:

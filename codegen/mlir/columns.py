@@ -192,26 +192,37 @@ class FewRows:
         return vectors, next((u for u in (8, 4, 2) if least <= u <= most), least)
 
     def _add(self, rows: int, count: int, entry: Val, buffers: Sequence[Buffer], lines: Val) -> None:
-        kernel, feed, lanes, ahead = self.kernel, self.feed, self.kernel.lanes, self.schedule.ahead
+        """``count`` inputs from ``entry`` on, line by line; on the way as many others are fetched, one after the other."""
+        kernel, ahead = self.kernel, self.schedule.ahead
         w, places, values, sums = buffers
         at = [places.load(entry + i).to("index") * self.packing.row for i in range(count)]
-        next_at = [places.load(entry + (i + ahead)).to("index") * self.packing.row for i in range(count)] if ahead else []
-        entries, (vectors, _) = range(0, count, feed.step), self._tile(rows)
+        entries = range(0, count, self.feed.step)
         x = [[self._value(values, entry + (i + row * self.room)) for i in entries] for row in range(rows)]
-        with kernel.loop(0, lines) as loop:
-            begin = loop.index * feed.elements
-            for place in next_at:
-                w.prefetch(place + begin, locality=2)
-            for first in range(0, feed.line // lanes, vectors):
-                indices = range(first, first + vectors)
-                out = [loop.index * feed.line + (i * lanes + row * self.panel) for i in indices for row in range(rows)]
-                totals = [sums.load(place, lanes) for place in out]
-                for n, i in enumerate(entries):
-                    loaded = [feed.load(w, place + begin) for place in at[i:i + feed.step]]
-                    each = [(index, row) for index in indices for row in range(rows)]
-                    totals = [feed.add(total, loaded, index, x[row][n]) for total, (index, row) in zip(totals, each)]
-                for place, total in zip(out, totals):
-                    sums.store(total, place)
+        part = lines // count if ahead else constant(0)
+        with kernel.loop(0, count if ahead else 0) as turns:
+            place = places.load(entry + ahead + turns.index).to("index") * self.packing.row
+            with kernel.loop(0, part) as loop:
+                for i in range(count):
+                    w.prefetch(place + (loop.index * count + i) * self.feed.elements, locality=2)
+                self._add_line(rows, turns.index * part + loop.index, w, at, x, sums)
+        with kernel.loop(part * count, lines) as loop:
+            self._add_line(rows, loop.index, w, at, x, sums)
+
+    def _add_line(self, rows: int, line: Val, w: Buffer, at: Sequence[Val], x: Sequence[Sequence[Val]],
+                  sums: Buffer) -> None:  # fmt: skip
+        """What the inputs whose weights are ``at`` add to the sums of one line."""
+        feed, lanes, (vectors, _) = self.feed, self.kernel.lanes, self._tile(rows)
+        begin = line * feed.elements
+        for first in range(0, feed.line // lanes, vectors):
+            each = [(index, row) for index in range(first, first + vectors) for row in range(rows)]
+            out = [line * feed.line + (index * lanes + row * self.panel) for index, row in each]
+            totals = [sums.load(place, lanes) for place in out]
+            for i in range(0, len(at), feed.step):
+                loaded = [feed.load(w, place + begin) for place in at[i:i + feed.step]]
+                numbers = [x[row][i // feed.step] for _, row in each]
+                totals = [feed.add(t, loaded, index, number) for t, (index, _), number in zip(totals, each, numbers)]
+            for place, total in zip(out, totals):
+                sums.store(total, place)
 
     def _value(self, values: Buffer, entry: Val) -> Val:
         """An input, or a pair of them, in every lane."""

@@ -14,9 +14,13 @@ from tilewright.codegen.mlir.value import Val, constant, shuffle
 from tilewright.codegen.mlir.widen import store_weights
 from tilewright.codegen.schedule import registers
 
+_AHEAD = 16  # k's whose weights are being fetched
+
 
 class ManyRows(LinearTasks):
     """Products of weights in columns, converted block by block, with x that has no small elements any more."""
+
+    wide_block = 1024
 
     def __init__(self, kernel: Kernel, spec: ColumnsSpec, schedule: ColumnsSchedule, m: Val, buffers: LinearBuffers,
                  epilogue: Epilogue | None) -> None:  # fmt: skip
@@ -71,6 +75,11 @@ class ManyRows(LinearTasks):
     def multiply(self, part: int, panel: Val, row: Val, rows: Val) -> None:
         self._multiply_blocks(self.direct, part, (panel, row, rows), constant(self.direct.block))
 
+    def _fetch(self, w: Buffer, place: Val) -> None:
+        """Ask for the weights of one k."""
+        for line in range(self.panel // self.feed.line):
+            w.prefetch(place + line * self.feed.elements, locality=2)
+
     def place(self, panel: Val, start: Val, stored: AnyFeed) -> Val:
         feature, columns = panel * self.panel, self.columns
         line = feature % columns.panel // self.feed.line
@@ -89,6 +98,8 @@ class ManyRows(LinearTasks):
     def _convert_step(self, core: Feed, w: Buffer, k: Val, count: int, block: Buffer) -> None:
         """``count`` k's from ``k`` on; one that has no neighbour gets zeros for it."""
         lanes, places = self.kernel.lanes, [(k + i) * self.columns.row for i in range(count)]
+        for place in places:
+            self._fetch(w, place + _AHEAD * self.columns.row)
         if self.spec.weight == core.w_dtype == "bf16" and count == 2:  # nothing to compute
             pairs = [i // 2 + lanes * (i % 2) for i in range(2 * lanes)]
             for column in range(0, self.panel, lanes):

@@ -21,7 +21,7 @@ FINISHED = 256
 ROWS = 8
 """Of x that a task copies without its small elements."""
 _FEATURES = 64  # of the panels that many rows of x multiply
-_PIECE = 4096  # bytes of one k's weights worth fetching alone
+_SHARED = 16  # tasks that threads share evenly
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class ColumnsSchedule(Schedule):
     """
 
     name: ClassVar[str] = "columns"
-    panel: int = knob(2048, (256, 512, 1024, 2048, 4096, 8192))
+    panel: int = knob(8192, (256, 512, 1024, 2048, 4096, 8192))
     depth: int = knob(256, (64, 128, 256, 512, 1024, 2048))
     rows: int = knob(4, (1, 2, 4))
     unroll: int = knob(8, (1, 2, 4, 8))
-    ahead: int = knob(16, (0, 2, 4, 8, 16))
+    ahead: int = knob(8, (0, 2, 4, 8, 16))
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,16 @@ class ColumnsSpec:
         return DType(self.linear.weight)
 
     def schedule(self, target: CpuTarget) -> ColumnsSchedule:
-        """A good schedule, by rule: pieces of a memory page, as far as the sums of so many features stay in the cache."""
-        panel = max(p for p in (1024, 2048, 4096) if p * self.stored.bits <= _PIECE * 8)
-        return ColumnsSchedule(panel=panel)
+        """A good schedule, by rule: panels as wide as can be, since memory gives long pieces fastest, and enough tasks."""
+        wide = ColumnsSchedule(panel=4096 if self.stored is DType.f32 else 8192)
+        panels = self.packing(wide).panels
+        depth = next((d for d in (512, 256) if panels * (self.linear.k // d) >= _SHARED), 128)
+        return replace(wide, depth=depth)
 
     def dense(self, target: CpuTarget) -> LinearSchedule:
         """How many rows are multiplied."""
         own = self.linear.schedule(target)
-        return replace(own, tile_v=self.features // target.lanes, prefetch=0)
+        return replace(own, tile_v=self.features // target.lanes, block_m=240, prefetch=0)
 
     @property
     def groups(self) -> Groups:

@@ -24,7 +24,6 @@ from tilewright.ir.ops.sparse_expand import ROWS, SEGMENT
 
 _FEW = 4  # rows up to which converting weights in registers beats storing the converted block
 _STREAMED = 2  # rows up to which fetching ahead pays
-_WIDE_BLOCK = 128  # k's of a converted block; four times as many of one byte
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,9 @@ def _spacing(feed: AnyFeed) -> int:
 
 class Products:
     """The sums of products of one emission."""
+
+    wide_block = 128
+    """k's of a converted block; four times as many of one byte."""
 
     def __init__(self, kernel: Kernel, spec: LinearSpec, schedule: LinearSchedule, m: Val, buffers: LinearBuffers) -> None:
         self.kernel, self.spec, self.schedule, self.m, self.buffers = kernel, spec, schedule, m, buffers
@@ -144,7 +146,7 @@ class Products:
     def _wide(self, feed: Feed | WidenFeed | ExpandFeed) -> Path:
         """Micro-kernels that read blocks converted, from ``feed``, for many rows."""
         core = self._core(feed)
-        block = self._block(min(self.schedule.block_k, _WIDE_BLOCK * (4 if isinstance(core, DotFeed) else 1)))
+        block = self._block(min(self.schedule.block_k, self.wide_block * (4 if isinstance(core, DotFeed) else 1)))
         weights = self.kernel.scratch(block * core.panel, core.w_dtype)
         x, stride = self.buffers.x, self.x_stride
         if self.spec.x_dtype != core.x_dtype:

@@ -186,8 +186,8 @@ def grouped(t: Ties, op: ops.Attention) -> None:
     queries = t.free(op.q, HEADS)
     for value in (op.k, op.v):
         keys = t.free(value, HEADS)
-        if keys.size:
-            t.axes.tie(queries, keys[np.arange(queries.size) // (queries.size // keys.size)])
+        heads = keys if keys.size else queries[:1]  # a single head of keys stays, and all queries with it
+        t.axes.tie(queries, heads[np.arange(queries.size) // (queries.size // max(heads.size, 1))])
 
 
 def _heads(t: Ties, op: ops.Attention) -> None:

@@ -129,6 +129,13 @@ def test_shared_weights_are_pruned_once_and_tables_stay(method: str) -> None:
     assert {s.reason for s in ctx.skips} == {"its weight is computed", "nn.embedding takes @embed too"}
 
 
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_nothing_to_prune_is_said(allocation: str) -> None:
+    module, ctx = pruned(f"method=wanda allocation={allocation} only=[embed]")
+    assert notes(ctx) == ["there is no weight to prune"]
+    assert not zeros(module)
+
+
 def test_pruning_again_goes_further() -> None:
     module, _ = pruned("sparsity=0.3")
     before = {n: w.load() == 0 for n, w in module.weights.items() if n.endswith(".pruned")}

@@ -177,6 +177,11 @@ def test_heads(heads: int, kv: int, kind: Kind, units: int, gone: list[int], ext
     assert attention.operands[1].shape[2] == (kv - len(gone) if kind == "groups" or heads == kv else kv)
 
 
+def test_a_single_head_of_keys_is_one_group() -> None:
+    [group], _ = Net(24, attending(4, 1)).groups("channels", "groups")
+    assert (group.kind, group.count) == ("groups", 1)
+
+
 def latent(net: Net, x: Value) -> Value:
     """Multi-head latent attention: keys and values of all heads from one small vector, rotated keys shared by them."""
     q = net.split(x, 4)
