@@ -15,8 +15,6 @@ from tilewright.codegen.mlir.value import SIZES, Val, constant, in_register, int
 from tilewright.ir import DType
 from tilewright.ir.ops.sparse_expand import ROWS, SEGMENT, MaskLayout
 
-_FLIP = {DType.i8: -0x7F7F7F80, DType.i4: -0x77777778}
-"""What makes four bytes of signed codes unsigned ones, as feeds take them."""
 _ABSENT = 0x80
 """A place for shuffles that gives zero."""
 _MASK_AHEAD = 8  # bytes of values fetched ahead for each byte of masks
@@ -88,8 +86,6 @@ class Expander:
         layout = self.weight.layout
         parts = [self.items(at, mask, half) for at, mask in zip(places, masks, strict=True)]
         whole = parts[0] if len(parts) == 1 else parts[0] | parts[1] << 4
-        if flip := _FLIP.get(layout.dtype):
-            whole = (whole.bitcast("i32") ^ flip).bitcast("u8")
         return whole.bitcast(element(layout.stored))
 
     def advance(self, mask: Val) -> Val:
@@ -114,8 +110,13 @@ class Expander:
         item = f"i{8 * self.item}"
         name = f"llvm.x86.avx512.mask.expand.v{self.count}{item}"
         loaded = in_register(self._load(at, self.count).bitcast(item))  # reading memory itself, it takes twice as long
-        zero = constant(0, item, self.count)
-        return intrinsic(name, item, self.count, loaded, zero, bits.splat(1).bitcast("bool")).bitcast("u8")
+        mask, absent = bits.splat(1).bitcast("bool"), self._absent(self.count * self.item).bitcast(item)
+        return intrinsic(name, item, self.count, loaded, absent, mask).bitcast("u8")
+
+    def _absent(self, count: int) -> Val:
+        """So many bytes of zeros, as codes that are."""
+        bias = self.weight.layout.bias
+        return constant(bias - 256 if bias & 128 else bias, "u8", count)
 
     def _load(self, at: Val, count: int) -> Val:
         """So many items from ``at`` on, as bytes."""
@@ -142,8 +143,9 @@ class Expander:
         if self.item == 4:
             (piece,), (place,) = pieces, places
             found = intrinsic("llvm.x86.avx2.permd", "i32", 8, piece.bitcast("i32"), place)
-            return (place < 0).select(constant(0, "i32", 8), found).bitcast("u8")
-        return _shuffle_bytes(_joined(pieces), _joined(places))
+            return (place < 0).select(self._absent(32).bitcast("i32"), found).bitcast("u8")
+        order = _joined(places)
+        return _shuffle_bytes(_joined(pieces), order) | order & self._absent(order.lanes)
 
     def _places(self, byte: Val, chunk: int) -> Val:
         """For eight items the places of their bytes (of words: the words) among those loaded."""
@@ -158,7 +160,8 @@ class Expander:
         """Eight codes of 4 bits, the first of which may be the upper half of its byte."""
         data = _halves(self.weight.values.load(at + skipped // 2, 8))
         place = self.kernel.table("places", _table(1)).load(byte * 8, 8) + (skipped % 2).to("i32").to("u8").splat(8)
-        return _shuffle_bytes(data, _joined([place, place])).slice(0, 8)
+        absent = (place.bitcast("i16").shift_right_logical(4)).bitcast("u8") & self._absent(8)
+        return _shuffle_bytes(data, _joined([place, place])).slice(0, 8) | absent
 
 
 def element(dtype: DType) -> str:

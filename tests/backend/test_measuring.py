@@ -266,7 +266,7 @@ FAMILIES = {
       %1 = nn.linear(%x, %0) : tensor<Bx48xf32>
       return([%1])
     }""", B=2),
-    "sparse": workload("""(%x: tensor<Bx64xi8>, %s: tensor<Bx1xf32>, %v: tensor<2000xi8>, %m: tensor<3x16xi64>,
+    "sparse": workload("""(%x: tensor<Bx64xi8>, %s: tensor<Bx1xf32>, %v: tensor<2000xu8>, %m: tensor<3x16xi64>,
         %a: tensor<3x1xi32>, %t: tensor<40x1xf32>) {
       %0 = quant.dequantize(%x, %s) : tensor<Bx64xf32>
       %1 = sparse.expand(%v, %m, %a) {rows=40 columns=64 dtype=i8} : tensor<40x64xi8>
