@@ -17,6 +17,7 @@ from tilewright.ir.ops.sparse_expand import ROWS, SEGMENT, MaskLayout
 
 _ABSENT = 0x80
 """A place for shuffles that gives zero."""
+_AHEAD = 2048  # bytes that are fetched ahead where blocks are expanded
 _MASK_AHEAD = 8  # bytes of values fetched ahead for each byte of masks
 
 
@@ -297,7 +298,7 @@ def _expand_block(kernel: Kernel, weight: Sparse, at: Val, vector: int, width: i
     loops = (count + (per - 1)) // per
     with kernel.loop(0, loops, carry=reader.carried) as loop:
         reader.carried = list(loop.values)
-        reader.after(first // per).at_step(loop.index)
+        reader.after(first // per).at_step(loop.index).prefetch(_AHEAD, True)
         for half in range(halves):
             place = loop.index * reader.size + (vector + half) * reader.vector
             out.store(reader.load(half * reader.vector, reader.vector).bitcast(out.dtype), place)
