@@ -106,11 +106,11 @@ class Prune(Pass):
         if not layers:
             ctx.note("there is no weight to prune")
             return ctx.take(rw)
+        given = calibration(module, ctx, str(self)) if self.needs_data else None
         shares = find_allocation(self.allocation)(self, module, ctx, layers)
         work = _Pruning(self, shares)
-        if self.needs_data:
-            function, batches = calibration(module, ctx, str(self))
-            stream(function, batches, partial(work.visit, layers), [op for op in layers if op.parent is function])
+        if given is not None:
+            stream(*given, partial(work.visit, layers), [op for op in layers if op.parent is given[0]])
         for weight in shares:
             self.replace(rw, weight, work.source(weight), layers)
         self.report(ctx, shares, work.zeros)

@@ -30,14 +30,17 @@ class PruneStructured(Pass):
 
     ``ratio`` is the part of the bytes of what can be pruned that goes; ``speedup`` how many times less all linear layers
     are to cost. ``units``: ``channels`` between layers, ``heads`` of queries (where they share keys, as many of each head
-    of keys), ``groups``, heads of keys with all of their queries; none given are channels and heads. ``method``: ``flap``, ``wanda`` and ``magnitude`` give
-    each unit a score, ``ziplm`` corrects the layer after each removal and chooses sizes by the errors that add up.
-    ``budget``: ``global`` compares standardised scores of all layers, ``uniform`` takes the same part of each, ``layers``
-    less of those that turn the hidden state far; ``auto`` is ``global`` for flap, else ``uniform``. ``compensate``:
-    ``bias`` adds the means of what goes to the biases of what read it, ``weights`` also corrects the columns that stay;
-    ``auto`` is ``bias`` for flap, ``weights`` for ziplm, else ``none``. Channels that stay are a multiple of ``multiple``.
-    ``cost``: ``bytes`` of weights, or seconds ``measured`` of layers that are stored as the scheme ``stored`` says.
-    ``skip`` are patterns of weight names. Needs calibration data, but for ``magnitude`` without any of these.
+    of keys), ``groups``, heads of keys with all of their queries; none given are channels and heads.
+
+    ``method``: ``flap``, ``wanda`` and ``magnitude`` give each unit a score, ``ziplm`` corrects the layer after each
+    removal and chooses sizes by the errors that add up. ``budget``: ``global`` compares standardised scores of all layers,
+    ``uniform`` takes the same part of each, ``layers`` less of those that turn the hidden state far; ``auto`` is
+    ``global`` for flap, else ``uniform``. ``compensate``: ``bias`` adds the means of what goes to the biases of what read
+    it, ``weights`` also corrects the columns that stay; ``auto`` is ``bias`` for flap, ``weights`` for ziplm, else
+    ``none``. Channels that stay are a multiple of ``multiple``. ``cost``: ``bytes`` of weights, or seconds ``measured`` of
+    layers that are stored as the scheme ``stored`` says. ``skip`` are patterns of weight names.
+
+    Needs calibration data, but for ``magnitude`` with neither compensation nor ``budget=layers``.
     """
 
     name: ClassVar[str] = "prune-structured"
@@ -93,7 +96,7 @@ class PruneStructured(Pass):
         if not groups:
             return False
         plan = self.plan(function, groups, batches, cost)
-        fixed = fixed_cost(function, groups, cost)
+        fixed = fixed_cost(function, plan.ladders, cost)
         taken = self.taken(function, batches, plan, fixed)
         self.note(ctx, plan, taken, fixed)
         self.prune(module, function, batches, plan, {lad.group: lad.gone(n) for lad, n in zip(plan.ladders, taken)})

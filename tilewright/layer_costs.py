@@ -21,8 +21,8 @@ Time = Callable[[int, int, DType], float]
 """Seconds of a layer with a weight ``[rows, columns]`` of an element type."""
 LEAST = 128
 """Rows and columns of the smallest layer that is timed; smaller ones cost their part of it."""
-_BYTES = 1 << 27  # of weights that a run reads: more than caches hold, as the weights of a model are
-_MOST = 64  # layers in a run
+_BYTES = 1 << 26  # of weights that a run reads: more than caches hold, as the weights of a model are
+_MOST = 32  # layers in a run
 _REPEATS = 9
 
 

@@ -64,13 +64,14 @@ def four_bits() -> list[Row]:
     """Half of four bits beside two bits."""
     four = f"{HEAD16},quantize{{scheme=w4a16 group=128 layers=body method=gptq}}"
     two = f"{HEAD16},quantize{{scheme=w2a16 layers=body group="
+    budget = "prune{method=alps group=8 allocation=global spread=0.2 damping=0.002}"
     return [
         Row(f"{TWO} rtn", f"{two}64}}"),
         Row(f"{TWO} gptq", f"{two}64 method=gptq}}"),
         Row("W4S50 groups of 8, sparsegpt", f"prune{{method=sparsegpt group=8}},{four}"),
         Row("W4S50 groups of 16, sparsegpt", f"prune{{method=sparsegpt group=16}},{four}"),
         Row("W4S50 groups of 8, alps", f"prune{{method=alps group=8}},{four}"),
-        Row("W4S50 groups of 8, alps, global", f"prune{{method=alps group=8 allocation=global}},{four}"),
+        Row("W4S50 groups of 8, alps, global", f"{budget},{four}"),
         Row("w2a16 g16 gptq", f"{two}16 method=gptq}}"),
         Row("W4S50, alps", f"prune{{method=alps}},{four}"),
     ]

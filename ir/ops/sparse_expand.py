@@ -129,7 +129,7 @@ class MaskLayout:
             here = slice(first, first + len(flags))
             packed = np.packbits(flags, axis=-1, bitorder="little")
             mask[here] = np.ascontiguousarray(packed).view(self.mask.np)[..., 0]
-            sizes = self.advance(flags.sum(2))
+            sizes = self.advance(_counts(mask[here]))
             ends = end + np.cumsum(sizes).reshape(sizes.shape)
             starts[here] = (ends - sizes)[:, ::SEGMENT]
             found = self._biased(units[flags]).reshape(-1)
@@ -146,7 +146,7 @@ class MaskLayout:
             wide = self.steps(part.shape[1]) * self.pair
             units = self._units(np.pad(part, ((0, -len(part) % ROWS), (0, wide - part.shape[1]))))
             raw = units.view(f"u{units.dtype.itemsize}")  # the bits: a negative zero is stored
-            yield start // ROWS, (raw != 0).any(3), units
+            yield start // ROWS, (raw != 0).any(3) if self.size > 1 else raw[..., 0] != 0, units
 
     def _units(self, weight: Any) -> Any:
         """Whole blocks and steps -> ``[blocks, steps, bits, size]`` of ``stored``."""
@@ -173,7 +173,7 @@ class MaskLayout:
         """The weight ``[rows, columns]`` again."""
         bits = np.ascontiguousarray(mask)[..., None].view(np.uint8)
         flags = np.unpackbits(bits, axis=-1, bitorder="little").astype(bool)
-        counts = flags.sum(2)
+        counts = _counts(mask)
         sizes = self.advance(counts)
         before = np.cumsum(sizes, 1) - sizes
         base = np.repeat(starts.astype(np.int64) - before[:, ::SEGMENT], SEGMENT, 1)[:, : sizes.shape[1]] + before
@@ -197,6 +197,11 @@ class MaskLayout:
             cut = ((cut ^ np.uint8(8)).astype(np.int8) - np.int8(8)).astype(DType.i4.np)
         weight = cut.transpose(0, 2, 1, 3).reshape(blocks * ROWS, steps * self.pair)
         return np.ascontiguousarray(weight).view(self.dtype.np)
+
+
+def _counts(mask: Any) -> Any:
+    """How many bits of each step are set."""
+    return np.bitwise_count(mask.view(f"u{mask.itemsize}")).astype(np.int64)
 
 
 def _ranks(counts: Any) -> Any:

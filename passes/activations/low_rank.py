@@ -1,6 +1,6 @@
 """What a threshold takes from the input of layers goes through a product of low rank (R-Sparse, arXiv:2504.19449).
 
-    linear(threshold(x), @w)  ->  linear(threshold(x), @w) + linear(linear(x - threshold(x), @w.low), @w.lift)
+    linear(threshold(x), @w)  ->  linear(threshold(x), @w) + linear(linear(where(|x| < limits, x, 0), @w.low), @w.lift)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilewright.ir import PassError, Rewriter, TensorType, Weight, ops
+from tilewright.ir import Builder, DType, PassError, Rewriter, TensorType, Value, Weight, ops
 from tilewright.passes.calibration.data import Array
 from tilewright.passes.calibration.spill import Spill
 from tilewright.passes.weights import as_weight, free_name
@@ -53,7 +53,7 @@ def add_low_rank(rw: Rewriter, threshold: ops.Threshold, layers: Sequence[ops.Li
     module, first = rw.module, layers[0]
     low = module.weight(free_name(module, f"{weights[0].name}.low"), TensorType((rank, k), kind))
     b = rw.before(first)
-    small = b.add(ops.Linear(b.add(ops.Sub(threshold.x, threshold.result)), low))
+    small = b.add(ops.Linear(below(b, threshold), low))
     lifts = []
     for op, weight in zip(layers, weights, strict=True):
         lift = module.weight(free_name(module, f"{weight.name}.lift"), TensorType((int(weight.shape[0]), rank), kind))
@@ -61,6 +61,14 @@ def add_low_rank(rw: Rewriter, threshold: ops.Threshold, layers: Sequence[ops.Li
         rw.replace(op, rest)
         lifts.append(lift)
     return LowRank(low, tuple(lifts), weights, spill)
+
+
+def below(b: Builder, threshold: ops.Threshold) -> Value:
+    """What ``threshold`` takes away; not from its result, so that layers alone read that and leave out its zeros."""
+    x = threshold.x
+    size = b.add(ops.Abs(x))
+    wide = size if x.dtype is DType.f32 else b.add(ops.Cast(size, DType.f32))
+    return b.add(ops.Where(b.add(ops.Lt(wide, threshold.limits)), x, b.full(0.0, x)))
 
 
 def factored(weight: Array, second: Array, rank: int) -> tuple[Array, Array]:

@@ -6,8 +6,9 @@ of weights that make it. Units that touch the same axes are one group.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -28,7 +29,7 @@ class Group:
 
     ``index``: for each axis that they touch the number of the unit each index belongs to, -1 where it is none's.
     ``readers``: the layers that read them. ``kind`` is ``heads`` for queries, alone or with keys of their own, ``groups``
-    for heads of keys with all their queries, else ``channels``.
+    for heads of keys with all their queries, else ``channels``. ``shared`` weights get smaller with other groups too.
     """
 
     kind: Kind
@@ -36,6 +37,7 @@ class Group:
     readers: tuple[Layer, ...]
     attention: ops.Attention | None
     count: int
+    shared: frozenset[Weight] = frozenset()
 
     @property
     def name(self) -> str:
@@ -85,12 +87,18 @@ def find_groups(function: Function, kinds: Sequence[Kind], skip: Callable[[Op, s
         group = _group(axes, label, touched, units, layers, kinds)
         if isinstance(group, Group):
             groups.setdefault(group.readers[0], []).append(group)
-    wanted = [g for op in layers for g in groups.get(op, []) if g.kind in kinds]
+    wanted = with_shared([g for op in layers for g in groups.get(op, []) if g.kind in kinds])
     taken = {op for g in wanted for op in g.readers}
     for op in layers:
         if op not in taken:
             skip(op, _reason(axes, label, pinned, op, groups))
     return wanted
+
+
+def with_shared(groups: Sequence[Group]) -> list[Group]:
+    """Groups that know which of their weights others touch too."""
+    times = Counter(w for g in groups for w in g.weights())
+    return [replace(g, shared=frozenset(w for w in g.weights() if times[w] > 1)) for g in groups]
 
 
 def _rule(kinds: Sequence[Kind]) -> Callable[[Op], Rule | None]:

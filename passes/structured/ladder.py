@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from tilewright.ir import DType, Function, PassError, Weight
 from tilewright.passes.calibration.data import Array
 from tilewright.passes.calibration.stream import LAYERS
+from tilewright.passes.structured.axes import Axis
 from tilewright.passes.structured.groups import Group
 
 Cost = Callable[[int, int, DType], float]
@@ -72,21 +73,28 @@ def means(steps: Array, score: Array) -> Array:
 
 def cost_of(group: Group, gone: Array, cost: Cost) -> float:
     """What the matrices of ``group`` cost without the units ``gone``."""
-    kept = group.kept(gone)
+    kept, least = group.kept(gone), group.kept(np.arange(group.count))
     total = 0.0
     for weight in group.weights():
-        if weight.tensor.rank == 2:
-            rows, columns = (int(kept[weight, i].sum()) if (weight, i) in kept else int(weight.shape[i]) for i in (0, 1))
-            total += cost(rows, columns, weight.dtype) if rows and columns else 0.0
+        total += _matrix_cost(weight, kept, cost)
+        if weight in group.shared:  # without what is left of it when all of the group is gone: that is for others to count
+            total -= _matrix_cost(weight, least, cost)
     return total
 
 
-def fixed_cost(function: Function, groups: Iterable[Group], cost: Cost) -> float:
-    """What the linear layers cost that no group makes smaller."""
-    shrinking = {w for g in groups for w in g.weights()}
+def _matrix_cost(weight: Weight, kept: Mapping[Axis, Array], cost: Cost) -> float:
+    """What is left of a matrix costs; of anything else nothing."""
+    if weight.tensor.rank != 2:
+        return 0.0
+    rows, columns = (int(kept[weight, i].sum()) if (weight, i) in kept else int(weight.shape[i]) for i in (0, 1))
+    return cost(rows, columns, weight.dtype) if rows and columns else 0.0
+
+
+def fixed_cost(function: Function, ladders: Iterable[Ladder], cost: Cost) -> float:
+    """What the linear layers cost beside what groups count."""
     layers = [op for op in function.walk() if isinstance(op, LAYERS)]
-    left = [w for op in layers for w in op.operands if isinstance(w, Weight) and w.tensor.rank == 2 and w not in shrinking]
-    return sum(cost(int(w.shape[0]), int(w.shape[1]), w.dtype) for w in left)
+    whole = sum(_matrix_cost(w, {}, cost) for op in layers for w in op.operands if isinstance(w, Weight))
+    return whole - sum(float(lad.costs[0]) for lad in ladders)
 
 
 _SLACK = 1e-9  # sums of costs are not exact

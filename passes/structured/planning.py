@@ -58,25 +58,32 @@ def by_saliency(function: Function, groups: Sequence[Group], batches: Sequence[B
     """
     behind = {op: seen.energy for op, seen in influence_at(function, batches).items()}
     found: dict[Group, Ladder] = {}
-    first = {group.readers[0]: group for group in groups}
+    at: dict[Layer, list[Group]] = {}
+    for group in groups:
+        at.setdefault(group.readers[0], []).append(group)
     seen: dict[Layer, Spread] = {}
 
     def visit(op: Layer, inputs: Sequence[Array]) -> None:
         seen[op] = spread(inputs)
         moments, mean = hessian(inputs), seen[op].mean
-        group = first[op]
-        weight = np.concatenate([wide_weight(reader, name) for reader in group.readers for name in fields(reader)])
-        energy = behind.get(op) or float(np.einsum("nk,nk->", weight @ moments, weight))
         inverse = np.linalg.inv(damped(moments - np.outer(mean, mean), damping))
-        rounds = list(Removal(weight, inverse, group.columns(op), group.parties).order(size_of(group, multiple)))
-        steps = np.empty(group.count, np.int64)
-        for i, (units, _) in enumerate(rounds):
-            steps[units] = i
-        harm = np.array([h for _, h in rounds]) / max(energy, 1e-300)
-        found[group] = ladder(group, steps, harm, cost)
+        for group in at[op]:
+            weight = np.concatenate([wide_weight(reader, name) for reader in group.readers for name in fields(reader)])
+            energy = behind.get(op) or float(np.einsum("nk,nk->", weight @ moments, weight))
+            work = Removal(weight, inverse.copy(), group.columns(op), group.parties)
+            found[group] = removed(group, work, energy, multiple, cost)
 
-    stream(function, batches, visit, list(first))
+    stream(function, batches, visit, list(at))
     return Scored([found[group] for group in groups], seen)
+
+
+def removed(group: Group, work: Removal, energy: float, multiple: int, cost: Cost) -> Ladder:
+    """The ladder of taking all of ``group`` away, errors relative to ``energy``."""
+    rounds = list(work.order(size_of(group, multiple)))
+    steps = np.empty(group.count, np.int64)
+    for i, (units, _) in enumerate(rounds):
+        steps[units] = i
+    return ladder(group, steps, np.array([harm for _, harm in rounds]) / max(energy, 1e-300), cost)
 
 
 def size_of(group: Group, multiple: int) -> int:

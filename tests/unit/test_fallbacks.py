@@ -84,3 +84,52 @@ def test_sparse_weights_that_no_kernel_reads_are_stored_dense() -> None:
     (line,) = done.report.fallbacks
     assert "take sparse weights that are stored dense" in line
     assert sum(done.report.weight_bytes.values()) < 3 * 32 * 64  # codes, not numbers
+
+
+THRESHOLD = """
+module @m {
+  dim B : 1..8
+  weight @up : tensor<24x64xu4>
+  weight @up.zero : tensor<24x1xu8>
+  weight @scale : tensor<24x1xf32>
+  weight @down.i8 : tensor<24x64xi8>
+  weight @least : tensor<64xf32>
+  func @forward(%x: tensor<Bx64xf32>) {
+    %0 = quant.dequantize(@up, @scale, @up.zero) : tensor<24x64xf32>
+    %1 = sparse.threshold(%x, @least) : tensor<Bx64xf32>
+    %2 = nn.linear(%1, %0) : tensor<Bx24xf32> loc("up")
+    %3 = quant.dequantize(@down.i8, @scale) : tensor<24x64xf32>
+    %4 = nn.linear(%1, %3) : tensor<Bx24xf32> loc("down")
+    %5 = core.add(%2, %4) : tensor<Bx24xf32>
+    return([%5])
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_thresholds_of_layers_that_leave_nothing_out(rounded: bool) -> None:
+    """Zero points are for kernels that read all of x, and so is x in codes: the report says so."""
+
+    def made():
+        text = THRESHOLD
+        if rounded:
+            text = text.replace("%2 = nn", "%8, %9 = quant.quantize(%1) : tensor<Bx64xi8>, tensor<Bx1xf32>\n"
+                                "    %10 = quant.dequantize(%8, %9) : tensor<Bx64xf32>\n    %2 = nn")  # fmt: skip
+            text = text.replace("linear(%1", "linear(%10")
+        found, rng = parse_module(text), np.random.default_rng(0)
+        for weight in found.weights.values():
+            shape = tuple(map(int, weight.shape))
+            array = rng.integers(0, 8, shape) if weight.dtype.is_int else rng.uniform(0.3, 0.9, shape)
+            weight.source = ArraySource(array.astype(weight.dtype.np))
+        return found
+
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    want = interpret(made(), "forward", [x])[0]
+    done = tilewright.compile(made(), passes="fuse,plan-memory")
+    np.testing.assert_allclose(done(x), want, rtol=1e-4, atol=1e-4)
+    lines = done.report.fallbacks
+    assert any("no layer leaves out the zeros" in line for line in lines)
+    assert any("no inputs are left out" in line and "coded so" in line for line in lines) != rounded
+    assert not any("dequantized" in line or "one by one" in line for line in lines)
+    assert ("mlir.columns" in {k["backend"] for k in done.report.kernels}) != rounded

@@ -190,6 +190,39 @@ def test_ziplm_chooses_better_than_scores_do() -> None:
     assert errors["ziplm"] < errors["magnitude"]
 
 
+TWO = """
+module @m {
+  dim B : 1..256
+  weight @a : tensor<8x6xf32>
+  weight @b : tensor<8x6xf32>
+  weight @w : tensor<6x16xf32>
+  func @forward(%x: tensor<Bx6xf32>) {
+    %0 = nn.linear(%x, @a) : tensor<Bx8xf32>
+    %1 = core.relu(%0) : tensor<Bx8xf32>
+    %2 = nn.linear(%x, @b) : tensor<Bx8xf32>
+    %3 = core.gelu(%2) : tensor<Bx8xf32>
+    %4 = core.concat([%1, %3]) {axis=1} : tensor<Bx16xf32>
+    %5 = nn.linear(%4, @w) : tensor<Bx6xf32>
+    return([%5])
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("options", ["method=ziplm", "method=flap", "method=wanda compensate=weights"])
+def test_two_groups_that_one_layer_reads(options: str) -> None:
+    module, rng = parse_module(TWO), np.random.default_rng(0)
+    for weight in module.weights.values():
+        weight.source = ArraySource(rng.standard_normal([int(d) for d in weight.shape]).astype(np.float32))
+    x = rng.standard_normal((256, 6)).astype(np.float32)
+    want = interpret(module, "forward", [x])[0]
+    run(module, f"prune-structured{{ratio=0.25 multiple=1 {options}}}", calibration=[{"x": x}])
+    left = module.functions["forward"].body[-2].operands[1].shape[1]
+    assert left == 12
+    error = np.linalg.norm(interpret(module, "forward", [x])[0] - want) / np.linalg.norm(want)
+    assert error < 0.5
+
+
 # ---- what comes behind -------------------------------------------------------------------------------------------
 
 PRUNE = "prune-structured{method=magnitude ratio=0.25 units=[channels,groups] budget=global multiple=4}"
