@@ -31,6 +31,7 @@ from tilewright.ir import (
     parse_module,
 )
 from tilewright.ir.caches import origin
+from tilewright.measuring_sparse import masks, starts
 
 Array = np.ndarray[Any, Any]
 Operand = Any
@@ -49,7 +50,7 @@ _CODES = {
     **{d: (-(1 << d.bits - 1), 1 << d.bits - 1) for d in (DType.i4, DType.i3, DType.i2)},
     DType.i8: (-127, 128),
 }
-_DECODING = (ops.Dequantize, ops.Lookup, ops.Expand)
+_DECODING = (ops.Dequantize, ops.Lookup, ops.Expand, ops.SparseExpand)
 _MOST_STEP = 16  # of codes that expand to i8
 
 
@@ -164,6 +165,9 @@ def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
         sizes = (subject.regions(arg), arg.type.page or arg.type.slots, arg.type.heads)
         return tuple(normal(rng, (*sizes, size), arg.type.held) for size in (arg.type.dim, arg.type.vdim))
     shape, found = subject.shape(arg), list(roles(arg))
+    for role in found:
+        if isinstance(role.op, ops.SparseExpand) and role.field != "values":
+            return masks(role.op, rng) if role.field == "mask" else starts(role.op)
     if arg.dtype is DType.bool:
         share = 0.875 if any(r.field in ("mask", "padding") for r in found) else 0.5
         return tiled(rng.random, shape, lambda numbers: numbers < share)
@@ -190,6 +194,8 @@ def _floats(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role
 def _decoded(subject: Subject, arg: Value, shape: Sequence[int], part: Role, rng: np.random.Generator) -> Array:
     """Part of a quantized tensor whose numbers are to be about one over the root of their count in a row."""
     op = part.op
+    if isinstance(op, ops.SparseExpand):
+        return normal(rng, shape, arg.dtype, 1 / math.sqrt(op.columns) if arg.dtype.is_float else 1.0)
     codes: Value = op.codes  # type: ignore[attr-defined]
     spread = 1 / math.sqrt(subject.shape(codes)[-1])
     if part.field == "codes":
@@ -203,7 +209,7 @@ def _decoded(subject: Subject, arg: Value, shape: Sequence[int], part: Role, rng
 def _range(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role]) -> tuple[int, int]:
     """The range of an integer argument, without its end."""
     for role in found:
-        if isinstance(role.op, _DECODING) and role.field == "codes":
+        if isinstance(role.op, _DECODING) and role.field in ("codes", "values"):
             return _CODES[arg.dtype]
         if isinstance(role.op, (ops.Dequantize, ops.Expand)) and role.field == "zero":
             return _CODES[role.op.codes.dtype]

@@ -44,7 +44,13 @@ def spec_of(p: Pattern) -> LinearSpec:
         offset=weight.offset is not None,
         expands=p.depth // int(weight.step.shape[-1]) if weight.step else 0,
         sparse=weight.sparse.layout if weight.sparse else None,
+        kept=kept(weight.sparse) if weight.sparse else 1.0,
     )
+
+
+def kept(op: ops.SparseExpand) -> float:
+    """The share of a weight's numbers that is stored."""
+    return int(op.values.shape[0]) * op.layout.stored.bits / (op.rows * op.columns * op.dtype.bits)
 
 
 def refusal(p: Pattern) -> str | None:

@@ -19,6 +19,8 @@ from tilewright.codegen.mlir.value import Val, constant, fma, shuffle
 from tilewright.codegen.schedule import registers
 from tilewright.codegen.target import CpuTarget
 
+_CHAINS = 4  # sums that hide the latency of products, where weights come one vector after the other
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -144,7 +146,9 @@ class _GroupKernel:
             codes = codes.at(group * (steps * self.feed.stride))
         else:
             codes = codes.after(group * steps)
-        totals = sum_steps(self.kernel, self.feed, self.tile, (x, codes), constant(steps), self._start(group))
+        start = self._start(group)
+        split = 1 if isinstance(codes, Buffer) else min(self.tile.unroll, -(-_CHAINS // len(start)))
+        totals = sum_steps(self.kernel, self.feed, self.tile, (x, codes), constant(steps), start, split)
         return [total.to("f32") for total in totals]
 
     def _start(self, group: Val) -> list[Val]:

@@ -179,8 +179,8 @@ class Products:
         for rows in range(1, tallest + 1):
             # A tall tile is long enough by itself, and so is a step of many factors.
             unroll = max(1, min(schedule.unroll, 8 // rows) // (4 if feed.factors > 16 else 1))
-            columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows)))
-            tile = Tile(rows, columns, x_stride, self.panel, unroll, told=self._fetches(rows), in_order=True)
+            columns = tuple(i * _spacing(feed) for i in range(self._width(feed, rows, reads)))
+            tile = Tile(rows, columns, x_stride, self.panel, unroll, told=self._fetches(rows), in_order=feed.acc == "f32")
             if isinstance(feed, RowFeed):
                 tile = replace(tile, unroll=-(-_FEW // rows))
                 buffers = (x, w, self.sums[0], self.buffers.tables[0])
@@ -214,7 +214,7 @@ class Products:
         """Whether a tile of so many rows may fetch weights ahead: one that waits for them rather than multiplies."""
         return bool(self.schedule.prefetch) and not (self.grouped or self.spec.expands) and rows <= _STREAMED
 
-    def _width(self, feed: AnyFeed, rows: int) -> int:
+    def _width(self, feed: AnyFeed, rows: int, reads: bool = False) -> int:
         """Vectors of a panel that a tile of so many rows does at once, as registers allow."""
         target, most = self.kernel.target, self.schedule.tile_v
         if isinstance(feed, RowFeed):
@@ -222,6 +222,8 @@ class Products:
         widths = [w for w in range(most, 0, -1) if most % w == 0]
         if self.spec.sparse:  # blocks are not cut
             widths = [w for w in widths if w * self.kernel.lanes % ROWS == 0]
+        if reads and rows <= _STREAMED:  # whole blocks are one stream
+            return widths[-1]
         if self.grouped:
             return next((w for w in widths if keeps_totals(rows, w, target)), widths[-1])
 
@@ -337,7 +339,7 @@ class Products:
             ahead = (self.m <= path.tallest).select(constant(self.schedule.prefetch), 0)  # else the caches have the block
 
         def call(rows: int, row: Val) -> None:
-            for vector in range(0, self.schedule.tile_v, self._width(path.feed, rows)):
+            for vector in range(0, self.schedule.tile_v, self._width(path.feed, rows, path.reads)):
                 sums_at = row * self.packing.panel + vector * self.kernel.lanes
                 w_place = w_at + vector * _spacing(path.feed)
                 if path.reads:

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
-from tilewright.codegen.mlir.value import SIZES, Val, constant, intrinsic, shuffle
+from tilewright.codegen.mlir.value import SIZES, Val, constant, in_register, intrinsic, shuffle
 from tilewright.ir import DType
 from tilewright.ir.ops.sparse_expand import ROWS, SEGMENT, MaskLayout
 
-_FLIP = {DType.i8: -0x7F7F7F80, DType.i4: -0x77777778}
-"""What makes four bytes of signed codes unsigned ones, as feeds take them."""
 _ABSENT = 0x80
 """A place for shuffles that gives zero."""
+_AHEAD = 2048  # bytes that are fetched ahead where blocks are expanded
 _MASK_AHEAD = 8  # bytes of values fetched ahead for each byte of masks
 
 
@@ -88,8 +87,6 @@ class Expander:
         layout = self.weight.layout
         parts = [self.items(at, mask, half) for at, mask in zip(places, masks, strict=True)]
         whole = parts[0] if len(parts) == 1 else parts[0] | parts[1] << 4
-        if flip := _FLIP.get(layout.dtype):
-            whole = (whole.bitcast("i32") ^ flip).bitcast("u8")
         return whole.bitcast(element(layout.stored))
 
     def advance(self, mask: Val) -> Val:
@@ -113,9 +110,14 @@ class Expander:
     def _expanded(self, at: Val, bits: Val) -> Val:
         item = f"i{8 * self.item}"
         name = f"llvm.x86.avx512.mask.expand.v{self.count}{item}"
-        loaded = self._load(at, self.count).bitcast(item)
-        zero = constant(0, item, self.count)
-        return intrinsic(name, item, self.count, loaded, zero, bits.splat(1).bitcast("bool")).bitcast("u8")
+        loaded = in_register(self._load(at, self.count).bitcast(item))  # reading memory itself, it takes twice as long
+        mask, absent = bits.splat(1).bitcast("bool"), self._absent(self.count * self.item).bitcast(item)
+        return intrinsic(name, item, self.count, loaded, absent, mask).bitcast("u8")
+
+    def _absent(self, count: int) -> Val:
+        """So many bytes of zeros, as codes that are."""
+        bias = self.weight.layout.bias
+        return constant(bias - 256 if bias & 128 else bias, "u8", count)
 
     def _load(self, at: Val, count: int) -> Val:
         """So many items from ``at`` on, as bytes."""
@@ -142,8 +144,9 @@ class Expander:
         if self.item == 4:
             (piece,), (place,) = pieces, places
             found = intrinsic("llvm.x86.avx2.permd", "i32", 8, piece.bitcast("i32"), place)
-            return (place < 0).select(constant(0, "i32", 8), found).bitcast("u8")
-        return _shuffle_bytes(_joined(pieces), _joined(places))
+            return (place < 0).select(self._absent(32).bitcast("i32"), found).bitcast("u8")
+        order = _joined(places)
+        return _shuffle_bytes(_joined(pieces), order) | order & self._absent(order.lanes)
 
     def _places(self, byte: Val, chunk: int) -> Val:
         """For eight items the places of their bytes (of words: the words) among those loaded."""
@@ -158,7 +161,8 @@ class Expander:
         """Eight codes of 4 bits, the first of which may be the upper half of its byte."""
         data = _halves(self.weight.values.load(at + skipped // 2, 8))
         place = self.kernel.table("places", _table(1)).load(byte * 8, 8) + (skipped % 2).to("i32").to("u8").splat(8)
-        return _shuffle_bytes(data, _joined([place, place])).slice(0, 8)
+        absent = (place.bitcast("i16").shift_right_logical(4)).bitcast("u8") & self._absent(8)
+        return _shuffle_bytes(data, _joined([place, place])).slice(0, 8) | absent
 
 
 def element(dtype: DType) -> str:
@@ -260,12 +264,13 @@ class Reader:
             self.carried[block] = self.carried[block] + self.expander.advance(mask)
         return places, masks
 
-    def prefetch(self, ahead: Val | int) -> None:
-        """Ask for what the blocks have ``ahead`` bytes later."""
+    def prefetch(self, ahead: Val | int, masks: bool) -> None:
+        """Ask for the values that the blocks have ``ahead`` bytes later, and perhaps for the masks."""
         size = SIZES[self.weight.values.dtype]
         for mask, at in zip(self.masks, self.carried):
             self.weight.values.prefetch(at + ahead // size, locality=2)
-            mask.prefetch(self.now + ahead // (_MASK_AHEAD * SIZES[mask.dtype]), locality=2)
+            if masks:
+                mask.prefetch(self.now + ahead // (_MASK_AHEAD * SIZES[mask.dtype]), locality=2)
 
 
 def emit_expand_function(kernel: Kernel, weight: Sparse, width: int, out: Buffer) -> Function:
@@ -293,7 +298,7 @@ def _expand_block(kernel: Kernel, weight: Sparse, at: Val, vector: int, width: i
     loops = (count + (per - 1)) // per
     with kernel.loop(0, loops, carry=reader.carried) as loop:
         reader.carried = list(loop.values)
-        reader.after(first // per).at_step(loop.index)
+        reader.after(first // per).at_step(loop.index).prefetch(_AHEAD, True)
         for half in range(halves):
             place = loop.index * reader.size + (vector + half) * reader.vector
             out.store(reader.load(half * reader.vector, reader.vector).bitcast(out.dtype), place)

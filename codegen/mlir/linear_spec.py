@@ -17,6 +17,7 @@ from tilewright.codegen.target import CpuTarget
 from tilewright.ir.ops.sparse_expand import MaskLayout
 
 _SHARED = 28  # panels that threads share evenly
+_SPARSEST = 0.4  # share of numbers up to which masks are so much of what is read that fetching far ahead disturbs
 _CACHED = 4 << 20  # bytes of a weight that may well be read again for each block of rows
 _FLOATS = ("f32", "bf16", "f16")
 _SCALES = ("f32", "f16", "f8e8m0")
@@ -40,7 +41,7 @@ class LinearSpec:
     scale a row. ``expands``: codes expand to i8 by u8 steps, one for each so many k's (see linear_expand.py). ``gated``:
     two weights g and u, and ``activation(x @ g.T) * (x @ u.T)``. Strides and offsets, in elements, place x and y inside
     wider rows (0 = dense). ``compressed`` bf16 weights are decompressed a panel at a time (see linear_lossless.py), those
-    with a layout ``sparse`` expanded (see linear_sparse.py).
+    with a layout ``sparse`` expanded, of which they keep a share ``kept`` (see linear_sparse.py).
     """
 
     n: int
@@ -63,6 +64,7 @@ class LinearSpec:
     expands: int = 0
     offset: bool = False
     sparse: MaskLayout | None = None
+    kept: float = 1.0
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation not in ACTIVATIONS:
@@ -162,6 +164,8 @@ class LinearSpec:
             wide = replace(wide, tile_m=4)  # both factors of 16-bit products take registers
         if self.dynamic or self.asymmetric or self.offset or self.parts * self.packing(wide, target).nbytes <= _CACHED:
             wide = replace(wide, first="rows")  # the sums of x are found once a block of rows
+        if self.sparse and target.vector_bits == 512 and not grouped:
+            wide = replace(wide, prefetch=8192 if self.kept > _SPARSEST else 2048)
         if self.expands or self.sparse:
             wide = replace(wide, block_m=240)  # each block of rows expands the weights once
         enough = _SHARED // 2 if grouped else _SHARED

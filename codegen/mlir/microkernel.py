@@ -39,8 +39,8 @@ class Reading(Protocol):
     def load(self, place: Val | int, lanes: int) -> Val:
         """As of a buffer, from the start of the step."""
 
-    def prefetch(self, ahead: Val | int) -> None:
-        """Ask for what comes so many bytes later."""
+    def prefetch(self, ahead: Val | int, masks: bool) -> None:
+        """Ask for what comes so many bytes later, of several steps at once for the ``masks``."""
 
 
 Weights = Buffer | Reading
@@ -255,7 +255,7 @@ def add_whole(kernel: Kernel, feed: AnyFeed, tile: Tile, streams: tuple[Buffer, 
         sums = resumed(w, loop.values)
         for u in range(tile.unroll):
             part = slice((u % split) * count, (u % split + 1) * count)
-            sums[part] = _one_step(feed, tile, streams, loop.index + u, sums[part])
+            sums[part] = _one_step(feed, tile, streams, loop.index + u, sums[part], u == 0)
         loop.next(*sums, *carried(w))
     return resumed(w, loop.results)
 
@@ -298,9 +298,11 @@ def _at_step(feed: AnyFeed, w: Weights, step: Val) -> Weights:
     return w.at(step * feed.stride) if isinstance(w, Buffer) else w.at_step(step)
 
 
-def _one_step(feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Weights], step: Val, totals: Sequence[Val]) -> list[Val]:
+def _one_step(feed: AnyFeed, tile: Tile, streams: tuple[Buffer, Weights], step: Val, totals: Sequence[Val],
+              first: bool = True) -> list[Val]:
+    """``totals`` after one more step, perhaps the ``first`` of some that are unrolled."""
     x, w = streams[0], _at_step(feed, streams[1], step)
-    _prefetch(feed, tile, w)
+    _prefetch(feed, tile, w, first)
     if tile.rows > tile.vectors:
         return _row_by_row(feed, tile, x.at(step * feed.step), w, totals)
     return _vector_by_vector(feed, tile, x.at(step * feed.step), w, totals)
@@ -329,12 +331,12 @@ def _vector_by_vector(feed: AnyFeed, tile: Tile, x: Buffer, w: Weights, totals: 
     return sums
 
 
-def _prefetch(feed: AnyFeed, tile: Tile, w: Weights) -> None:
+def _prefetch(feed: AnyFeed, tile: Tile, w: Weights, first: bool) -> None:
     """Fetch ahead into the second-level cache: the first has too few miss buffers to keep memory busy."""
     if isinstance(tile.prefetch, int) and not tile.prefetch:
         return
     if not isinstance(w, Buffer):
-        w.prefetch(tile.prefetch)
+        w.prefetch(tile.prefetch, first)
         return
     size = SIZES[feed.w_dtype]
     lines = {(column + start) * size // 64 for column in tile.columns for start in feed.spread}

@@ -61,6 +61,13 @@ def intrinsic(name: str, dtype: str, lanes: int, *args: Val) -> Val:
     return Val(result, dtype, lanes)
 
 
+def in_register(vector: Val) -> Val:
+    """``vector``, which is loaded by an instruction of its own: nothing that takes it reads memory itself."""
+    text = {"asm_string": ir.StringAttr.get(""), "constraints": ir.StringAttr.get("=v,0")}
+    op = ir.Operation.create("llvm.inline_asm", [vector.ir.type], [vector.ir], text)
+    return Val(op.result, vector.dtype, vector.lanes)
+
+
 def _as_argument(value: Val) -> ir.Value:
     if value.dtype != "bf16":
         return value.ir

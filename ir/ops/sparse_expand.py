@@ -74,8 +74,13 @@ class MaskLayout:
 
     @property
     def stored(self) -> DType:
-        """Element type of the values: bytes of two codes of 4 bits, else that of the weight."""
-        return DType.u8 if self.dtype.bits == 4 else self.dtype
+        """Element type of the values: bytes of integers and of two codes of 4 bits, else that of the weight."""
+        return DType.u8 if self.dtype.bits == 4 or self.dtype is DType.i8 else self.dtype
+
+    @property
+    def bias(self) -> int:
+        """What makes bytes of integers unsigned, as kernels want them: their highest bits flip."""
+        return {DType.i8: 0x80, DType.i4: 0x08 if self.nibbles else 0x88}.get(self.dtype, 0)
 
     @property
     def size(self) -> int:
@@ -127,7 +132,8 @@ class MaskLayout:
             sizes = self.advance(_counts(mask[here]))
             ends = end + np.cumsum(sizes).reshape(sizes.shape)
             starts[here] = (ends - sizes)[:, ::SEGMENT]
-            found = self._paired(flags, units) if self.nibbles else units[flags].reshape(-1)
+            found = self._biased(units[flags]).reshape(-1)
+            found = self._paired(flags, found) if self.nibbles else found
             values[end : end + len(found)] = found
             end += len(found)
         return values, mask, starts
@@ -145,19 +151,22 @@ class MaskLayout:
     def _units(self, weight: Any) -> Any:
         """Whole blocks and steps -> ``[blocks, steps, bits, size]`` of ``stored``."""
         cut = weight.reshape(len(weight) // ROWS, ROWS, -1, self.pair).transpose(0, 2, 1, 3)
-        if self.dtype.bits == 4:
-            cut = np.ascontiguousarray(cut).view(np.uint8) & np.uint8(15)
+        if self.stored is DType.u8:
+            cut = np.ascontiguousarray(cut).view(np.uint8) & np.uint8((1 << self.dtype.bits) - 1)
         if self.dtype.bits == 4 and not self.nibbles:
             cut = cut[..., :4] | cut[..., 4:] << np.uint8(4)
         cut = cut[..., _SPLIT] if self.split else cut
         return np.ascontiguousarray(cut).reshape(*cut.shape[:2], self.bits, self.size)
 
-    def _paired(self, flags: Any, units: Any) -> Any:
-        """Bytes of two codes each, those of a step together."""
+    def _biased(self, values: Any) -> Any:
+        return values ^ np.uint8(self.bias) if self.bias else values
+
+    def _paired(self, flags: Any, found: Any) -> Any:
+        """Bytes of two of the codes ``found``, those of a step together."""
         counts = flags.sum(2).reshape(-1)
         places = 2 * np.repeat(np.cumsum(self.advance(counts)) - self.advance(counts), counts) + _ranks(counts)
         codes = np.zeros(2 * int(self.advance(counts).sum()), np.uint8)
-        codes[places] = units[flags].reshape(-1)
+        codes[places] = found
         return codes[::2] | codes[1::2] << np.uint8(4)
 
     def expand(self, values: Any, mask: Any, starts: Any, rows: int, columns: int) -> Any:
@@ -171,9 +180,10 @@ class MaskLayout:
         base, ranks = np.repeat(base.reshape(-1), counts.reshape(-1)), _ranks(counts.reshape(-1))
         units = np.zeros((*flags.shape, self.size), self.stored.np)
         if self.nibbles:
-            units[flags, 0] = values[base + ranks // 2] >> (4 * (ranks % 2)).astype(np.uint8) & np.uint8(15)
+            codes = values[base + ranks // 2] >> (4 * (ranks % 2)).astype(np.uint8) & np.uint8(15)
+            units[flags, 0] = self._biased(codes)
         else:
-            units[flags] = values[base[:, None] + self.size * ranks[:, None] + np.arange(self.size)]
+            units[flags] = self._biased(values[base[:, None] + self.size * ranks[:, None] + np.arange(self.size)])
         return np.ascontiguousarray(self._weight(units)[:rows, :columns])
 
     def _weight(self, units: Any) -> Any:
@@ -206,9 +216,10 @@ class SparseExpand(Op):
     one). A bit of ``mask`` ``[N / 16, steps]`` (i16, i32, i64) stands for ``unit`` neighbours along K: 1, or a whole word
     of 32 bits. Bits and values run step by step, row by row, then as the word lies in memory (``split`` with the second and
     third of its bytes exchanged); words of 4 bits have the first four codes in the lower halves of four bytes. ``values``
-    (u8 for two codes of 4 bits) end in 64 spare bytes. With ``unit=1`` a step of 4 bits is four codes of each row, and
-    starts at a byte; steps are even in number. ``starts`` ``[N / 16, steps / 64]`` (i32) are the places of the values of
-    every 64th step. The idea is that of Flash-LLM (arXiv:2309.10285): load as sparse, compute as dense.
+    (u8 for integers, whose highest bits are flipped, and for two codes of 4 bits) end in 64 spare bytes. With ``unit=1`` a
+    step of 4 bits is four codes of each row, and starts at a byte; steps are even in number. ``starts``
+    ``[N / 16, steps / 64]`` (i32) are the places of the values of every 64th step. The idea is that of Flash-LLM
+    (arXiv:2309.10285): load as sparse, compute as dense.
     """
 
     name = "sparse.expand"

@@ -266,6 +266,21 @@ FAMILIES = {
       %1 = nn.linear(%x, %0) : tensor<Bx48xf32>
       return([%1])
     }""", B=2),
+    "sparse": workload("""(%x: tensor<Bx64xi8>, %s: tensor<Bx1xf32>, %v: tensor<2000xu8>, %m: tensor<3x16xi64>,
+        %a: tensor<3x1xi32>, %t: tensor<40x1xf32>) {
+      %0 = quant.dequantize(%x, %s) : tensor<Bx64xf32>
+      %1 = sparse.expand(%v, %m, %a) {rows=40 columns=64 dtype=i8} : tensor<40x64xi8>
+      %2 = quant.dequantize(%1, %t) : tensor<40x64xf32>
+      %3 = nn.linear(%0, %2) : tensor<Bx40xf32>
+      return([%3])
+    }""", B=2),
+    "sparse i4": workload("""(%x: tensor<Bx64xf32>, %v: tensor<1000xu8>, %m: tensor<3x16xi64>, %a: tensor<3x1xi32>,
+        %t: tensor<40x2xf16>) {
+      %0 = sparse.expand(%v, %m, %a) {rows=40 columns=64 dtype=i4 split=true} : tensor<40x64xi4>
+      %1 = quant.dequantize(%0, %t) : tensor<40x64xf32>
+      %2 = nn.linear(%x, %1) : tensor<Bx40xf32>
+      return([%2])
+    }""", B=2),
     "append": workload(f"""(%k: tensor<BxSx2x16xf32>, %v: tensor<BxSx2x16xf32>, %c: {KV.format("f32")},
         %at: tensor<Bxi64>) {{
       %0 = kv.append(%c, %k, %v, %at) : {KV.format("f32")}

@@ -38,7 +38,8 @@ def _expand(layout, values, mask, starts):
             at = int(starts[block, step // 64]) * (1 + narrow) if step % 64 == 0 else at + at % 2 * narrow
             for bit in range(layout.bits):
                 for row, column in _places(layout, bit) if int(mask[block, step]) >> bit & 1 else []:
-                    value = (int(values[at // 2]) >> 4 * (at % 2) & 15 ^ 8) - 8 if narrow else float(values[at])
+                    value = (int(values[at // 2]) >> 4 * (at % 2) & 15) - 8 if narrow else float(values[at])
+                    value -= 128 * (layout.dtype is DType.i8)
                     at += 1
                     place = 16 * block + row, layout.pair * step + column
                     if place[0] < ROWS and place[1] < COLUMNS:
