@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tilewright.codegen.cache_code_bytes import pack_keys, pack_values, unpack_keys, unpack_values
 from tilewright.codegen.packing import code_pair
 from tilewright.ir import CONTIGUOUS, DType, Layout, Paged, Ring
 from tilewright.ir.ops.kv_codes import encode
@@ -221,18 +222,18 @@ class CodeLayout:
         """A cache whose first slots hold codes of keys [regions, T, heads, dim] and values [regions, T, heads, vdim]."""
         k, v = self.empty(len(keys))
         codes, scales = self._encode(keys, self.channels, self.key_size)
-        packed = np.concatenate([_pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
+        packed = np.concatenate([pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
         self._runs_of(k, self.k_run)[...] = packed
         codes, scales = self._encode(values, False, self.value_size)
-        self._runs_of(v, self.v_run)[...] = np.concatenate([_pack_values(codes, self.bits, self.panel), *scales], -1)
+        self._runs_of(v, self.v_run)[...] = np.concatenate([pack_values(codes, self.bits, self.panel), *scales], -1)
         return k, v
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the slots decode to, f32: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
         k, v = self._runs_of(k, self.k_run), self._runs_of(v, self.v_run)
-        codes = _unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.run) - np.uint8(self.bias)
+        codes = unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.run) - np.uint8(self.bias)
         keys = self._decode(codes, k[..., self.k_codes:], self.channels)[..., :self.dim]
-        codes = _unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.run)
+        codes = unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.run)
         values = self._decode(codes, v[..., self.v_codes:], False)[..., :self.vdim]
         return self._rows(keys), self._rows(values)
 
@@ -277,43 +278,3 @@ class CodeLayout:
         """Runs ``[regions, heads, runs, run, size]`` -> rows ``[regions, held, heads, size]``."""
         rows = runs.transpose(0, 2, 3, 1, 4)
         return rows.reshape(len(rows), self.slots, self.heads, -1)[:, self.places()]
-
-
-def _pack_keys(codes: np.ndarray, bits: int, panel: int) -> np.ndarray:
-    """Unsigned codes ``[..., run, size]`` -> bytes."""
-    *first, run, _ = codes.shape
-    words = _words(codes.reshape(*first, run // panel, panel, -1, code_pair(bits)), bits)
-    return np.swapaxes(words, -3, -2).reshape(*first, -1)
-
-
-def _unpack_keys(packed: np.ndarray, bits: int, panel: int, run: int) -> np.ndarray:
-    words = packed.reshape(*packed.shape[:-1], run // panel, -1, panel, 4)
-    return _parts(np.swapaxes(words, -3, -2), bits).reshape(*packed.shape[:-1], run, -1)
-
-
-def _pack_values(codes: np.ndarray, bits: int, panel: int) -> np.ndarray:
-    """Codes ``[..., run, size]`` -> bytes."""
-    *first, _, size = codes.shape
-    pairs = np.swapaxes(codes.reshape(*first, -1, code_pair(bits), size), -1, -2)
-    words = _words(pairs, bits)
-    return np.concatenate([words[..., at:at + panel, :].reshape(*first, -1) for at in range(0, size, panel)], -1)
-
-
-def _unpack_values(packed: np.ndarray, bits: int, panel: int, run: int) -> np.ndarray:
-    first, each = packed.shape[:-1], run * bits // 8  # bytes of one component
-    size = packed.shape[-1] // each
-    panels = [packed[..., at * each:min(at + panel, size) * each] for at in range(0, size, panel)]
-    words = [x.reshape(*first, run // code_pair(bits), -1, 4) for x in panels]
-    return np.swapaxes(_parts(np.concatenate(words, -2), bits), -1, -2).reshape(*first, run, size)
-
-
-def _words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes ``[..., pair]`` -> ``[..., 4]`` bytes."""
-    quads = codes.reshape(*codes.shape[:-1], -1, 4) << (bits * np.arange(8 // bits, dtype=np.uint8))[:, None]
-    return np.bitwise_or.reduce(quads, -2)
-
-
-def _parts(words: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of ``_words``."""
-    quads = words[..., None, :] >> (bits * np.arange(8 // bits, dtype=np.uint8))[:, None]
-    return (quads & np.uint8((1 << bits) - 1)).reshape(*words.shape[:-1], -1)
