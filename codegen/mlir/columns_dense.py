@@ -64,7 +64,7 @@ class ManyRows(LinearTasks):
         dot = self.kernel.target.has_bf16_dot and spec.x_dtype == spec.weight == "bf16"
         return self._wide(Feed(spec.x_dtype, spec.weight, self.panel, lanes, dot)), None
 
-    def _width(self, feed: AnyFeed, rows: int) -> int:
+    def _width(self, feed: AnyFeed, rows: int, reads: bool = False) -> int:
         """Vectors of a panel at once, as registers allow."""
         if self.grouped:
             return super()._width(feed, rows)
