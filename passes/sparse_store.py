@@ -25,13 +25,15 @@ class SparseStore(Pass):
     """Weights of linear layers, or their codes, without their zeros: values, and a mask that says where they belong.
 
     A bit stands for one number or for a word of 32 bits (neighbours along K that are zero together), whichever takes fewer
-    bytes; a weight that would come to more than ``worth`` of its bytes stays dense. ``skip`` and ``only`` are patterns of
+    bytes; a weight that would come to more than ``worth`` of its bytes stays dense. Bits for single codes of 4 bits are
+    only with ``singles``: they take longer to expand than the bytes that they save. ``skip`` and ``only`` are patterns of
     weight names. Reads all weights once. Numbers are those of before, bit for bit; they are stored when the artifact is
     written, a weight at a time.
     """
 
     name: ClassVar[str] = "sparse-store"
     worth: float = 0.9
+    singles: bool = False
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -71,7 +73,7 @@ class SparseStore(Pass):
                 return None
             weights[field] = weight
         split = not isinstance(op.operands[0].owner, ops.Dequantize)
-        plan = counts.best(weights, split)
+        plan = counts.best(weights, split, self.singles)
         if plan.share <= self.worth:
             return plan
         names = ", ".join(f"@{w.name}" for w in weights.values())
@@ -128,13 +130,15 @@ class Counts:
             release(weight.source)
         return self.known[weight]
 
-    def best(self, weights: Mapping[str, Weight], split: bool) -> Plan:
-        """The layout with the fewest bytes; codes for x in floats are ``split``."""
+    def best(self, weights: Mapping[str, Weight], split: bool, singles: bool) -> Plan:
+        """The layout with the fewest bytes; codes for x in floats are ``split``, single ones of 4 bits are ``singles``."""
         first = next(iter(weights.values()))
         dense = int(first.tensor.bytes)
         plans = []
         for unit in MaskLayout.units(first.dtype):
             layout = MaskLayout(first.dtype, unit, split and first.dtype.bits <= 8)
+            if layout.nibbles and not singles:
+                continue
             room = max(self.of(weight)[unit] for weight in weights.values())
             plans.append(Plan(weights, layout, room, size(first, layout, room) / dense))
         return min(plans, key=lambda plan: plan.share)

@@ -76,6 +76,14 @@ def test_the_share_that_is_worth_it_can_be_set() -> None:
         Pipeline.parse("sparse-store{worth=1.5}")
 
 
+def test_single_codes_of_four_bits_are_stored_when_asked_for() -> None:
+    module = model(density=0.5)
+    Pipeline.parse("quantize{scheme=w4a8},sparse-store").run(module)
+    assert not found(module)
+    Pipeline.parse("sparse-store{singles=true}").run(module)
+    assert {op.unit for op in found(module)} == {1}
+
+
 def test_weights_of_one_shape_share_their_types() -> None:
     module = model()
     Pipeline.parse("sparse-store").run(module)
