@@ -74,7 +74,7 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import tilewright
-    from tilewright.runtime.sampling import Sampler, Sampling
+    from tilewright.runtime.sampling import Sampling
 
     checkpoint, artifact = work / "llama-1b", work / "llama-1b.tw"
     make_checkpoint(checkpoint)
@@ -90,7 +90,7 @@ def run(work: Path, threads: int, repeats: int) -> dict[str, Any]:
     random = np.random.default_rng(0)
     ids = random.integers(0, SHAPE["vocab_size"], (1, PROMPT))
     zero = np.zeros(1, np.int64)
-    step, greedy = session.bind("decode", ids=ids[:, :1], start=zero), Sampler(program.library, Sampling())
+    step, greedy = session.bind("decode", ids=ids[:, :1], start=zero), session.sampler(Sampling())
     read_bandwidth = ReadBandwidth(threads)
 
     def ours_prefill() -> float:

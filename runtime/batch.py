@@ -16,7 +16,7 @@ import numpy as np
 from tilewright.runtime.errors import InputError, OutOfPages, ProgramError, SessionError
 from tilewright.runtime.feeding import Feeder
 from tilewright.runtime.places import Place, Places
-from tilewright.runtime.sampling import Sampler, generators
+from tilewright.runtime.sampling import generators
 from tilewright.runtime.sequences import Options, Prompt, Sequence, Token, read_prompt
 from tilewright.runtime.session import Session
 
@@ -72,7 +72,7 @@ class Batch:
         """A sequence for each generator, all beginning with ``prompt`` (i64 [S], checked), which is fed once."""
         with self._lock:
             self._check_open()
-            sampler = Sampler(self.session.program.library, options.sampling)
+            sampler = self.session.sampler(options.sampling)
             members = [Sequence(self._next + i, options, sampler, one) for i, one in enumerate(random)]
             self._next += len(members)
             self._waiting.append(Prompt(prompt, members))

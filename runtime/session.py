@@ -19,6 +19,7 @@ from tilewright.runtime.host import default_threads
 from tilewright.runtime.manifest import DTYPES, EntrySpec
 from tilewright.runtime.memory import Arena, address, aligned
 from tilewright.runtime.pages import PagePool
+from tilewright.runtime.sampling import Sampler, Sampling
 from tilewright.runtime.states import States
 
 if TYPE_CHECKING:
@@ -145,6 +146,10 @@ class Session:
         """Copies a page of the KV states, or else what a sequence has of its own in them."""
         with self._lock:
             self._states.copy(index, to, paged)
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """Chooses tokens as ``sampling`` says, by the program's native code."""
+        return Sampler(self._library, sampling)
 
     def generate(
         self, prompts: Sequence[Sequence[int]] | Array, max_new_tokens: int, *,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.toy_artifact import CAPACITY, CHUNK, WINDOW, logits, save
 from tilewright.runtime import Batch, InputError, OutOfPages, SessionError, generate, load
 from tilewright.runtime.following import follow
+from tilewright.runtime.sampling import Sampling
 
 PAGE = 4
 LAYOUTS = {"contiguous": {}, "paged": {"page": PAGE}, "ring": {"ring": True}}
@@ -229,9 +230,7 @@ def test_a_sequence_with_bad_logits_fails_alone(paged, monkeypatch):
 
 
 def broken(session, logits):
-    from tilewright.runtime.sampling import Sampler, Sampling
-
-    return Sampler(session.program.library, Sampling()).choose(logits * np.nan, np.random.default_rng(0))
+    return session.sampler(Sampling()).choose(logits * np.nan, np.random.default_rng(0))
 
 
 def test_what_each_way_to_end_says(paged):
