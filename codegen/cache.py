@@ -6,6 +6,7 @@ panels, ``[run / panel][dim / pair][panel][pair]``, so that vectors hold one com
 components, ``[vdim / panel][run / pair][panel][pair]``, so that vectors hold components of one value (or of two neighbours,
 side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. ``panel`` is what a tile of registers takes
 at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
+A page with a summary has, behind the keys of each head, the least and then the greatest of each component.
 
 ``codegen/cuda/cache.py`` has the form for GPUs.
 """
@@ -49,6 +50,7 @@ class CacheLayout:
     dtype: str
     panel: int = 64
     layout: Layout = CONTIGUOUS
+    summary: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _STORED:
@@ -119,9 +121,19 @@ class CacheLayout:
         return round_up(self.vdim, VALUE_STEP)
 
     @property
+    def summary_row(self) -> int:
+        """Elements of each half of a summary, zeros behind the last component."""
+        return round_up(self.dim, VALUE_STEP)
+
+    @property
+    def key_run(self) -> int:
+        """Elements of a run of keys, with its summary."""
+        return self.run * self.key_size + 2 * self.summary_row * self.summary
+
+    @property
     def k_shape(self) -> tuple[int, ...]:
-        """Of one region: heads, panels, steps, panel, pair."""
-        return self.heads, self.slots // self.key_panel, self.key_size // self.pair, self.key_panel, self.pair
+        """Of one region: heads, runs, then all panels."""
+        return self.heads, self.slots // self.run, self.key_run
 
     @property
     def v_shape(self) -> tuple[int, ...]:
@@ -131,7 +143,7 @@ class CacheLayout:
     @property
     def k_bytes(self) -> int:
         """Bytes of K of one region."""
-        return self.heads * self.slots * self.key_size * _STORED[self.dtype].itemsize
+        return self.heads * (self.slots // self.run) * self.key_run * _STORED[self.dtype].itemsize
 
     @property
     def v_bytes(self) -> int:
@@ -145,7 +157,8 @@ class CacheLayout:
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Plain copies: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
-        keys = k.reshape(-1, *self.k_shape).transpose(0, 2, 4, 1, 3, 5)
+        panels = k.reshape(-1, *self.k_shape)[..., :self.run * self.key_size]
+        keys = panels.reshape(len(panels), *self._panels).transpose(0, 2, 4, 1, 3, 5)
         keys = keys.reshape(len(keys), self.slots, self.heads, self.key_size)
         values = np.zeros((len(keys), self.slots, self.heads, self.value_size), v.dtype)
         for view, start, width in self._value_views(v):
@@ -158,13 +171,23 @@ class CacheLayout:
         k, v = self.empty(regions)
         wide = np.zeros((regions, self.slots, self.heads, self.key_size), k.dtype)
         wide[:, places, :, :self.dim] = keys
-        steps = self.key_size // self.pair
-        k[...] = wide.reshape(regions, -1, self.key_panel, self.heads, steps, self.pair).transpose(0, 3, 1, 4, 2, 5)
+        panels = wide.reshape(regions, -1, self.key_panel, self.heads, self.key_size // self.pair, self.pair)
+        runs = panels.transpose(0, 3, 1, 4, 2, 5).reshape(regions, self.heads, self.slots // self.run, -1)
+        k[..., :runs.shape[-1]] = runs
+        if self.summary:
+            halves = k[..., runs.shape[-1]:].reshape(regions, self.heads, 2, self.summary_row)
+            halves[..., :self.key_size] = np.stack([wide.min(1), wide.max(1)], 2)
+            k[:, :, 0, runs.shape[-1]:] = halves.reshape(regions, self.heads, -1)
         wide = np.zeros((regions, self.slots, self.heads, self.value_size), v.dtype)
         wide[:, places, :, :self.vdim] = values
         for view, start, width in self._value_views(v):
             view[...] = wide[..., start:start + width].reshape(view.shape)
         return k, v
+
+    @property
+    def _panels(self) -> tuple[int, ...]:
+        """Of the keys of one region: heads, panels, steps, panel, pair."""
+        return self.heads, self.slots // self.key_panel, self.key_size // self.pair, self.key_panel, self.pair
 
     def _value_views(self, v: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
         """Each panel of values as ``[regions, runs, run / pair, pair, heads, width]``, with its start and its width."""
@@ -197,5 +220,5 @@ def cache_layout(type: KVType, target: Target) -> CacheLayout | CodeLayout | Cud
         return CudaCacheLayout(*sizes)
     if type.is_coded:
         codes = type.keys, type.group, type.recent, type.scales.value, type.full.value
-        return CodeLayout(*sizes, panel_for(target), type.layout, *codes)
-    return CacheLayout(*sizes, panel_for(target), type.layout)
+        return CodeLayout(*sizes, panel_for(target), type.layout, *codes, type.has_summary)
+    return CacheLayout(*sizes, panel_for(target), type.layout, type.has_summary)

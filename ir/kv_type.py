@@ -104,6 +104,9 @@ class KVType:
     a token and head, and for its key (``keys=token``) or for a channel of ``group`` tokens (``keys=channel``, KIVI,
     arXiv:2402.02750). The last ``recent`` tokens, and those in no whole group yet, stay in ``full`` beside the codes; a
     call appends only tokens of the text to such a cache, no padding. Without ``recent``, ``keys=token`` has none of these.
+
+    With ``summary=minmax`` each full page has, for each head, the least and the greatest of every component of its keys
+    (Quest, arXiv:2406.10774), in the cache's floats, or in ``full``: what ``kv.select`` chooses pages by.
     """
 
     heads: int
@@ -117,6 +120,7 @@ class KVType:
     recent: int = 0
     scales: DType = DType.f16
     full: DType = DType.bf16
+    summary: str = "none"
     _always: ClassVar[int] = 6  # fields that are printed whatever they are
 
     def __post_init__(self) -> None:
@@ -127,9 +131,11 @@ class KVType:
         known = ", ".join(d.value for d in FLOATS + CODES)
         _expect(self.dtype in FLOATS + CODES, f"no cache of {self.dtype.value}; there are {known}")
         self._check_codes()
+        self._check_summary()
 
     def _check_codes(self) -> None:
-        given = [f.name for f in fields(self)[self._always :] if getattr(self, f.name) != f.default]
+        of_codes = [f for f in fields(self)[self._always :] if f.name != "summary"]
+        given = [f.name for f in of_codes if getattr(self, f.name) != f.default]
         _expect(self.is_coded or not given, f"{', '.join(given)}: only of codes, not of {self.dtype.value}")
         _expect(self.keys in ("token", "channel"), f"keys are token or channel, got {self.keys}")
         fits = self.keys == "token" or self.dtype is not DType.i8
@@ -144,6 +150,13 @@ class KVType:
         _expect(not ring, "a ring overwrites tokens one by one: give keys=token and no recent tokens, or another layout")
         split = self.page % self.group != 0
         _expect(not split, f"a group of {self.group} tokens lies in several pages of {self.page}; give group={self.page}")
+
+    def _check_summary(self) -> None:
+        _expect(self.summary in ("none", "minmax"), f"summary is none or minmax, got {self.summary}")
+        paged = not self.has_summary or self.page > 0
+        _expect(paged, f"a summary is of pages, {self.layout} has none; give layout=paged<32>")
+        late = self.has_summary and self.keeps_recent
+        _expect(not late, "no summary of pages whose tokens become codes late: give keys=token and no recent tokens")
 
     def __str__(self) -> str:
         shown = [f for i, f in enumerate(fields(self)) if i < self._always or getattr(self, f.name) != f.default]
@@ -162,6 +175,16 @@ class KVType:
     def keeps_recent(self) -> bool:
         """Whether some tokens are not codes yet."""
         return self.is_coded and (self.recent > 0 or self.keys == "channel")
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether pages say between what their keys lie."""
+        return self.summary != "none"
+
+    @property
+    def summaries(self) -> DType:
+        """Element type of a page's summary."""
+        return self.full if self.is_coded else self.dtype
 
     @property
     def held(self) -> DType:
@@ -202,8 +225,10 @@ class KVType:
         return self.recent + self.group - 1 if self.keeps_recent else 0
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of so many tokens, as ``dtype`` says: keys, values, scales and zeros."""
+        """Bytes of so many tokens, as ``dtype`` says: keys, values, scales and zeros, and what their pages say of them."""
         numbers = -(-tokens * self.heads * (self.dim + self.vdim) * self.dtype.bits // 8)
+        if self.has_summary:
+            numbers += -(-tokens // self.page) * self.heads * 2 * self.dim * self.summaries.size
         if not self.is_coded:
             return numbers
         of_keys = -(-tokens // self.group) * self.dim if self.keys == "channel" else tokens

@@ -14,6 +14,7 @@ _ANCHORS = (
     ops.Attention,
     ops.Attend,
     ops.Append,
+    ops.Select,
     ops.Conv,
     ops.Experts,
     ops.MaxPool,

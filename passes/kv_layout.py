@@ -45,6 +45,7 @@ from tilewright.passes.kv_last import take_last
 from tilewright.passes.kv_mask import Sight
 from tilewright.passes.kv_options import ENDLESS, KvOptions, describe
 from tilewright.passes.kv_rows import Rows
+from tilewright.passes.kv_select import select_pages
 from tilewright.passes.kv_shapes import ShapeValues, refuse
 from tilewright.passes.kv_turns import Turns
 
@@ -109,6 +110,11 @@ class KvLayout(KvOptions):
         return self.length, self.length
 
     def _check_kind_found(self, types: list[KVType]) -> None:
+        if self.select is not None and types and not any(t.has_summary for t in types):
+            raise PassError(
+                "kv-layout: select is for attention that sees all tokens, and every attention of this model has a window; "
+                "leave out select"
+            )
         if self.kind == "ring" and types and not any(isinstance(t.layout, Ring) for t in types):
             raise PassError(
                 "kv-layout: kind=ring without a window is for models with windows, and no attention of this one has a "
@@ -120,7 +126,7 @@ class Step:
     """One call of the cached model for S tokens a sequence, made from ``forward``; the source of prefill and decode."""
 
     def __init__(self, module: Module, forward: Function, shapes: ShapeValues, length: int, options: KvOptions) -> None:
-        self.shapes = shapes
+        self.shapes, self.options = shapes, options
         self.function, mapping = clone_function(forward, "prefill", {})
         self.ids = mapping[forward.args[0]]
         self.ids.name = "ids"
@@ -204,6 +210,7 @@ class Step:
     def decode(self) -> Function:
         """The step for one token a sequence."""
         function, _ = clone_function(self.function, "decode", {self.shapes.seq: 1})
+        select_pages(function, self.options)
         end = function.terminator
         logits = end.values[0]
         flat = Builder(function, end)(ops.Reshape, logits, (logits.shape[0], logits.shape[2]))

@@ -12,7 +12,7 @@ from tilewright.passes.kv_mask import Sight
 
 ENDLESS = 1 << 24
 """Positions of a sequence whose cache is a ring: beyond, models' f32 angles do not tell them apart."""
-_OF_KIND = {"paged": ("page",), "ring": ("window", "sinks", "chunk")}
+_OF_KIND = {"paged": ("page", "select", "least"), "ring": ("window", "sinks", "chunk")}
 _OF_CODES = ("keys", "group", "recent", "scales", "full")
 _RECENT = 128
 
@@ -27,6 +27,9 @@ class KvOptions(Pass):
 
     ``dtype``: what is stored, auto for the keys' own floats; i8, i4, i2 are codes, whose ``keys`` have scales for each
     ``token`` or for each ``channel`` of ``group`` tokens; ``recent`` tokens stay in ``full``. ``scales`` are f16 or f32.
+
+    ``select``: the share of a sequence's pages that decoding reads, but at least ``least`` of them (none is 4), in layers
+    that see all of them. Prefill reads all.
     """
 
     kind: Literal["contiguous", "paged", "ring"] = "contiguous"
@@ -41,15 +44,18 @@ class KvOptions(Pass):
     recent: int | None = None
     scales: Literal["f16", "f32"] = "f16"
     full: Literal["auto", "bf16", "f32"] = "auto"
+    select: float | None = None
+    least: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("length", "page", "window", "chunk", "group"):
+        for name in ("length", "page", "window", "chunk", "group", "least"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.length is not None and self.is_endless and self.length > ENDLESS:
             raise ValueError(f"length={self.length} is more than the {ENDLESS} positions that models tell apart")
         self._check_kind()
+        self._check_select()
         self.type(KVType(1, 8, 8, self.length or ENDLESS, DType.bf16), Sight(window=self.window or 1))
 
     def _check_kind(self) -> None:
@@ -63,8 +69,19 @@ class KvOptions(Pass):
         given = [name for name in _OF_CODES if getattr(self, name) != defaults[name]]
         if given and not self.is_coded:
             raise ValueError(f"{', '.join(given)}: only of codes; give dtype=i8, i4 or i2")
-        if self.keys == "token" and not self.recent and (self.group is not None or self.full != "auto"):
+        in_full = self.full != "auto" and self.select is None
+        if self.keys == "token" and not self.recent and (self.group is not None or in_full):
             raise ValueError("group and full are for keys=channel, or for recent tokens: give recent")
+
+    def _check_select(self) -> None:
+        if self.select is None:
+            if self.least is not None:
+                raise ValueError("least is of the pages that are selected: give select, their share")
+            return
+        if not 0 < self.select <= 1:
+            raise ValueError(f"select is a share, above 0 and at most 1, got {self.select}")
+        if self.keys == "channel" or self.recent:
+            raise ValueError("select needs tokens that are codes as soon as they come: give keys=token, no recent tokens")
 
     @property
     def is_coded(self) -> bool:
@@ -85,7 +102,9 @@ class KvOptions(Pass):
         """How the cache ``plain`` is stored for an attention that sees ``sight`` of it."""
         sizes = plain.heads, plain.dim, plain.vdim, plain.length
         dtype = plain.dtype if self.dtype == "auto" else DType(self.dtype)
-        return KVType(*sizes, dtype, self.layout(sight), **(self._codes(plain.dtype) if self.is_coded else {}))
+        chosen = self.select is not None and sight.window <= 0 and sight.chunk <= 0
+        codes = self._codes(plain.dtype) if self.is_coded else {}
+        return KVType(*sizes, dtype, self.layout(sight), **codes, summary="minmax" if chosen else "none")
 
     def layout(self, sight: Sight) -> Layout:
         """Which slots the positions have for an attention that sees ``sight``."""
@@ -99,7 +118,7 @@ class KvOptions(Pass):
         group = min(page, 32) if self.group is None else self.group
         recent = _RECENT * (self.keys == "channel") if self.recent is None else self.recent
         full = (DType.f32 if own is DType.f32 else DType.bf16) if self.full == "auto" else DType(self.full)
-        unused = not recent and self.keys == "token"
+        unused = not recent and self.keys == "token" and self.select is None
         kept = {} if unused else {"group": group, "full": full}
         return {"keys": self.keys, "recent": recent, "scales": DType(self.scales), **kept}
 

@@ -18,7 +18,7 @@ from tilewright.codegen.store import KernelStore, kernel_key
 from tilewright.codegen.workers import Job
 from tilewright.costmodel.workload import Workload
 from tilewright.ir import CodegenError, DType, KVType, Value, eval_dim, ops
-from tilewright.measuring_inputs import PERIOD, Array, Operand, Subject, make_inputs, roles
+from tilewright.measuring_inputs import CACHED, PERIOD, Array, Operand, Subject, make_inputs, roles
 from tilewright.measuring_reference import expected
 from tilewright.runtime.artifact import ArtifactWriter, WeightSpec, plan_weights
 from tilewright.runtime.bundle.format import (
@@ -199,10 +199,10 @@ def traffic(subject: Subject, inputs: Sequence[Operand]) -> int:
 def cache_traffic(subject: Subject, cache: Value, inputs: Sequence[Operand]) -> int:
     """Bytes of the slots of a cache that are read, or else of those that are written."""
     args, layout = list(subject.kernel.args), subject.layout(cache)
-    users = [op for op in subject.kernel.body if isinstance(op, (ops.Append, ops.Attend))]
+    users = [op for op in subject.kernel.body if isinstance(op, CACHED)]
     slots = 0
     for op in users:
         tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
         filled = int(inputs[args.index(op.start)].max()) + tokens if op.start in args else layout.length
-        slots = max(slots, filled if isinstance(op, ops.Attend) else tokens)
+        slots = max(slots, tokens if isinstance(op, ops.Append) else filled)
     return subject.batch(cache) * (layout.k_bytes + layout.v_bytes) * min(slots, layout.length) // layout.length

@@ -40,6 +40,8 @@ Operand = Any
 PERIOD = 1048583
 """Elements after which large arrays repeat themselves: a prime, so that no two rows are equal."""
 _BELOW = 8  # of integers that nothing bounds
+CACHED = (ops.Append, ops.Attend, ops.Select)
+"""Operations that look into a cache."""
 _MOVES = (ops.Reshape, ops.Broadcast, ops.Transpose, ops.Slice, ops.Concat, ops.Cast)
 _POSITIVE = (ops.Log, ops.Log1p, ops.Sqrt, ops.Rsqrt, ops.Reciprocal)
 _DIVIDES = (ops.Div, ops.FloorDiv, ops.Mod)
@@ -78,7 +80,7 @@ class Subject:
 
     def batch(self, cache: Value) -> int:
         """Sequences that a cache is for: as many as positions are given with it."""
-        op = next(op for op in cache.users if isinstance(op, (ops.Append, ops.Attend)))
+        op = next(op for op in cache.users if isinstance(op, CACHED))
         return self.shape(op.start)[0]
 
     def regions(self, cache: Value) -> int:
@@ -150,7 +152,7 @@ def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
     """An operand for each argument. Caches are empty behind the tokens that their kernel is given positions for."""
     rng = np.random.default_rng(seed)
     made = {arg: _make(subject, arg, rng) for arg in subject.kernel.args}
-    for cache, op in ((op.cache, op) for op in subject.kernel.body if isinstance(op, (ops.Append, ops.Attend))):
+    for cache, op in ((op.cache, op) for op in subject.kernel.body if isinstance(op, CACHED)):
         if cache.cache.layout != CONTIGUOUS:
             continue
         tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
@@ -173,8 +175,11 @@ def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
         return tiled(rng.random, shape, lambda numbers: numbers < share)
     if arg.dtype.is_float or arg.dtype.is_narrow_float:
         return _floats(subject, arg, shape, found, rng)
-    if any(role.field == "table" and isinstance(role.op, (ops.Append, ops.Attend)) for role in found):
+    if any(role.field == "table" and isinstance(role.op, CACHED) for role in found):
         return np.arange(math.prod(shape)).reshape(shape).astype(arg.dtype.np)  # pages in order, each of one sequence
+    if op := next((role.op for role in found if isinstance(role.op, ops.Attend) and role.field == "pages"), None):
+        held = subject.shape(op.table)[1]  # some of them, in order, whatever the number of tokens
+        return np.broadcast_to(np.arange(shape[2]) * held // shape[2], shape).astype(arg.dtype.np)
     low, high = _range(subject, arg, shape, found)
     return tiled(lambda count: rng.integers(low, high, count), shape, lambda numbers: numbers.astype(arg.dtype.np))
 
@@ -215,7 +220,7 @@ def _range(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role]
             return _CODES[role.op.codes.dtype]
         if isinstance(role.op, ops.Expand) and role.field == "scale":
             return 1, _MOST_STEP + 1
-        if isinstance(role.op, (ops.Append, ops.Attend)) and role.field == "start":
+        if isinstance(role.op, CACHED) and role.field == "start":
             return positions(subject, role.op)
         if isinstance(role.op, _DIVIDES) and role.field == "b":
             return 1, _BELOW
@@ -223,7 +228,7 @@ def _range(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role]
     return 0, max(min(ends, default=_BELOW), 1)
 
 
-def positions(subject: Subject, op: ops.Append | ops.Attend) -> tuple[int, int]:
+def positions(subject: Subject, op: ops.Append | ops.Attend | ops.Select) -> tuple[int, int]:
     """Around the middle of the cache, but with room for all tokens."""
     tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
     kind = op.cache.cache

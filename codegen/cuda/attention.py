@@ -41,6 +41,8 @@ class CudaAttentionEmitter:
             kind = value.type
             if isinstance(kind, KVType) and (kind.layout != CONTIGUOUS or kind.dtype.value not in DTYPES):
                 return f"no kernel for {kind}"
+            if isinstance(kind, KVType) and kind.has_summary:
+                return f"no kernel that chooses among pages: {kind}"
         if reason := next((reason for op in kernel.body if is_elementwise(op) and (reason := refusal(op))), None):
             return reason
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]

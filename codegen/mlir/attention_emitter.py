@@ -31,6 +31,7 @@ from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import dim_value
 from tilewright.codegen.mlir.kv import emit_attend
 from tilewright.codegen.mlir.kv_append import AppendBuffers, AppendSpec, emit_append
+from tilewright.codegen.mlir.kv_select import SelectBuffers, SelectSpec, emit_select
 from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.rows import Rope
@@ -79,7 +80,7 @@ class AttentionEmitter:
     def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
         anchor, default = find(kernel), self.default_schedule(kernel, target)
         idle = {"parts", "prefetch"}
-        if isinstance(anchor, ops.Append):
+        if isinstance(anchor, (ops.Append, ops.Select)):
             idle = set(AttentionSchedule.domains())
         elif isinstance(anchor, ops.Attend) and anchor.q.shape[1] == 1:
             idle = {"rows"}
@@ -100,9 +101,10 @@ class AttentionEmitter:
         anchor = find(kernel)
         dims = tuple(kernel.symbols())
         parts = isinstance(anchor, ops.Attend) and _attend_spec(anchor, target).parts(schedule) > 1
-        with Kernel(symbol, target, dims, arguments(kernel) + [("parts", "f32")] * parts) as k:
+        more = [("parts", "f32")] * parts + [("parts", "i32")] * isinstance(anchor, ops.Select)
+        with Kernel(symbol, target, dims, arguments(kernel) + more) as k:
             place = places(kernel, k.buffers)
-            emitters = {ops.Attention: _attention, ops.Attend: _attend, ops.Append: _append}
+            emitters = {ops.Attention: _attention, ops.Attend: _attend, ops.Append: _append, ops.Select: _select}
             facts = emitters[type(anchor)](anchor, k, place, schedule, target)  # type: ignore[index]
         return KernelCode(symbol, compile_kernel(k), dims, **facts)
 
@@ -162,6 +164,9 @@ def _features(op: Op, schedule: Schedule, target: CpuTarget, sizes: Mapping[str,
     if isinstance(op, ops.Append):
         b, s, heads, dim = (eval_dim(d, sizes) for d in op.k.shape)
         return {"tasks": float(b * heads), "queries": log2(s), "dim": float(dim), "kind": 0.0}
+    if isinstance(op, ops.Select):
+        kv, b = op.cache.cache, eval_dim(op.q.shape[0], sizes)
+        return {"tasks": float(b * kv.heads), "length": log2(kv.length), "dim": float(kv.dim), "kind": 3.0}
     assert isinstance(op, (ops.Attention, ops.Attend))
     b, s, heads, dim = (eval_dim(d, sizes) for d in op.q.shape)
     if isinstance(op, ops.Attend):
@@ -209,6 +214,7 @@ def _attend_spec(op: ops.Attend, target: CpuTarget) -> AttendSpec:
         bias=axes_of(op.bias), bias_dtype=op.bias.dtype.value if op.bias else "f32",
         sinks=op.sinks.dtype.value if op.sinks else None, s=static(op.q.shape[1]), rope=rotation(op.q),
         q=_view(op.q).place, far=_view(op.q_sinks).place if op.q_sinks else DENSE,
+        chosen=int(op.pages.shape[2]) if op.pages else 0,
     )  # fmt: skip
 
 
@@ -217,7 +223,8 @@ def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedul
     b, s = op.q.shape[:2]
     extra = (*(_at(place, v) for v in (op.bias, op.sinks)), *_tables(place, op.q), place["parts"])
     found = place[_view(op.q).source], *place[op.cache], _at(place, op.start), place["out"], *extra
-    buffers = AttendBuffers(*found, *_pages(k, place, op.table), far=_at(place, op.q_sinks))
+    chosen = None if op.pages is None else place[op.pages]
+    buffers = AttendBuffers(*found, *_pages(k, place, op.table), far=_at(place, op.q_sinks), pages=chosen)
     emit_attend(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
     scratch = tuple(map(as_dim, spec.scratch(schedule, b)))
     return {"tasks": as_dim(spec.tasks(schedule, b, s)), "last": as_dim(spec.last(schedule, b)), "scratch": scratch}
@@ -232,3 +239,14 @@ def _append(op: ops.Append, k: Kernel, place: Places, schedule: AttentionSchedul
     buffers = AppendBuffers(*place[op.cache], *sources, *_tables(place, op.k), *_pages(k, place, op.table))
     emit_append(k, spec, dim_value(s, k.dims), buffers)
     return {"tasks": as_dim(spec.tasks(b, s)), "grain": _INLINE_APPENDS if s == 1 else 1}
+
+
+def _select(op: ops.Select, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
+    kv, heads, q = op.cache.cache, int(op.q.shape[2]), _view(op.q)
+    spec = SelectSpec(heads, cache_layout(kv, target), kv.pages, op.share, op.least, op.most, q.place)
+    table, width = _pages(k, place, op.table)
+    keys, _ = place[op.cache]
+    sources = place[q.source], keys, _at(place, op.start), table, place["out"], place["parts"]
+    emit_select(k, spec, dim_value(op.q.shape[0], k.dims), width, SelectBuffers(*sources))
+    b = op.q.shape[0]
+    return {"tasks": as_dim(spec.tasks(b)), "last": as_dim(spec.last(b)), "scratch": (as_dim(spec.scratch(b)),)}

@@ -165,9 +165,9 @@ class Flash(SoftRows):
 
     def _start_of_keys(self, source: Straight | Scattered, number: Val) -> tuple[Val, list[Val]]:
         """Where a run of the block starts, and how many bytes on from there to fetch ahead."""
-        size = (self.shape.run or SLOT_STEP) * self.q_size
+        size = self.shape.key_run
         if isinstance(source, Straight):
-            return source.keys + number * size, []
+            return source.keys + number * (SLOT_STEP * self.q_size), []
         run = self.runs.load(number).to("index")
         if not self.fetches:
             return run * size, []

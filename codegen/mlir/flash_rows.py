@@ -26,8 +26,8 @@ _UNROLL = 4  # vectors of scores at a time
 class Shape:
     """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` and ``panel`` of the blocks.
 
-    ``run`` keys lie together, and so many values; 0 when all of a block do. With ``dot`` the queries and p are rounded to
-    bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
+    ``run`` keys lie together, and so many values; 0 when all of a block do. Runs of keys begin ``key_run`` elements apart.
+    With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
     """
 
     group: int
@@ -40,6 +40,7 @@ class Shape:
     softcap: float
     queries: int | None = None  # of a sequence in one call, when known
     run: int = 0
+    key_run: int = 0
 
 
 # 2**f for 0 <= f < 1, within 7.5e-5 and 9e-8 of the exact value: least-squares fits with the greatest errors levelled.

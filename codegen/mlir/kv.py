@@ -17,7 +17,7 @@ from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
 from tilewright.codegen.mlir.kv_codes import CodeFlash
 from tilewright.codegen.mlir.kv_codes_recent import RecentRows, Windows
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
-from tilewright.codegen.mlir.kv_places import Places
+from tilewright.codegen.mlir.kv_places import Chosen, Places
 from tilewright.codegen.mlir.kv_spec import FEW_KEYS, AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.rows import Angles, Row
 from tilewright.codegen.mlir.value import Val, constant
@@ -27,10 +27,11 @@ from tilewright.ir import CONTIGUOUS, Paged
 
 
 def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: AttentionSchedule) -> Kernel:
-    """The whole kernel: dims B, S, and T of a table; buffers q, cache, start, what the spec has of table, far, bias, sinks,
-    cos, sin, then out, parts."""
+    """The whole kernel: dims B, S, and T of a table; buffers q, cache, start, what the spec has of table, pages, far, bias,
+    sinks, cos, sin, then out, parts."""
     paged = isinstance(spec.cache.layout, Paged)
-    extra = {"table": "i32" if paged else None, "far": spec.dtype if spec.sinks_kept else None}
+    extra = {"table": "i32" if paged else None, "pages": "i32" if spec.chosen else None}
+    extra |= {"far": spec.dtype if spec.sinks_kept else None}
     extra |= {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
@@ -60,6 +61,7 @@ class _Attend:
         self.recent: RecentRows | None = None
         self.flash = self._floats() if isinstance(spec.cache, CacheLayout) else self._codes(spec.cache)
         self.places = Places(spec.cache, buffers.table, buffers.width)
+        self.chosen = Chosen(buffers.pages, spec.cache.heads, spec.chosen, spec.cache.run) if buffers.pages else None
         self.parts, self.angles = spec.parts(schedule), None
         if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
@@ -67,9 +69,9 @@ class _Attend:
     def _floats(self) -> Flash:
         kernel, spec, cache, memory = self.kernel, self.spec, self.spec.cache, (self.buffers.k, self.buffers.v)
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
-        run = 0 if cache.layout == CONTIGUOUS else cache.run
+        run = (0, 0) if cache.layout == CONTIGUOUS else (cache.run, cache.key_run)
         sizes = spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel
-        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, run)
+        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, *run)
         return Flash(kernel, shape, self.schedule, memory)
 
     def _codes(self, cache: CodeLayout) -> CodeFlash:
@@ -91,7 +93,7 @@ class _Attend:
             run, head = tasks.index % runs, tasks.index // runs % heads
             batch, first = tasks.index // (runs * heads), run * queries
             rows = (self.s - first).min(constant(queries))
-            begin, high = self._range(batch, first, rows)
+            begin, high = self._range(batch, head, first, rows)
             self._task(batch, head, first, rows, begin, high)
             for_rows(kernel, rows, self.spec.group, lambda query, member, row: self._finish(
                 row, batch, first + query, head * self.spec.group + member))
@@ -104,7 +106,7 @@ class _Attend:
         with kernel.loop(kernel.begin, kernel.end.min(work)) as tasks:
             lane, part = tasks.index // self.parts, tasks.index % self.parts
             batch, head = lane // heads, lane % heads
-            begin, high = self._range(batch, zero, constant(1))
+            begin, high = self._range(batch, head, zero, constant(1))
             size = self._part_keys(high - begin)
             first = begin + part * size
             with kernel.when(first < high):
@@ -116,9 +118,16 @@ class _Attend:
         with kernel.loop(kernel.begin.max(work), kernel.end) as tasks:
             self._combine(tasks.index - work)
 
-    def _range(self, batch: Val, first: Val, queries: Val) -> tuple[Val, Val]:
+    def _start(self, batch: Val, head: Val) -> Val:
+        """Where the first query stands: its position, or, among keys on chosen pages, its place there."""
+        start = self.buffers.start.load(batch).to("index")
+        if self.chosen is None:
+            return start
+        return (self.chosen.count(batch, head) - 1) * self.chosen.page + start % self.chosen.page
+
+    def _range(self, batch: Val, head: Val, first: Val, queries: Val) -> tuple[Val, Val]:
         """The keys that some of the queries see, sinks apart, from the start of a block on; never none."""
-        position, step = self.buffers.start.load(batch).to("index") + first, self.schedule.keys
+        position, step = self._start(batch, head) + first, self.schedule.keys
         low = self._visible(position).low
         begin = constant(0) if low is None else low.min(position) // step * step
         return begin, self._visible(position + (queries - 1)).high
@@ -139,7 +148,7 @@ class _Attend:
         """Put the parts of one head together, unless there is only one."""
         spec, kernel, heads = self.spec, self.kernel, self.spec.cache.heads
         batch, head = lane // heads, lane % heads
-        begin, high = self._range(batch, constant(0), constant(1))
+        begin, high = self._range(batch, head, constant(0), constant(1))
         size = self._part_keys(high - begin)
         count = (high - begin + (size - 1)) // size
         with kernel.when(count > 1), kernel.loop(0, spec.group) as members:
@@ -156,7 +165,7 @@ class _Attend:
         flash, step = self.flash, self.schedule.keys
         rows = queries * self.spec.group
         flash.reset(rows)
-        position = self.buffers.start.load(batch).to("index") + first
+        position = self._start(batch, head) + first
         if self.spec.sinks_kept:
             every = constant(True, "bool")
             with self.kernel.when(every if with_sinks is None else with_sinks):
@@ -203,7 +212,7 @@ class _Attend:
 
         def run_of(n: Val) -> Val:
             find = self.places.own_run if sinks else self.places.run_of
-            return find(batch, head, (key + n).min(high - 1))
+            return find(batch, head, self._position(batch, head, (key + n).min(high - 1)))
 
         if isinstance(cache, CodeLayout):
             sizes = (cache.k_run, cache.k_beside), (cache.v_run, cache.v_beside)
@@ -212,6 +221,10 @@ class _Attend:
             return Scattered(k, v, run_of)
         lane = (batch * cache.heads + head) * cache.slots
         return Straight(k, v, (lane + key) * cache.key_size, lane * cache.value_size, cache.slots, key)
+
+    def _position(self, batch: Val, head: Val, key: Val) -> Val:
+        """Where a key stands in the sequence."""
+        return key if self.chosen is None else self.chosen.position(batch, head, key)
 
     def _query(self, batch: Val, token: Val, head: Val) -> Row:
         place = self._place(self.spec.q, self.spec.cache.dim, batch, token, head)
@@ -249,7 +262,8 @@ class _Attend:
             return None
 
         def adjust(score: Val, row: Val, key: Val, lanes: int) -> Val:
-            place = {"b": batch, "h": head * spec.group + row % spec.group, "s": first + row // spec.group, "t": key}
+            at = self._position(batch, head, key)
+            place = {"b": batch, "h": head * spec.group + row % spec.group, "s": first + row // spec.group, "t": at}
             size = {"b": self.b, "h": constant(spec.heads), "s": self.s, "t": constant(spec.cache.length)}
             return score + load_broadcast(self.kernel, bias, spec.bias, place, size, lanes).to("f32")
 

@@ -10,6 +10,7 @@ from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.kv_codes_recent import RecentWriter, Windows
 from tilewright.codegen.mlir.kv_codes_write import CodeWriter
 from tilewright.codegen.mlir.kv_places import Places
+from tilewright.codegen.mlir.kv_summary import summarize
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.target import CpuTarget
@@ -147,10 +148,12 @@ class _Append:
         if isinstance(cache, CodeLayout):
             self.codes.key(key.load, buffers.cache_k.at(run * cache.k_run), slot)
             self.codes.value(value.load, buffers.cache_v.at(run * cache.v_run), slot)
-            return
-        first = run * cache.run
-        self._key(key, buffers.cache_k.at(first * cache.key_size), slot)
-        self._value(value, buffers.cache_v.at(first * cache.value_size), slot)
+        else:
+            self._key(key, buffers.cache_k.at(run * cache.key_run), slot)
+            self._value(value, buffers.cache_v.at(run * (cache.run * cache.value_size)), slot)
+        if cache.summary:
+            with self.kernel.when(slot.eq(cache.run - 1)):
+                summarize(self.kernel, cache, buffers.cache_k, run)
 
     def _key(self, source: Row, k: Buffer, slot: Val) -> None:
         """Scatter one key over its panel, a pair at a time."""

@@ -33,6 +33,9 @@ class Typed:
     def store(self, value: Val, index: Val | int) -> None:
         self.memory.store(value.to(self.dtype).bitcast("u8"), index * SIZES[self.dtype])
 
+    def prefetch(self, index: int) -> None:
+        self.memory.prefetch(index * SIZES[self.dtype])
+
 
 @dataclass(frozen=True)
 class Windows:

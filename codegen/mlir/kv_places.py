@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tilewright.codegen.cache import SLOT_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer
-from tilewright.codegen.mlir.value import Val
+from tilewright.codegen.mlir.value import Val, constant
 from tilewright.ir import Layout, Ring
 
 
@@ -27,6 +27,31 @@ class Regions(Protocol):
 
     @property
     def run(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The pages that each head of keys is to see, i32 ``[B, heads, most]``: keys are counted through them, in order."""
+
+    pages: Buffer
+    heads: int
+    most: int
+    page: int
+
+    def count(self, batch: Val, head: Val) -> Val:
+        """How many there are: those below 0 stand at the end."""
+        row, found = (batch * self.heads + head) * self.most, constant(0)
+        for bit in reversed(range(self.most.bit_length())):
+            more = found + (1 << bit)
+            last = self.pages.load(row + (more.min(self.most) - 1))
+            found = ((more <= self.most) & (last >= 0)).select(more, found)
+        return found
+
+    def position(self, batch: Val, head: Val, key: Val) -> Val:
+        """Where key number ``key`` of them stands in the sequence; any place for those behind the last."""
+        row = (batch * self.heads + head) * self.most
+        number = self.pages.load(row + (key // self.page).min(self.most - 1))
+        return number.max(0).to("index") * self.page + key % self.page
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class AttendSpec:
     """q ``[B, S, heads, dim]`` over a cache -> ``[B, S, heads, vdim]``; query s of sequence b stands at start[b] + s.
 
     ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
-    With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks.
+    With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks. With
+    ``chosen`` a head of keys is seen on so many pages at the most, which are given.
     """
 
     heads: int
@@ -43,6 +44,7 @@ class AttendSpec:
     q: Slice = DENSE
     out: Slice = DENSE
     far: Slice = DENSE
+    chosen: int = 0
 
     @property
     def group(self) -> int:
@@ -64,7 +66,8 @@ class AttendSpec:
 
     def parts(self, schedule: AttentionSchedule) -> int:
         """Parts of the keys of one head, at most."""
-        return min(schedule.parts, -(-self.cache.most // FEW_KEYS)) if self.s == 1 else 1
+        most = min(self.cache.most, self.chosen * self.cache.run) if self.chosen else self.cache.most
+        return min(schedule.parts, -(-most // FEW_KEYS)) if self.s == 1 else 1
 
     def last(self, schedule: AttentionSchedule, b: Any) -> Any:
         """Number of tasks that put parts together."""
@@ -80,7 +83,8 @@ class AttendSpec:
 class AttendBuffers:
     """Arguments of the kernel; ``k`` and ``v`` are the cache, ``start`` is i64 [B].
 
-    Pages have a ``table`` i32 [B, T], whose ``width`` is T; ``far`` are the queries that meet a ring's sinks.
+    Pages have a ``table`` i32 [B, T], whose ``width`` is T; ``pages`` i32 [B, heads, chosen] are those to see, numbered in
+    the sequence. ``far`` are the queries that meet a ring's sinks.
     """
 
     q: Buffer
@@ -96,3 +100,4 @@ class AttendBuffers:
     table: Buffer | None = None
     width: Val | None = None
     far: Buffer | None = None
+    pages: Buffer | None = None

@@ -88,6 +88,9 @@ class Attend(Op):
     It sees the positions up to its own; ``bias`` broadcasts to ``[B, Hq, S, length]``; the rest is as in nn.attention.
     ``table`` is that of the cache's pages. A ring is seen through a window (or chunk) that it holds, and its first
     positions, the sinks, always: by ``q_sinks``, the queries as they would be at the end of sinks and window.
+
+    With ``pages`` (i32 ``[B, H, N]``, of ``kv.select``) the one query of each sequence sees, by head of keys, only these of
+    the sequence's pages. They are in order, the last is the query's own; numbers below 0, at the end, are none.
     """
 
     name = "kv.attend"
@@ -102,6 +105,7 @@ class Attend(Op):
     softcap: float = 0.0
     table: Value | None = None
     q_sinks: Value | None = None
+    pages: Value | None = None
 
     def infer(self) -> tuple[Type, ...]:
         kv: KVType = self.cache.cache
@@ -110,7 +114,19 @@ class Attend(Op):
         expect_groups(self, self.q.shape[2], kv.heads)
         expect_table(self, self.table, self.q)
         self.check_ring(kv)
+        self.check_pages(kv)
         return (self.q.tensor.with_shape((*self.q.shape[:3], kv.vdim)),)
+
+    def check_pages(self, kv: KVType) -> None:
+        if self.pages is None:
+            return
+        expect_rank(self, "pages", self.pages.shape, 3)
+        expect_dim(self, "pages, sequences", self.pages.shape[0], self.q.shape[0])
+        expect_dim(self, "pages, heads", self.pages.shape[1], kv.heads)
+        self.expect(self.pages.dtype is DType.i32, f"pages is {self.pages.dtype.value}, not i32")
+        single = kv.page > 0 and self.q.shape[1] == 1
+        self.expect(single, "pages are chosen for one query of each sequence, of a cache of pages")
+        self.expect(self.window <= 0 and self.chunk <= 0, "pages are chosen where a query sees all of them, not a window")
 
     def check_ring(self, kv: KVType) -> None:
         self.expect((self.q_sinks is not None) == (kv.sinks > 0), f"q_sinks is for a ring with sinks, and only that: {kv}")
@@ -124,7 +140,7 @@ class Attend(Op):
         self.expect(not by_key, "a bias for each position, which a ring does not keep apart")
 
     def evaluate(
-        self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any, table: Any, q_sinks: Any
+        self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any, table: Any, q_sinks: Any, pages: Any
     ) -> Any:
         kv = self.cache.cache
         where = start[:, None] + np.arange(q.shape[1])
@@ -136,10 +152,14 @@ class Attend(Op):
         if isinstance(kv.layout, Ring):
             keep = keep & (keys >= kv.sinks)
             keep[..., : kv.sinks] = np.arange(kv.sinks) <= where[..., None]
+        keep = keep[:, None]
+        if pages is not None:
+            chosen = (keys // kv.page == pages[..., None]).any(2)
+            keep = keep & np.repeat(chosen, q.shape[2] // kv.heads, 1)[:, :, None]
         scores = products(q, cache[0])
         if q_sinks is not None:
             scores[..., : kv.sinks] = products(q_sinks, cache[0][:, : kv.sinks])
-        return average(scores, cache[1], keep[:, None], bias, sinks, self.scale, self.softcap).astype(q.dtype)
+        return average(scores, cache[1], keep, bias, sinks, self.scale, self.softcap).astype(q.dtype)
 
     def gathered(self, cache: Any, table: Any, where: Array) -> tuple[Array, Array]:
         """The pages of each sequence in order, those behind its last query as zeros."""
