@@ -100,7 +100,7 @@ class AttentionEmitter:
             raise CodegenError(f"{self.name} cannot lower @{kernel.name} with {schedule}: {reason}")
         anchor = find(kernel)
         dims = tuple(kernel.symbols())
-        parts = isinstance(anchor, ops.Attend) and _attend_spec(anchor, target).parts(schedule) > 1
+        parts = isinstance(anchor, ops.Attend) and _attend_spec(anchor, target).pieces(schedule) > 1
         more = [("parts", "f32")] * parts + [("parts", "i32")] * isinstance(anchor, ops.Select)
         with Kernel(symbol, target, dims, arguments(kernel) + more) as k:
             place = places(kernel, k.buffers)

@@ -50,13 +50,14 @@ class Flash(SoftRows):
         """``blocks`` are the buffers (not offset) that keys and values will be read from."""
         super().__init__(kernel, shape, schedule, shared)
         self.split = shape.dtype == "bf16" and not shape.dot
-        self.heights = self._heights(self.rows)
+        self.heights = self._heights(self.at_once)
+        self.first = constant(0)  # of the rows that are at work
         self.compute = "bf16" if shape.dot else "f32"
         self.q_size = round_up(shape.dim, 2 if shape.dtype == "bf16" else 1)
         self.value_panels = value_panels(self.out_size, shape.panel)
         self.key_panel = min(shape.panel, shape.run or shape.panel)
         self.q = kernel.scratch(self.rows * self.q_size, self.compute)
-        self.p = kernel.scratch(self.rows * self.keys, self.compute)
+        self.p = kernel.scratch(self.at_once * self.keys, self.compute)
         self.ahead = self.keys // shape.run if shape.run else 0  # from a run to that in the same place of the next block
         self.runs = kernel.scratch(2 * self.ahead + 1, "i64") if shape.run else None
         self._build_micro_kernels(blocks, schedule.prefetch)
@@ -131,9 +132,21 @@ class Flash(SoftRows):
 
         ``visible(query)`` gives the keys that the rows of a query see, ``query`` counting from 0 in this task.
         """
-        runs = (count + (SLOT_STEP - 1)) // SLOT_STEP
         if isinstance(source, Scattered):
             self._find_runs(source, count)
+        if self.shape.together == 1:
+            self._attend(source, key, count, rows, visible, adjust)
+            return
+        group = self.shape.group
+        with self.kernel.loop(0, rows // group) as sequences:
+            self.first = sequences.index * group
+            self._attend(source, key, count, constant(group), lambda query: visible(sequences.index + query),
+                         adjust and (lambda score, row, *place: adjust(score, self.first + row, *place)))
+        self.first = constant(0)
+
+    def _attend(self, source: Straight | Scattered, key: Val, count: Val, rows: Val,
+                visible: Callable[[Val], Visible], adjust: Adjust | None) -> None:
+        runs = (count + (SLOT_STEP - 1)) // SLOT_STEP
         self._score(source, count, rows)
         with self.kernel.loop(0, rows // self.shape.group) as queries:
             seen = visible(queries.index)
@@ -158,7 +171,7 @@ class Flash(SoftRows):
                 for vector in range(0, run // self.lanes, self._score_width(height)):
                     inside = vector // whole * self.key_panel * self.q_size + vector % whole * self.lanes * self.pair
                     score_at = row * self.keys + loop.index * run + vector * self.lanes
-                    numbers = (row * self.q_size, start + inside, score_at, steps, 0, *more)
+                    numbers = ((self.first + row) * self.q_size, start + inside, score_at, steps, 0, *more)
                     self.score_kernels[height]((self.q, source.k, self.scores), numbers)
 
         self._walk(self.heights, rows, call)
@@ -181,7 +194,8 @@ class Flash(SoftRows):
             for start, panel in self.value_panels:
                 column = 0
                 for width in self._widths(height, panel):
-                    micro, sums_at = self.value_kernels[height, panel, width], row * self.out_size + start + column
+                    micro = self.value_kernels[height, panel, width]
+                    sums_at = (self.first + row) * self.out_size + (start + column)
                     if isinstance(source, Straight):
                         at = source.values + source.first * panel + (start * source.slots + column * self.pair)
                         micro((self.p, source.v, self.sums), (row * self.keys, at, sums_at, steps, 0))
@@ -194,6 +208,7 @@ class Flash(SoftRows):
 
     def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
         """One row of scores becomes one row of p; the row's statistics follow."""
+        kept = self.first + row
         plain = not self.shape.softcap and adjust is None and self.shape.scale > 0
         factor = constant(self.shape.scale * LOG2E if plain else 1.0, "f32")
         partly = seen.high < key + keys
@@ -207,11 +222,11 @@ class Flash(SoftRows):
             for start in starts:
                 top = top.max(self.scores.load(at + start, self.lanes))
             loop.next(top)
-        old = self.top.load(row)
+        old = self.top.load(kept)
         new = old.max(loop.results[0].reduce("max") * factor)
         with self.kernel.when(new > old):
-            self._rescale(row, old, new)
-        with self._vectors(keys, self.weight.load(row * self.lanes, self.lanes)) as (loop, starts):
+            self._rescale(kept, old, new)
+        with self._vectors(keys, self.weight.load(kept * self.lanes, self.lanes)) as (loop, starts):
             (total,) = loop.values
             for start in starts:
                 score = self.scores.load(at + start, self.lanes)
@@ -219,4 +234,4 @@ class Flash(SoftRows):
                 total = total + p
                 self.p.store(p.to(self.compute), at + start)
             loop.next(total)
-        self.weight.store(loop.results[0], row * self.lanes)
+        self.weight.store(loop.results[0], kept * self.lanes)

@@ -27,7 +27,8 @@ class Shape:
     """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` and ``panel`` of the blocks.
 
     ``run`` keys lie together, and so many values; 0 when all of a block do. Runs of keys begin ``key_run`` elements apart.
-    With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
+    Where ``queries`` is 1, the rows of up to ``together`` sequences meet a block one after the other. With ``dot`` the
+    queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
     """
 
     group: int
@@ -41,6 +42,7 @@ class Shape:
     queries: int | None = None  # of a sequence in one call, when known
     run: int = 0
     key_run: int = 0
+    together: int = 1
 
 
 # 2**f for 0 <= f < 1, within 7.5e-5 and 9e-8 of the exact value: least-squares fits with the greatest errors levelled.
@@ -79,11 +81,12 @@ class SoftRows:
         """``shared`` are the same rows over another kind of blocks: what they keep is kept together."""
         self.kernel, self.shape, self.keys, self.lanes = kernel, shape, schedule.keys, kernel.lanes
         self.rows = max(schedule.rows // shape.group, 1) * shape.group
-        self.exact = shape.queries == 1  # every task has the same few rows
+        self.exact = shape.queries == 1  # each sequence has the same few rows
         if self.exact:
-            self.rows = shape.group
+            self.rows = shape.group * shape.together
+        self.at_once = shape.group if self.exact else self.rows
         self.out_size = round_up(shape.vdim, VALUE_STEP)
-        self.scores = kernel.scratch(self.rows * self.keys, "f32")
+        self.scores = kernel.scratch(self.at_once * self.keys, "f32")
         if shared is not None:
             self.top, self.weight, self.sums = shared.top, shared.weight, shared.sums
             return

@@ -1,6 +1,8 @@
 """Attend to a key/value cache in the layout of `CacheLayout`.
 
-In decoding the keys of each head are cut into parts, one a task, and the tasks that run last put them together.
+In decoding the keys of each head are cut into pieces, always at the same places, which are attended to each for itself; the
+tasks that run last put them together. So a sum does not depend on which task has a piece, and whether it has it for several
+sequences whose pages are the same there.
 """
 
 from collections.abc import Callable
@@ -8,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.codegen.attention_pattern import Slice
-from tilewright.codegen.cache import SLOT_STEP, CacheLayout
+from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Kernel
@@ -18,7 +20,8 @@ from tilewright.codegen.mlir.kv_codes import CodeFlash
 from tilewright.codegen.mlir.kv_codes_recent import RecentRows, Windows
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
 from tilewright.codegen.mlir.kv_places import Chosen, Places
-from tilewright.codegen.mlir.kv_spec import FEW_KEYS, AttendBuffers, AttendSpec
+from tilewright.codegen.mlir.kv_sharing import Sharing
+from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.rows import Angles, Row
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
@@ -37,7 +40,7 @@ def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: Atte
     extra = {key: dtype for key, dtype in extra.items() if dtype}
     stored = spec.cache.stored
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]
-    given += [("parts", "f32")] * (spec.parts(schedule) > 1)
+    given += [("parts", "f32")] * (spec.pieces(schedule) > 1)
     with Kernel(name, target, ("B", "S", *["T"] * paged), given) as kernel:
         named = {name: buffer for (name, _), buffer in zip(given, kernel.buffers)}
         buffers = AttendBuffers(**named, width=kernel.dims.get("T"))
@@ -62,7 +65,13 @@ class _Attend:
         self.flash = self._floats() if isinstance(spec.cache, CacheLayout) else self._codes(spec.cache)
         self.places = Places(spec.cache, buffers.table, buffers.width)
         self.chosen = Chosen(buffers.pages, spec.cache.heads, spec.chosen, spec.cache.run) if buffers.pages else None
-        self.parts, self.angles = spec.parts(schedule), None
+        self.pieces, self.piece, self.angles = spec.pieces(schedule), spec.piece(schedule), None
+        self.sharing = None
+        if (most := spec.together(schedule)) > 1:
+            assert buffers.table is not None
+            assert buffers.width is not None
+            entries = self.piece // spec.cache.run
+            self.sharing = Sharing(kernel, b, buffers.start, buffers.table, buffers.width, self.piece, entries, most)
         if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
 
@@ -71,21 +80,21 @@ class _Attend:
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
         run = (0, 0) if cache.layout == CONTIGUOUS else (cache.run, cache.key_run)
         sizes = spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel
-        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, *run)
+        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, *run, spec.together(self.schedule))
         return Flash(kernel, shape, self.schedule, memory)
 
     def _codes(self, cache: CodeLayout) -> CodeFlash:
         spec, memory = self.spec, (self.buffers.k, self.buffers.v)
         shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, False, spec.scale, spec.softcap, spec.s)
-        self.schedule = replace(self.schedule, keys=max(self.schedule.keys, cache.run))
+        self.schedule = replace(self.schedule, keys=spec.keys(self.schedule))
         flash = CodeFlash(self.kernel, shape, self.schedule, cache, memory, spec.digits)
         if cache.keeps_recent:
             self.recent = RecentRows(self.kernel, shape, self.schedule, Windows(cache, *memory), spec.dtype, flash)
         return flash
 
     def emit(self) -> None:
-        if self.parts > 1:
-            self._emit_parts()
+        if self.pieces > 1:
+            self._emit_pieces()
             return
         kernel, heads, queries = self.kernel, self.spec.cache.heads, self.spec.queries(self.schedule)
         runs = ((self.s + (queries - 1)) // queries).max(1)
@@ -94,29 +103,46 @@ class _Attend:
             batch, first = tasks.index // (runs * heads), run * queries
             rows = (self.s - first).min(constant(queries))
             begin, high = self._range(batch, head, first, rows)
-            self._task(batch, head, first, rows, begin, high)
+            self._task(batch, head, first, rows, begin, high, high)
             for_rows(kernel, rows, self.spec.group, lambda query, member, row: self._finish(
                 row, batch, first + query, head * self.spec.group + member))
 
-    def _emit_parts(self) -> None:
-        """One query: a task is a part of the keys of a head. Neighbours are next to each other in memory."""
-        kernel, heads, zero = self.kernel, self.spec.cache.heads, constant(0)
-        lanes = self.b * heads
-        work = lanes * self.parts
+    def _emit_pieces(self) -> None:
+        """One query: a task has some of the pieces of a head's keys, perhaps for several sequences. Neighbours are next to
+        each other in memory, or else have the same pages."""
+        kernel, heads, parts = self.kernel, self.spec.cache.heads, self.spec.parts(self.schedule)
+        work = self.b * (heads * parts)
         with kernel.loop(kernel.begin, kernel.end.min(work)) as tasks:
-            lane, part = tasks.index // self.parts, tasks.index % self.parts
-            batch, head = lane // heads, lane % heads
-            begin, high = self._range(batch, head, zero, constant(1))
-            size = self._part_keys(high - begin)
-            first = begin + part * size
-            with kernel.when(first < high):
-                self._task(batch, head, zero, constant(1), first, (first + size).min(high), part.eq(0))
-                with kernel.loop(0, self.spec.group) as members:
-                    kernel.branch(high - begin <= size,
-                                  lambda: self._finish(members.index, batch, zero, head * self.spec.group + members.index),
-                                  lambda: self._keep(members.index, lane, part))
+            if self.sharing is None:
+                batch, rest = tasks.index // (heads * parts), tasks.index % (heads * parts)
+            else:
+                batch, rest = tasks.index % self.b, tasks.index // self.b
+            head, part = rest // parts, rest % parts
+            begin, high = self._range(batch, head, constant(0), constant(1))
+            first, count = self._pieces_of(begin, high)
+            with kernel.loop(first + count * part // parts, first + count * (part + 1) // parts) as pieces:
+                self._piece(batch, head, pieces.index, begin, high)
         with kernel.loop(kernel.begin.max(work), kernel.end) as tasks:
             self._combine(tasks.index - work)
+
+    def _pieces_of(self, begin: Val, high: Val) -> tuple[Val, Val]:
+        """The number of the first piece with keys ``begin <= key < high``, and how many there are."""
+        first = begin // self.piece
+        return first, (high + (self.piece - 1)) // self.piece - first
+
+    def _piece(self, batch: Val, head: Val, piece: Val, begin: Val, high: Val) -> None:
+        """Of the keys ``begin <= key < high`` those of a piece."""
+        kernel, group = self.kernel, self.spec.group
+        sequences = constant(1) if self.sharing is None else self.sharing.count(batch, piece)
+        first, count = self._pieces_of(begin, high)
+        start = piece * self.piece
+        with kernel.when(sequences > 0):
+            self._task(batch, head, constant(0), sequences, begin.max(start), high.min(start + self.piece), high,
+                       piece.eq(first))
+            for_rows(kernel, sequences, group, lambda sequence, member, row: kernel.branch(
+                count.eq(1), lambda: self._finish(row, batch + sequence, constant(0), head * group + member),
+                lambda: self.flash.store_part(row, self.buffers.parts, self._part_place(
+                    member, (batch + sequence) * self.spec.cache.heads + head, piece - first))))
 
     def _start(self, batch: Val, head: Val) -> Val:
         """Where the first query stands: its position, or, among keys on chosen pages, its place there."""
@@ -132,25 +158,15 @@ class _Attend:
         begin = constant(0) if low is None else low.min(position) // step * step
         return begin, self._visible(position + (queries - 1)).high
 
-    def _part_keys(self, keys: Val) -> Val:
-        """Keys of each part but the last, whole runs: not so few that memory has hardly begun to stream."""
-        step = SLOT_STEP if isinstance(self.spec.cache, CacheLayout) else self.schedule.keys
-        parts = ((keys + (FEW_KEYS - 1)) // FEW_KEYS).min(constant(self.parts))
-        return ((keys + (parts - 1)) // parts + (step - 1)) // step * step
-
-    def _part_place(self, row: Val, lane: Val, part: Val) -> Val:
-        return ((lane * self.parts + part) * self.spec.group + row) * part_size(self.spec.cache.vdim)
-
-    def _keep(self, row: Val, lane: Val, part: Val) -> None:
-        self.flash.store_part(row, self.buffers.parts, self._part_place(row, lane, part))
+    def _part_place(self, row: Val, lane: Val, piece: Val) -> Val:
+        return ((lane * self.pieces + piece) * self.spec.group + row) * part_size(self.spec.cache.vdim)
 
     def _combine(self, lane: Val) -> None:
-        """Put the parts of one head together, unless there is only one."""
+        """Put the pieces of one head together, unless there is only one."""
         spec, kernel, heads = self.spec, self.kernel, self.spec.cache.heads
         batch, head = lane // heads, lane % heads
         begin, high = self._range(batch, head, constant(0), constant(1))
-        size = self._part_keys(high - begin)
-        count = (high - begin + (size - 1)) // size
+        _, count = self._pieces_of(begin, high)
         with kernel.when(count > 1), kernel.loop(0, spec.group) as members:
             place = self._part_place(members.index, lane, constant(0))
             stride = spec.group * part_size(spec.cache.vdim)
@@ -160,12 +176,15 @@ class _Attend:
                           self._sink(query_head))
 
     def _task(self, batch: Val, head: Val, first: Val, queries: Val, begin: Val, high: Val,
-              with_sinks: Val | None = None) -> None:
-        """Queries from ``first`` on, over keys ``begin <= key < high``, and a ring's sinks (if ``with_sinks`` holds)."""
+              end: Val, with_sinks: Val | None = None) -> None:
+        """Queries from ``first`` on, over keys ``begin <= key < high``, and a ring's sinks (if ``with_sinks`` holds).
+
+        Further keys of the sequence lie before ``end``, and will be wanted soon. In decoding queries are those of so many
+        sequences.
+        """
         flash, step = self.flash, self.schedule.keys
         rows = queries * self.spec.group
         flash.reset(rows)
-        position = self._start(batch, head) + first
         if self.spec.sinks_kept:
             every = constant(True, "bool")
             with self.kernel.when(every if with_sinks is None else with_sinks):
@@ -175,16 +194,16 @@ class _Attend:
         if self.recent is not None:
             coded = self.spec.cache.coded(self.buffers.start.load(batch).to("index") + self.s)
             self.recent.attend(batch, head, begin.max(coded), high, rows,
-                               lambda query: self._visible(position + query), adjust)
+                               lambda query: self._visible(self._stand(batch, head, first, query)), adjust)
             high = high.min(coded)
 
         def seen(query: Val) -> Visible:
-            found = self._visible(position + query)
+            found = self._visible(self._stand(batch, head, first, query))
             return found if self.recent is None else Visible(found.low, found.high.min(high))
 
         with self.kernel.loop(begin, high, step) as blocks:
             key = blocks.index
-            flash.block(self._source(batch, head, key, high), key, (high - key).min(constant(step)), rows, seen, adjust)
+            flash.block(self._source(batch, head, key, end), key, (high - key).min(constant(step)), rows, seen, adjust)
 
     def _sinks(self, batch: Val, head: Val, first: Val, queries: Val) -> None:
         """The queries that meet the sinks, over these; positions and slots are the same there."""
@@ -200,11 +219,20 @@ class _Attend:
     def _load_queries(self, batch: Val, head: Val, first: Val, queries: Val,
                       source: Callable[[Val, Val, Val], Row]) -> None:
         for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: self.flash.load_query(
-            row, source(batch, first + query, head * self.spec.group + member)))
+            row, source(*self._token(batch, first, query), head * self.spec.group + member)))
         if self.recent is not None:
             recent = self.recent.flash
             for_rows(self.kernel, queries, self.spec.group, lambda query, member, row: recent.load_query(
                 row, source(batch, first + query, head * self.spec.group + member)))
+
+    def _token(self, batch: Val, first: Val, query: Val) -> tuple[Val, Val]:
+        """The sequence and the token there of a task's query."""
+        return (batch + query, constant(0)) if self.spec.s == 1 else (batch, first + query)
+
+    def _stand(self, batch: Val, head: Val, first: Val, query: Val) -> Val:
+        """Where a task's query stands, as `_start` counts."""
+        sequence, token = self._token(batch, first, query)
+        return self._start(sequence, head) + token
 
     def _source(self, batch: Val, head: Val, key: Val, high: Val, sinks: bool = False) -> Any:
         """Where the block of keys from ``key`` on lies, perhaps of a ring's sinks; there is nothing from ``high`` on."""
@@ -263,7 +291,8 @@ class _Attend:
 
         def adjust(score: Val, row: Val, key: Val, lanes: int) -> Val:
             at = self._position(batch, head, key)
-            place = {"b": batch, "h": head * spec.group + row % spec.group, "s": first + row // spec.group, "t": at}
+            sequence, token = self._token(batch, first, row // spec.group)
+            place = {"b": sequence, "h": head * spec.group + row % spec.group, "s": token, "t": at}
             size = {"b": self.b, "h": constant(spec.heads), "s": self.s, "t": constant(spec.cache.length)}
             return score + load_broadcast(self.kernel, bias, spec.bias, place, size, lanes).to("f32")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
-from tilewright.codegen.cache import CacheLayout
+from tilewright.codegen.cache import CacheLayout, round_up
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.kv_codes import ONE_DIGIT, Digits
@@ -12,10 +12,10 @@ from tilewright.codegen.mlir.kv_parts import part_size
 from tilewright.codegen.mlir.rows import Rope
 from tilewright.codegen.mlir.value import Val
 from tilewright.codegen.schedule import AttentionSchedule
-from tilewright.ir import Ring
+from tilewright.ir import Paged, Ring
 
-FEW_KEYS = 256
-"""Parts of a head's keys are no shorter, if there are so many."""
+PIECE = 512
+"""In decoding the keys of a head are attended to in pieces that begin at multiples of this, each for itself."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,46 @@ class AttendSpec:
         """Queries of one task."""
         return max(schedule.rows // self.group, 1)
 
+    def keys(self, schedule: AttentionSchedule) -> int:
+        """Keys of a block."""
+        return max(schedule.keys, self.cache.run) if isinstance(self.cache, CodeLayout) else schedule.keys
+
+    def piece(self, schedule: AttentionSchedule) -> int:
+        """Keys of a piece, whole blocks."""
+        return round_up(PIECE, self.keys(schedule))
+
+    def pieces(self, schedule: AttentionSchedule) -> int:
+        """The most pieces that what a query sees of one head lies in; 1 when they are not told apart."""
+        if self.s != 1:
+            return 1
+        size, layout = self.piece(schedule), self.cache.layout
+        if isinstance(layout, Ring):
+            return -(-(layout.window + self.keys(schedule)) // size) + 1
+        most = min(self.cache.most, self.chosen * self.cache.run) if self.chosen else self.cache.most
+        return -(-most // size)
+
+    def together(self, schedule: AttentionSchedule) -> int:
+        """Sequences that may go through a piece in one task, where they have the same pages there."""
+        whole = not self.chosen and self.window <= 0 and self.chunk <= 0
+        floats = isinstance(self.cache, CacheLayout) and isinstance(self.cache.layout, Paged)
+        return self.queries(schedule) if whole and floats and self.pieces(schedule) > 1 else 1
+
     def tasks(self, schedule: AttentionSchedule, b: Any, s: Any) -> Any:
         """Number of tasks: an int, or an expression when ``b`` or ``s`` is symbolic."""
         return b * self.cache.heads * (self.parts(schedule) if self.s == 1 else -(-s // self.queries(schedule)))
 
     def parts(self, schedule: AttentionSchedule) -> int:
-        """Parts of the keys of one head, at most."""
-        most = min(self.cache.most, self.chosen * self.cache.run) if self.chosen else self.cache.most
-        return min(schedule.parts, -(-most // FEW_KEYS)) if self.s == 1 else 1
+        """Tasks that the pieces of one head are dealt out to."""
+        return min(schedule.parts, self.pieces(schedule))
 
     def last(self, schedule: AttentionSchedule, b: Any) -> Any:
-        """Number of tasks that put parts together."""
-        return b * self.cache.heads if self.parts(schedule) > 1 else 0
+        """Number of tasks that put pieces together."""
+        return b * self.cache.heads if self.pieces(schedule) > 1 else 0
 
     def scratch(self, schedule: AttentionSchedule, b: Any) -> tuple[Any, ...]:
-        """Bytes of the parts."""
-        size = 4 * self.parts(schedule) * self.heads * part_size(self.cache.vdim)
-        return (b * size,) if self.parts(schedule) > 1 else ()
+        """Bytes of what is kept of the pieces."""
+        size = 4 * self.pieces(schedule) * self.heads * part_size(self.cache.vdim)
+        return (b * size,) if self.pieces(schedule) > 1 else ()
 
 
 @dataclass(frozen=True)
