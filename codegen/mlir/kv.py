@@ -108,16 +108,16 @@ class _Attend:
                 row, batch, first + query, head * self.spec.group + member))
 
     def _emit_pieces(self) -> None:
-        """One query: a task has some of the pieces of a head's keys, perhaps for several sequences. Neighbours are next to
-        each other in memory, or else have the same pages."""
+        """One query: a task has some of the pieces of a head's keys. Neighbours are next to each other in memory; where one
+        may work for other sequences too, those that do so are spread among all tasks."""
         kernel, heads, parts = self.kernel, self.spec.cache.heads, self.spec.parts(self.schedule)
         work = self.b * (heads * parts)
         with kernel.loop(kernel.begin, kernel.end.min(work)) as tasks:
             if self.sharing is None:
-                batch, rest = tasks.index // (heads * parts), tasks.index % (heads * parts)
+                lane, part = tasks.index // parts, tasks.index % parts
             else:
-                batch, rest = tasks.index % self.b, tasks.index // self.b
-            head, part = rest // parts, rest % parts
+                lane, part = tasks.index % (self.b * heads), tasks.index // (self.b * heads)
+            batch, head = lane // heads, lane % heads
             begin, high = self._range(batch, head, constant(0), constant(1))
             first, count = self._pieces_of(begin, high)
             with kernel.loop(first + count * part // parts, first + count * (part + 1) // parts) as pieces:
