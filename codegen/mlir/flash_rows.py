@@ -90,7 +90,7 @@ class SoftRows:
         if shared is not None:
             self.top, self.weight, self.sums = shared.top, shared.weight, shared.sums
             return
-        self.top = kernel.scratch(self.rows, "f32")
+        self.top = kernel.scratch(round_up(self.rows, self.lanes), "f32")
         self.weight = kernel.scratch(self.rows * self.lanes, "f32")
         self.sums = kernel.scratch(self.rows * self.out_size, "f32")
 

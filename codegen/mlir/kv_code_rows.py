@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilewright.codegen.cache import round_up
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
+from tilewright.codegen.mlir.flash_rows import LOG2E, LOWEST, Adjust, Shape, SoftRows, Visible
+from tilewright.codegen.mlir.math import exp2_in_bits, exp2_of_negative
 from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import Val, constant
-from tilewright.codegen.schedule import AttentionSchedule
+from tilewright.codegen.schedule import AttentionSchedule, registers
 
 _DIGIT = 256
+_FULL = 254.5  # what the largest digit is made of: rough powers are up to 1.8e-3 too large
 _LEAST = 1e-30  # of a scale: that of a row of zeros
+_LOWEST_POWER = -125.0
+_INTEGERS = 2.0**23  # in f32 no fractions are left from here on
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,11 @@ class FloatView:
 
 
 class CodeRows(SoftRows):
-    """The rows of one task: queries as digits, products of a block, digits of p."""
+    """The rows of one task: queries as digits, products of a block, digits of p.
+
+    A block has a reference for each row, the logarithm under which the largest p fills its digits, and a row has one for
+    what it keeps, the largest so far.
+    """
 
     def __init__(self, kernel: Kernel, shape: Shape, schedule: AttentionSchedule, cache: CodeLayout,
                  digits: Digits) -> None:
@@ -56,10 +66,11 @@ class CodeRows(SoftRows):
         self.dots = kernel.scratch(self.rows * digits.q * self.keys, "i32")
         self.scores = FloatView(self.dots)  # in the place of the highest digit's
         self.p = kernel.scratch(self.rows * digits.p * self.keys, "u8")
-        self.p_scale = kernel.scratch(self.rows, "f32")
-        self.most, self.zeros = (kernel.scratch(self.rows * lanes, "f32") for _ in range(2))
+        self.reference, self.keep, self.share = (kernel.scratch(round_up(self.rows, lanes), "f32") for _ in range(3))
+        self.zeros = kernel.scratch(self.rows, "f32")
         self.products = kernel.scratch(self.rows * digits.p * self.out_size, "i32")
         self.scales = {name: kernel.scratch(self.keys, "f32") for name in self._scale_names()}
+        self.v_logs = kernel.scratch(self.keys, "f32")
 
     def _scale_names(self) -> Sequence[str]:
         zeros = [name for name, held in (("k zero", self.key_zeros), ("v zero", self.cache.has_zeros)) if held]
@@ -68,13 +79,15 @@ class CodeRows(SoftRows):
     def reset(self, rows: Val) -> None:
         """Forget everything: no key has been seen."""
         super().reset(rows)
-        self._clear(self.products, constant(self.digits.p * self.rows * self.out_size))
-        for memory in self.scales.values():  # those of keys that no block reached are multiplied by zero
-            self._clear(memory, constant(self.keys))
+        for memory in (*self.scales.values(), self.v_logs):  # those of keys that no block reached are multiplied by zero
+            with self.kernel.loop(0, self.keys, self.lanes) as loop:
+                memory.store(constant(0.0, "f32", self.lanes), loop.index)
 
-    def _clear(self, memory: Buffer, count: Val) -> None:
-        with self.kernel.loop(0, count, self.lanes) as loop:
-            memory.store(constant(0, memory.dtype, self.lanes), loop.index)
+    def store_scales(self, name: str, scales: Val, place: Val) -> None:
+        """Take one vector of scales or zeros of a block."""
+        self.scales[name].store(scales, place)
+        if name == "v":
+            self.v_logs.store(_log2_above(scales.max(_LEAST)), place)
 
     def load_query(self, row: Val, source: Row) -> None:
         """Take the query of ``row``: its digits, their scale and sums."""
@@ -110,103 +123,117 @@ class CodeRows(SoftRows):
         """Whether a score is a product and a scale."""
         return not self.shape.softcap and adjust is None and self.shape.scale > 0
 
-    def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
-        """One row of products becomes scores, and the row's top and sums follow."""
+    # --- scores -------------------------------------------------------------------------------------------------------
+
+    def _scores(self, rows: Val, keys: Val, plain: bool) -> None:
+        """Products become scores in f32, final ones if ``plain``, and the largest p of each row is known."""
+        if not self.exact:
+            with self.kernel.loop(0, rows) as loop:
+                self._scores_of(1, loop.index, keys, plain)
+            return
+        most = registers(self.kernel.target) // 8
+        for first in range(0, self.rows, most):
+            self._scores_of(min(most, self.rows - first), constant(first), keys, plain)
+
+    def _scores_of(self, height: int, first: Val, keys: Val, plain: bool) -> None:
+        """So many rows, which share what is loaded of the keys."""
+        rows, lanes, count = [first + r for r in range(height)], self.lanes, max(4 // height, 1)
+        facts = [self._facts(row, plain) for row in rows]
+        with self.kernel.loop(0, keys, count * lanes, [constant(LOWEST, "f32", lanes)] * height) as loop:
+            tops = loop.values
+            for start in (loop.index + i * lanes for i in range(count)):
+                k, log = self.scales["k"].load(start, lanes), self.v_logs.load(start, lanes)
+                zero = self.scales["k zero"].load(start, lanes) if self.key_zeros else None
+                for r, (row, (factor, total, excess)) in enumerate(zip(rows, facts)):
+                    dot = self._dot(row, start, excess)
+                    score = (dot * k if zero is None else dot.fma(k, zero * total)) * factor
+                    self.scores.store(score, row * self.keys + start)
+                    tops[r] = tops[r].max(score + log)
+            loop.next(*tops)
+        for row, top in zip(rows, loop.results):
+            self.reference.store(top.reduce("max"), row)
+
+    def _facts(self, row: Val, plain: bool) -> tuple[Val, Val, list[Val]]:
+        """The factor of a row's scores, the sum of its query, and what to take from the products of each digit."""
+        factor = self.factor.load(row) * (self.shape.scale * LOG2E if plain else 1.0)
+        excess = [self.excess.load(row + i * self.rows).splat(self.lanes) for i in range(self.digits.q)]
+        return factor.splat(self.lanes), self.total.load(row).splat(self.lanes), excess
+
+    def _dot(self, row: Val, start: Val, excess: Sequence[Val]) -> Val:
+        places = [(row + i * self.rows) * self.keys + start for i in range(self.digits.q)]
+        dots = [self.dots.load(place, self.lanes) for place in places]
+        high, *low = ((dot - x if self.bias else dot).to("f32") for dot, x in zip(dots, excess))
+        return high.fma(float(_DIGIT), low[0]) if low else high
+
+    def _mask(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
+        """Scores of a row become final, and those of keys that it does not see the least of all."""
         plain = self._plain(adjust)
-        top = self._scores(row, keys, plain)
         partly = seen.high < key + keys
         if seen.low is not None:
             partly = partly | (seen.low > key)
-
-        def adjusted() -> list[Val]:
+        with self.kernel.when(partly if plain else constant(True, "bool")):
             self._adjust(row, key, keys, seen, adjust, plain)
-            return [self._top(row, keys)]
+            with self._vectors(keys, constant(LOWEST, "f32", self.lanes)) as (loop, starts):
+                (top,) = loop.values
+                for start in starts:
+                    score = self.scores.load(row * self.keys + start, self.lanes)
+                    top = top.max(score + self.v_logs.load(start, self.lanes))
+                loop.next(top)
+            self.reference.store(loop.results[0].reduce("max"), row)
 
-        (top,) = self.kernel.branch(partly, adjusted, lambda: [top]) if plain else adjusted()
-        top = top.reduce("max")
-        old = self.top.load(row)
-        new = old.max(top * self._factor(row, plain))
-        with self.kernel.when(new > old):
-            self._rescale(row, old, new)
+    # --- weights ------------------------------------------------------------------------------------------------------
 
-    def _scores(self, row: Val, keys: Val, plain: bool) -> Val:
-        """Products as scores in f32, the largest of every lane; but for the factor of the row if ``plain``."""
-        excess = [self.excess.load(row + i * self.rows).splat(self.lanes) for i in range(self.digits.q)]
-        total, factor = self.total.load(row), self.factor.load(row)
-        with self._vectors(keys, constant(float("-inf"), "f32", self.lanes)) as (loop, starts):
-            (top,) = loop.values
-            for start in starts:
-                dots = [self._dots(row + i * self.rows, start, x) for i, x in enumerate(excess)]
-                dot = dots[0] if len(dots) == 1 else dots[0].fma(float(_DIGIT), dots[1])
-                score = dot * self.scales["k"].load(start, self.lanes)
-                if self.key_zeros:
-                    zero = self.scales["k zero"].load(start, self.lanes) * total
-                    score = dot.fma(self.scales["k"].load(start, self.lanes), zero)
-                score = score if plain else score * factor
-                self.scores.store(score, row * self.keys + start)
-                top = top.max(score)
-            loop.next(top)
-        return loop.results[0]
+    def _settle(self, rows: Val) -> None:
+        """References of the block, those of the rows after it, and what is to be multiplied with which."""
+        lanes, top_digit = self.lanes, math.log2(_FULL * _DIGIT ** (self.digits.p - 1))
+        with self.kernel.loop(0, rows, lanes) as loop:
+            block, old = self.reference.load(loop.index, lanes) - top_digit, self.top.load(loop.index, lanes)
+            new = old.max(block)
+            self.reference.store(block, loop.index)
+            self.top.store(new, loop.index)
+            self.keep.store(exp2_of_negative(old - new), loop.index)
+            self.share.store(exp2_of_negative(block - new), loop.index)
 
-    def _dots(self, row: Val, start: Val, excess: Val) -> Val:
-        dots = self.dots.load(row * self.keys + start, self.lanes)
-        return (dots - excess if self.bias else dots).to("f32")
-
-    def _factor(self, row: Val, plain: bool) -> Val:
-        """What makes scores as they are kept those in runs of log 2."""
-        return self.factor.load(row) * (self.shape.scale * LOG2E) if plain else constant(1.0, "f32")
-
-    def _top(self, row: Val, keys: Val) -> Val:
-        with self._vectors(keys, constant(float("-inf"), "f32", self.lanes)) as (loop, starts):
-            (top,) = loop.values
-            for start in starts:
-                top = top.max(self.scores.load(row * self.keys + start, self.lanes))
-            loop.next(top)
-        return loop.results[0]
-
-    def _weigh(self, row: Val, keys: Val, plain: bool) -> None:
-        """Scores become weights times the scales of values."""
+    def _weigh(self, row: Val, keys: Val) -> None:
+        """Scores become weights, and these times the scales of values digits."""
         lanes, none = self.lanes, constant(0.0, "f32", self.lanes)
-        factor, top = self._factor(row, plain).splat(lanes), self.top.load(row).splat(lanes)
-        with self._vectors(keys, self.weight.load(row * lanes, lanes), none, none) as (loop, starts):
-            total, most, zeros = loop.values
+        reference = self.reference.load(row).splat(lanes)
+        with self._vectors(keys, none, none) as (loop, starts):
+            total, zeros = loop.values
             for start in starts:
-                score = self.scores.load(row * self.keys + start, lanes)
-                p = power_of_two(score.fma(factor, -top), rough=self.digits.p == 1)
-                total = total + p
+                score = self.scores.load(row * self.keys + start, lanes) - reference
+                weight = exp2_in_bits(score.max(_LOWEST_POWER), rough=self.digits.p == 1)
+                total = total + weight
                 if self.cache.has_zeros:
-                    zeros = p.fma(self.scales["v zero"].load(start, lanes), zeros)
-                p = p * self.scales["v"].load(start, lanes)
-                most = most.max(p)
-                self.scores.store(p, row * self.keys + start)
-            loop.next(total, most, zeros)
-        for memory, value in zip((self.weight, self.most, self.zeros), loop.results):
-            memory.store(value, row * lanes)
-
-    def _digits(self, row: Val, keys: Val) -> None:
-        """Weights become digits, under a scale that the largest fills."""
-        most = self.most.load(row * self.lanes, self.lanes).reduce("max").max(_LEAST)
-        scale = most * (1 / (255.0 * _DIGIT ** (self.digits.p - 1)))
-        self.p_scale.store(scale, row)
-        factor = (1.0 / scale).splat(self.lanes)
-        with self._vectors(keys) as (_, starts):
-            for start in starts:
-                number = self.scores.load(row * self.keys + start, self.lanes).fma(factor, 0.5).to("i32")
-                digits = [number] if self.digits.p == 1 else [number >> 8, number & (_DIGIT - 1)]
+                    zeros = weight.fma(self.scales["v zero"].load(start, lanes), zeros)
+                # The sum's lowest bits are the nearest integer.
+                number = weight.fma(self.scales["v"].load(start, lanes), _INTEGERS).bitcast("i32")
+                digits = [number] if self.digits.p == 1 else [number >> 8, number]
                 for i, digit in enumerate(digits):
                     self.p.store(digit.to("u8"), (row + i * self.rows) * self.keys + start)
+            loop.next(total, zeros)
+        total, zeros = loop.results
+        kept = self.weight.load(row * lanes, lanes) * self.keep.load(row)
+        self.weight.store(total.fma(self.share.load(row), kept), row * lanes)
+        if self.cache.has_zeros:
+            self.zeros.store(zeros.reduce("sum"), row)
+
+    def _clear_products(self) -> None:
+        with self.kernel.loop(0, self.digits.p * self.rows * self.out_size, self.lanes) as loop:
+            self.products.store(constant(0, "i32", self.lanes), loop.index)
 
     def _flush(self, row: Val) -> None:
         """The block's products join the row's sums."""
-        scale, none = self.p_scale.load(row), constant(0, "i32", self.lanes)
-        zero = self.zeros.load(row * self.lanes, self.lanes).reduce("sum").splat(self.lanes)
+        keep, share, zero = (memory.load(row).splat(self.lanes) for memory in (self.keep, self.share, self.zeros))
         for start in range(0, self.out_size, self.lanes):
             places = [(row + i * self.rows) * self.out_size + start for i in range(self.digits.p)]
             high, *low = (self.products.load(place, self.lanes).to("f32") for place in places)
-            for digit in low:
-                high = high.fma(float(_DIGIT), digit)
-            for place in places:
-                self.products.store(none, place)
+            high = high.fma(float(_DIGIT), low[0]) if low else high
+            high = high + zero if self.cache.has_zeros else high
             place = row * self.out_size + start
-            sums = self.sums.load(place, self.lanes)
-            self.sums.store(high.fma(scale, sums + zero if self.cache.has_zeros else sums), place)
+            self.sums.store(high.fma(share, self.sums.load(place, self.lanes) * keep), place)
+
+
+def _log2_above(x: Val) -> Val:
+    """The logarithm of positive numbers, or up to 0.0861 more: that of the fraction is taken for a straight line."""
+    return x.bitcast("i32").to("f32").fma(2.0**-23, 0.0861 - 127)

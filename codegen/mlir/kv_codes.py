@@ -48,6 +48,7 @@ class CodeFlash(CodeRows):
         self.value_panels = value_panels(self.out_size, cache.panel)
         self.k_lines, self.v_lines = -(-cache.k_run // LINE), -(-cache.v_run // LINE)
         self.k_early, self.v_late = self.k_lines * 2 // 3, self.v_lines // 3
+        self.one_run = self.keys <= cache.run  # in a block: then products start from zero by themselves
         self._build_micro_kernels(schedule.prefetch)
 
     # --- micro-kernels ------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ class CodeFlash(CodeRows):
             self.score_kernels[height] = self._micro_kernel("scores", self.key_feed, tile, (self.q, k, self.dots))
         for height in sorted(set(self.p_heights)):
             for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
-                tile = self._tile(height, width, (self.keys, self.out_size), prefetch)
+                tile = self._tile(height, width, (self.keys, self.out_size), prefetch, fresh=self.one_run)
                 feed = ValueFeed(cache.dtype, panel, self.lanes, cache.run, vnni)
                 made = self._micro_kernel("values", feed, tile, (self.p, v, self.products))
                 self.value_kernels[height, panel, width] = made
@@ -104,17 +105,18 @@ class CodeFlash(CodeRows):
             self._score(loop.index * run, k, runs(loop.index + number)[0], rows)
         step = 4 * self.lanes
         keys = (count + (step - 1)) // step * step
-        # Row after row in each of these loops: what a row waits for, others hide.
+        self._scores(rows, keys, self._plain(adjust))
         with self.kernel.loop(0, rows // self.shape.group) as queries:
             seen = visible(queries.index)
             with self.kernel.loop(0, self.shape.group) as heads:
-                self._soften(queries.index * self.shape.group + heads.index, key, keys, seen, adjust)
+                self._mask(queries.index * self.shape.group + heads.index, key, keys, seen, adjust)
+        self._settle(rows)
         with self.kernel.loop(0, rows) as loop:
             if self.exact:
                 self._fetch_share(loop.index, runs, number)
-            self._weigh(loop.index, keys, self._plain(adjust))
-        with self.kernel.loop(0, rows) as loop:
-            self._digits(loop.index, keys)
+            self._weigh(loop.index, keys)
+        if not self.one_run:
+            self._clear_products()
         with self.kernel.loop(0, number) as loop:
             first = loop.index * run
             places = runs(loop.index)[1], runs(loop.index + number)[1]
@@ -141,14 +143,14 @@ class CodeFlash(CodeRows):
     def _load_scales(self, first: Val, k: Val, v: Val) -> None:
         """The scales and zeros of a run as f32."""
         cache = self.cache
-        for name, memory in self.scales.items():
+        for name in self.scales:
             if name == "k" and self.channels:
                 continue
             codes, place = (cache.k_codes, k) if name[0] == "k" else (cache.v_codes, v)
             place = place + (codes + cache.run * cache.scale_size * name.endswith("zero"))
             for start in range(0, cache.run, self.lanes):
                 raw = self.memory[name[0] == "v"].load(place + start * cache.scale_size, self.lanes * cache.scale_size)
-                memory.store(raw.bitcast(cache.scales).to("f32"), first + start)
+                self.store_scales(name, raw.bitcast(cache.scales).to("f32"), first + start)
 
     def _score(self, first: Val, place: Val, following: Val, rows: Val) -> None:
         cache, feed = self.cache, self.key_feed

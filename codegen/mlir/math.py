@@ -48,6 +48,17 @@ def exp2_of_negative(x: Val) -> Val:
     return _scale(polynomial(clamped - n, _EXP2), n)
 
 
+_EXP2_ROUGH = (0.23842570185661316, 0.7034428119659424, 1.0004429817199707)
+_WHOLE = 1.5 * 2.0**23  # f32 numbers around it are the integers
+
+
+def exp2_in_bits(x: Val, rough: bool) -> Val:
+    """2**x for -125 <= x <= 127, within 1.5e-7, or 1.8e-3 when ``rough``, by instructions that every pipe is quick at."""
+    shifted = x + _WHOLE
+    value = polynomial(x - (shifted - _WHOLE), _EXP2_ROUGH if rough else _EXP2)
+    return (value.bitcast("i32") + (shifted.bitcast("i32") << 23)).bitcast("f32")
+
+
 def _scale(p: Val, n: Val) -> Val:
     """p * 2**n for p near 1 and n <= 128; n >= -152 where there is an instruction, elsewhere n >= -126, which gives 0."""
     if _is_wide(p):
