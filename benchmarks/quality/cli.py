@@ -1,4 +1,4 @@
-"""Formats and methods of quantization on the evaluation model and on MiniLM, and sparsity: row by row, resumable."""
+"""Formats and methods of quantization on the evaluation model and on MiniLM, sparsity, KV caches: row by row, resumable."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from benchmarks.peers.environment import commit
 from benchmarks.peers.workplace import ROOT, default_cache
-from benchmarks.quality import sparsity
+from benchmarks.quality import kv, sparsity
 from benchmarks.quality import table as formats
+from benchmarks.quality.caches import CacheRow
+from benchmarks.quality.caching import Caches, CacheSettings
 from benchmarks.quality.rows import ENCODER, ROWS, Row
-from benchmarks.quality.running import Count, Encoder, LanguageModel, Measure, Settings
+from benchmarks.quality.running import Count, Encoder, Figures, LanguageModel, Settings
 from benchmarks.quality.sentences import sentences
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -35,22 +37,34 @@ class Kind(StrEnum):
 
     formats = "formats"
     sparsity = "sparsity"
+    kv = "kv"
+
+
+AnyRow = TypeVar("AnyRow", Row, Row | CacheRow)
+Measure = Callable[[Any], Figures]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of the evaluation model, their page, and how bytes are counted; ``encoder`` are rows of MiniLM."""
+    """Rows of the evaluation model, their page, and what measures them; ``encoder`` are rows of MiniLM."""
 
     file: str
-    rows: Sequence[Row]
+    rows: Sequence[Row | CacheRow]
     page: Callable[[Mapping[str, Any]], str]
-    count: Count | None = None
+    start: Callable[[Any], Measure]
+    settings: type[Settings] = Settings
     encoder: Sequence[Row] = ()
 
 
+def of_weights(count: Count | None = None) -> Callable[[Settings], Measure]:
+    """Scores models with other weights, whose bytes are those that ``count`` says."""
+    return lambda settings: LanguageModel(settings, ROWS[0], place(), count).measure
+
+
 TABLES = {
-    Kind.formats: Table("quality.json", ROWS, formats.page, encoder=ENCODER),
-    Kind.sparsity: Table("sparsity.json", sparsity.SPARSE_ROWS, sparsity.page, sparsity.counted),
+    Kind.formats: Table("quality.json", ROWS, formats.page, of_weights(), encoder=ENCODER),
+    Kind.sparsity: Table("sparsity.json", sparsity.SPARSE_ROWS, sparsity.page, of_weights(sparsity.counted)),
+    Kind.kv: Table("kv.json", kv.ROWS, kv.page, lambda settings: Caches(settings, place()).measure, CacheSettings),
 }
 
 
@@ -60,21 +74,21 @@ def run(
     table: Annotated[Kind, typer.Option(help="What is compared.")] = Kind.formats,
     out: Annotated[Path | None, typer.Option(help="The results, if not among those of the project.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows whose name matches; 'minilm' for those of MiniLM.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to score.")] = Settings.tokens,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to score.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure rows anew that are there.")] = False,
 ) -> None:
     """Measure what is missing and write the table."""
     if not (model / "model.safetensors").is_file():
         sys.exit(f"{model}: no model; make it with python examples/train_eval_lm.py")
-    settings, wanted, chosen = Settings(model, tokens), only or ["*", "minilm"], TABLES[table]
+    wanted, chosen = only or ["*", "minilm"], TABLES[table]
+    settings = chosen.settings(model, tokens or chosen.settings.tokens)
     file = out or RESULTS / chosen.file
     results = read(file, settings)
     show = partial(write, file, results, chosen.page)
     rows = missing([r for r in chosen.rows if any(fnmatch(r.name, p) for p in wanted)], results["rows"], again)
     if rows:
         place().mkdir(parents=True, exist_ok=True)
-        lm = LanguageModel(settings, ROWS[0], place(), chosen.count)
-        measure(rows, lm.measure, results["rows"], show)
+        measure(rows, chosen.start(settings), results["rows"], show)
     folder, vectors = minilm(), missing(chosen.encoder, results["encoder"], again)
     if folder is not None and "minilm" in wanted and vectors:
         measure(vectors, encoder(folder).measure, results["encoder"], show)
@@ -91,12 +105,12 @@ def read(path: Path, settings: Settings) -> dict[str, Any]:
     return found if found["settings"] == fresh["settings"] else {**fresh, "encoder": found["encoder"]}
 
 
-def missing(rows: Sequence[Row], known: dict[str, Any], again: bool) -> list[Row]:
+def missing(rows: Sequence[AnyRow], known: dict[str, Any], again: bool) -> list[AnyRow]:
     """Rows that were not measured as they are written now."""
     return [r for r in rows if again or known.get(r.name, {}).get("row") != asdict(r) or "error" in known[r.name]]
 
 
-def measure(rows: Sequence[Row], one: Measure, known: dict[str, Any], show: Callable[[], None]) -> None:
+def measure(rows: Sequence[Row | CacheRow], one: Measure, known: dict[str, Any], show: Callable[[], None]) -> None:
     """Measure rows one after the other; ``show`` writes the results after each."""
     for row in rows:
         try:

@@ -37,13 +37,13 @@ def better(text: str, new: str, old: str) -> Goal:
     return Goal(text, (new, old), lambda r: all(r[new][k] < r[old][k] for k in ("perplexity", "kl_mean")), shows)
 
 
-def within(text: str, name: str, share: float) -> Goal:
-    """The perplexity of ``name`` is at most ``share`` above that of bf16."""
+def within(text: str, name: str, share: float, base: str = BASE) -> Goal:
+    """The perplexity of ``name`` is at most ``share`` above that of ``base``."""
 
     def growth(rows: Rows) -> float:
-        return float(rows[name]["perplexity"] / rows[BASE]["perplexity"] - 1)
+        return float(rows[name]["perplexity"] / rows[base]["perplexity"] - 1)
 
-    return Goal(text, (name, BASE), lambda r: growth(r) <= share, lambda r: f"{growth(r):+.2%}")
+    return Goal(text, (name, base), lambda r: growth(r) <= share, lambda r: f"{growth(r):+.2%}")
 
 
 def cosine(text: str, name: str, least: float) -> Goal:

@@ -167,6 +167,3 @@ class Encoder:
         with closing(run):
             found = cosines(self.vectors(run), self.want)
         return {**about, "sentences": len(found), "cosine_mean": float(found.mean()), "cosine_min": float(found.min())}
-
-
-Measure = Callable[[Row], Figures]

@@ -1,0 +1,86 @@
+"""Rows of the table of KV caches: pipelines between the fusions and the kernels, and how each is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+EVALUATION, SMALL = "evaluation", "small"
+WINDOW = 512
+"""Positions that the models were trained for; most of their texts had half of them."""
+Task = Literal["text", "stream", "recomputed"]
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """``passes`` make the cache, all in f32 arithmetic; ``model`` is the evaluation model or the small one.
+
+    ``text``: windows whose second half is decoded; ``stream``: one text of ``tokens``, decoded from its first token to its
+    last; ``recomputed``: some tokens of the same text, each by a model that sees the last ``window`` alone, at once.
+    """
+
+    name: str
+    passes: str
+    task: Task = "text"
+    model: str = EVALUATION
+    tokens: int = 0
+    window: int = 0
+
+    @property
+    def pipeline(self) -> str:
+        """Up to the cutting of kernels."""
+        return ",".join(filter(None, ["clean,fusions", self.passes, "canonicalize,cse,dce"]))
+
+
+def of_small(row: CacheRow) -> CacheRow:
+    """The same with the small model."""
+    return replace(row, name=f"{SMALL}: {row.name}", model=SMALL)
+
+
+def both(*rows: CacheRow) -> tuple[CacheRow, ...]:
+    """With either model."""
+    return *rows, *map(of_small, rows)
+
+
+def layout(options: str) -> str:
+    """The pass."""
+    return f"kv-layout{{{options}}}"
+
+
+# ---- what slots hold -------------------------------------------------------------------------------------------------
+
+FORMATS = both(
+    CacheRow("f32", layout("dtype=f32")),
+    CacheRow("bf16", layout("dtype=bf16")),
+    CacheRow("bf16, pages", layout("dtype=bf16 kind=paged")),
+    CacheRow("i8", layout("dtype=i8")),
+    CacheRow("i4", layout("dtype=i4")),
+    CacheRow("i4, recent 64", layout("dtype=i4 recent=64 full=bf16")),
+    CacheRow("i4, keys by channel", layout("dtype=i4 keys=channel full=bf16")),
+    CacheRow("i2", layout("dtype=i2")),
+    CacheRow("i2, recent 128", layout("dtype=i2 recent=128 full=bf16")),
+    CacheRow("i2, keys by channel, recent 32", layout("dtype=i2 keys=channel recent=32 full=bf16")),
+    CacheRow("i2, keys by channel, recent 128", layout("dtype=i2 keys=channel recent=128 full=bf16")),
+)
+
+# ---- past the trained length -----------------------------------------------------------------------------------------
+
+LONG, SEEN = 20_000, 256
+
+
+def ring(window: int, sinks: int) -> str:
+    """A cache of ``window`` tokens in all."""
+    return layout(f"dtype=bf16 kind=ring window={window - sinks} chunk=64" + (f" sinks={sinks}" if sinks else ""))
+
+
+STREAMS = both(
+    CacheRow("4 sinks + window 252", ring(SEEN, 4), "stream", tokens=LONG),
+    CacheRow("window 256", ring(SEEN, 0), "stream", tokens=LONG),
+    CacheRow("window 256, recomputed", "", "recomputed", tokens=LONG, window=SEEN),
+    CacheRow("4 sinks + window 60", ring(64, 4), "stream", tokens=LONG),
+    CacheRow("window 64", ring(64, 0), "stream", tokens=LONG),
+    CacheRow("window 64, recomputed", "", "recomputed", tokens=LONG, window=64),
+    CacheRow("all tokens", ring(LONG, 0), "stream", tokens=4_000),
+)
+
+CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *STREAMS)

@@ -1,0 +1,169 @@
+"""One row of the table of KV caches: compiled, fed with a held-out text, and scored by what it says of each next token."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tilewright
+from benchmarks.quality.caches import EVALUATION, WINDOW, CacheRow
+from benchmarks.quality.passkey import KEYS, LENGTH, questions
+from benchmarks.quality.passkey import found as keys_found
+from benchmarks.quality.rows import Row
+from benchmarks.quality.running import Reference, Settings, prepared
+from tilewright.evaluation import figures, scores
+from tilewright.runtime import Session, Tokenizer
+from tilewright.runtime.feeding import Feeder
+from tilewright.runtime.following import follow
+from tilewright.runtime.places import Places
+from tilewright.texts import token_ids, windows
+
+Array = np.ndarray[Any, Any]
+Figures = dict[str, Any]
+SMALL_LM = Path(__file__).parents[2] / "tests" / "models" / "small-lm"
+ROWS_AT_A_TIME = KEYS
+STRETCH, EVERY = 64, 4
+"""A long text is fed in stretches, and every fourth one token by token."""
+SAMPLE, HALF = 16, 10_000
+"""Of what is fed so, every sixteenth token is compared with recomputation, before and after the middle of the text."""
+
+
+@dataclass(frozen=True)
+class CacheSettings(Settings):
+    """The held-out text is that of the evaluation model; the small one was not trained on it either."""
+
+    tokens: int = 8192
+    window: int = WINDOW
+    stride: int = WINDOW // 2
+    small: Path = SMALL_LM
+
+    def json(self) -> Figures:
+        small = hashlib.sha256((self.small / "model.safetensors").read_bytes()).hexdigest()[:16]
+        return {"weights": self.digest, "small": small, "tokens": self.tokens, "window": self.window,
+                "stride": self.stride, "keys": KEYS, "key_text": LENGTH}  # fmt: skip
+
+
+class Caches:
+    """Scores rows. ``cache``: the folder for the logits of the references."""
+
+    def __init__(self, settings: CacheSettings, cache: Path) -> None:
+        self.settings, self.cache = settings, cache
+        self.ids = token_ids(settings.model / "validation.txt", settings.model)
+        self.rows = windows(self.ids, settings.window, settings.stride, settings.tokens)
+        self.questions = list(questions(Tokenizer(settings.small), self.ids, int(self.ids.max()) + 1))
+        self.references: dict[str, Reference] = {}
+
+    def folder(self, row: CacheRow) -> Path:
+        return self.settings.model if row.model == EVALUATION else self.settings.small
+
+    def reference(self, row: CacheRow) -> Array:
+        """What the model without a cache says, in f32."""
+        if row.model not in self.references:
+            how = self.settings
+            plain = Settings(self.folder(row), how.tokens, how.window, how.stride, 0)
+            self.references[row.model] = Reference(plain, Row("f32"), self.cache, self.rows)
+        return self.references[row.model].logits
+
+    def measure(self, row: CacheRow) -> Figures:
+        """The figures of a row."""
+        return {"text": self.text, "stream": self.stream, "recomputed": self.recomputed}[row.task](row)
+
+    def compiled(self, row: CacheRow) -> tilewright.Compiled:
+        return tilewright.compile(self.folder(row), passes=f"{row.pipeline},kernels", max_length=WINDOW, dtype="f32")
+
+    def text(self, row: CacheRow) -> Figures:
+        """Windows side by side; the first half is fed in chunks, the second token by token."""
+        want, first, begun = self.reference(row), self.settings.window - self.settings.stride, time.perf_counter()
+        done = self.compiled(row)
+        made, parts = time.perf_counter(), []
+        with done.program.session(1, ROWS_AT_A_TIME) as session:
+            for at in range(0, len(self.rows), session.batch):
+                batch = self.rows[at : at + session.batch]
+                steps = zip(follow(session, batch, first), range(first, batch.shape[1]))
+                parts += [scores(said, want[at : at + len(batch), i - first], batch[:, i]) for said, i in steps]
+            retrieval = keys_found(session, self.questions)
+        found = figures(row.name, "f32", parts, self.settings.window, self.settings.stride)
+        return {
+            "bytes": done.program.cache_bytes(self.settings.window), "tokens": found.tokens,
+            "perplexity": found.perplexity, "kl_mean": found.kl_mean, "kl_p99": found.kl_p99, "top1": found.top1,
+            **retrieval, "seconds": seconds(begun, made),
+        }  # fmt: skip
+
+    def stream(self, row: CacheRow) -> Figures:
+        """One text; most of it is fed in chunks, and stretches token by token, each of which is scored."""
+        begun = time.perf_counter()
+        done = self.compiled(row)
+        made, found = time.perf_counter(), np.full(row.tokens, np.nan)
+        with done.program.session(1) as session:
+            held = []
+            for at, said in along(session, self.ids[: row.tokens]):
+                found[at] = loss(said, self.ids[at + 1])
+                held.append(session.memory["states"])
+        return {"bytes": [held[0], held[-1]], **streamed(found), "seconds": seconds(begun, made)}
+
+    def recomputed(self, row: CacheRow) -> Figures:
+        """The sampled tokens alone, each from the window before it as if there were nothing else."""
+        begun = time.perf_counter()
+        run, _ = prepared(Row("f32"), self.folder(row), None)
+        made, found = time.perf_counter(), np.full(row.tokens, np.nan)
+        for at in chunks(sampled(row.tokens), ROWS_AT_A_TIME):
+            texts = np.stack([self.ids[i + 1 - row.window : i + 2] for i in at])
+            said = run.logits(texts, row.window)
+            found[at] = [loss(logits, token) for logits, token in zip(said[:, 0], texts[:, -1])]
+        run.close()
+        return {**streamed(found), "seconds": seconds(begun, made)}
+
+
+def along(session: Session, text: Array) -> Iterator[tuple[int, Array]]:
+    """Logits [V] after the tokens of ``text`` at ``i``, for all ``i`` of the stretches."""
+    feeder, places = Feeder(session, STRETCH), Places(session, share=False)
+    with session.lease():
+        place = places.open(text.astype(np.int64), places.take_row())
+        while place.fed < len(text):
+            at, single = place.fed, place.fed // STRETCH % EVERY == EVERY - 1
+            count = 1 if single else min(STRETCH - at % STRETCH, len(text) - at, feeder.chunk)
+            [said] = feeder.run("decode" if single else "prefill", [place], [count], places.rows)
+            places.advance(place, count)
+            if single:
+                yield at, said
+        places.close(place)
+
+
+def seconds(begun: float, made: float) -> list[float]:
+    """What compiling and what running took."""
+    return [round(made - begun, 1), round(time.perf_counter() - made, 1)]
+
+
+def loss(logits: Array, token: int) -> float:
+    """Of ``token``, in nats, by logits [V]."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(np.log(np.exp(shifted).sum()) - shifted[token])
+
+
+def sampled(tokens: int) -> Array:
+    """Which losses of a long text, i64 [n], are compared with recomputation."""
+    every = np.arange(WINDOW, tokens)
+    return every[(every // STRETCH % EVERY == EVERY - 1) & (every % SAMPLE == 0)]
+
+
+def chunks(items: Array, size: int) -> Iterator[Array]:
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def streamed(losses: Array) -> Figures:
+    """Means of losses [tokens] in nats, NaN where there are none: all, each thousand, and the sampled of either half."""
+    chosen = sampled(len(losses))
+    halves = chosen[chosen < HALF], chosen[chosen >= HALF]
+    mean = float(np.nanmean(losses))
+    return {
+        "tokens": len(losses), "nll": round(mean, 5), "perplexity": math.exp(mean),
+        "thousands": [round(float(np.nanmean(part)), 4) for part in chunks(losses, 1000)],
+        "sampled": [round(float(losses[half].mean()), 5) if len(half) else None for half in halves],
+    }  # fmt: skip

@@ -1,0 +1,170 @@
+"""What is compared of KV caches: rows in sections, each with a table of its own and what it is to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.caches import CACHE_ROWS, FORMATS, SMALL, STREAMS, CacheRow
+from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
+from benchmarks.quality.goals import Goal, better, within
+from benchmarks.quality.passkey import KEYS, LENGTH
+from benchmarks.quality.rows import BASE
+
+Rows = Mapping[str, Mapping[str, Any]]
+ROWS = CACHE_ROWS
+MODELS = {"": "the evaluation model", f"{SMALL}: ": "the small model"}
+"""What names of rows begin with."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that belong together. ``line`` gives the cells of a row after its name."""
+
+    title: str
+    about: str
+    header: tuple[str, ...]
+    rows: tuple[CacheRow, ...]
+    line: Callable[[Mapping[str, Any], str, Rows], list[str]]
+    goals: tuple[Goal, ...] = ()
+
+    def table(self, rows: Rows) -> list[str]:
+        """In Markdown; one for each model."""
+        shown = []
+        for prefix, model in MODELS.items():
+            own = [r for r in self.rows if r.name in rows and r.name.startswith(prefix) and (prefix or r.model != SMALL)]
+            head = [f"| {model} | {' | '.join(self.header)} |", "|---" * (1 + len(self.header)) + "|"]
+            shown += [*head, *(self.row(r.name, prefix, rows) for r in own), ""] if own else []
+        return shown
+
+    def row(self, name: str, prefix: str, rows: Rows) -> str:
+        found = rows[name]
+        cells = [f"not run: {found['error']}"] if "error" in found else self.line(found, prefix, rows)
+        return f"| {' | '.join([name.removeprefix(prefix), *cells, *[''] * (len(self.header) - len(cells))])} |"
+
+
+def scored(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
+    """Cells of a row of text."""
+    base = rows.get(prefix + BASE, {}).get("perplexity")
+    change = "" if base is None else f"{row['perplexity'] / base - 1:+.2%}"
+    figures = [f"{row['perplexity']:.3f}", change, f"{row['kl_mean']:.5f}", f"{row['kl_p99']:.4f}", f"{row['top1']:.2%}"]
+    return [f"{row['bytes']:,}", *figures]
+
+
+SCORED = ("bytes", "perplexity", "change", "KL, mean", "KL, 99 %", "same top token")
+
+
+def streamed(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
+    """Cells of a row of one long text."""
+    early, late = row.get("bytes", (None, None))
+    held = "" if early is None else f"{early:,}" if early == late else f"{early:,} to {late:,}"
+    halves = ["" if n is None else f"{n:.3f}" for n in row["sampled"]]
+    return [held, *halves, " ".join(f"{n:.2f}" for n in row["thousands"])]
+
+
+def far_better(text: str, new: str, old: str) -> Goal:
+    """``new`` has at most half of the perplexity of ``old``."""
+
+    def shows(rows: Rows) -> str:
+        return "; ".join(f"{n}: NLL {rows[n]['nll']:.3f}" for n in (new, old))
+
+    return Goal(text, (new, old), lambda r: r[new]["perplexity"] <= r[old]["perplexity"] / 2, shows)
+
+
+def stable(text: str, name: str, against: str) -> Goal:
+    """Bytes stay, and the distance to ``against`` is in the second half of the text at most 0.05 more than in the first."""
+
+    def gaps(rows: Rows) -> list[float]:
+        return [a - b for a, b in zip(rows[name]["sampled"], rows[against]["sampled"])]
+
+    def holds(rows: Rows) -> bool:
+        first, second = gaps(rows)
+        return rows[name]["bytes"][0] == rows[name]["bytes"][1] and second <= first + 0.05
+
+    def shows(rows: Rows) -> str:
+        first, second = gaps(rows)
+        held = rows[name]["bytes"][1]
+        return f"{held:,} bytes; {first:+.3f} nats to recomputation in the first half, {second:+.3f} in the second"
+
+    return Goal(text, (name, against), holds, shows)
+
+
+def for_both(make: Callable[[str, str], Goal]) -> tuple[Goal, ...]:
+    """A goal for either model: ``make(prefix, what to say)``."""
+    return tuple(make(prefix, f"{model}: ") for prefix, model in MODELS.items())
+
+
+FORMAT_GOALS = (
+    *for_both(lambda p, say: within(f"{say}i8 within 0.1 % of bf16", f"{p}i8", 0.001, p + BASE)),
+    *for_both(lambda p, say: within(f"{say}i4 within 1 % of bf16", f"{p}i4", 0.01, p + BASE)),
+    *for_both(lambda p, say: better(f"{say}2-bit KIVI better than 2 bits by token, as many recent tokens",
+                                    f"{p}i2, keys by channel, recent 128", f"{p}i2, recent 128")),
+    *for_both(lambda p, say: better(f"{say}2-bit KIVI better than 2 bits by token alone",
+                                    f"{p}i2, keys by channel, recent 32", f"{p}i2")),
+)  # fmt: skip
+STREAM_GOALS = tuple(
+    goal
+    for size in (256, 64)
+    for goal in (
+        *for_both(lambda p, say, n=size: far_better(f"{say}sinks far better than a window of {n} alone",  # type: ignore[misc]
+                                                    f"{p}4 sinks + window {n - 4}", f"{p}window {n}")),
+        *for_both(lambda p, say, n=size: stable(f"{say}sinks and a window, {n} in all, stable over 20,000 tokens",  # type: ignore[misc]
+                                                f"{p}4 sinks + window {n - 4}", f"{p}window {n}, recomputed")),
+    )
+)  # fmt: skip
+
+
+def retrieved(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
+    """Cells of a row of keys."""
+    return [f"{row['said']:.1%}", f"{row['right']:.1%}", f"{row['gain']:.4f}"]
+
+
+def finds(text: str, name: str) -> Goal:
+    """Four times as many keys as chance finds."""
+    return Goal(text, (name,), lambda r: r[name]["right"] >= 4 / KEYS, lambda r: f"{r[name]['right']:.1%}")
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "Formats",
+        "KL, and the token that is expected most, against a model without a cache in f32. `recent` tokens are bf16.",
+        SCORED, FORMATS, scored, FORMAT_GOALS,
+    ),
+    Section(
+        "Past the trained length",
+        f"One text of 20,000 tokens. Of {EVERY} stretches of {STRETCH} tokens the last is scored, each token of it fed "
+        "alone. `recomputed` is the upper bound: the window alone, from its first token on as if the text began there. NLL "
+        "in nats: in either half of the text that of the same tokens in every row (each "
+        f"{SAMPLE}th of the scored ones after the trained length), and that of all scored tokens by thousand.",
+        ("bytes", "NLL, first half", "second half", "NLL by thousand"), STREAMS, streamed, STREAM_GOALS,
+    ),
+    Section(
+        "Keys in a text",
+        f"{KEYS} texts of {LENGTH} tokens differ in a name alone, and end with a question for it; in four forms, the name "
+        "after 10 % to 70 % of the text. The models are too small to answer: hardly ever is the name the likeliest token "
+        "(said). But it gains from being there. Found is the share of texts whose own name gains most over the mean of the "
+        f"{KEYS} texts (chance: {1 / KEYS:.1%}), gain is how much more likely, in nats, it gets than the other names.",
+        ("said", "found", "gain"), tuple(r for r in ROWS if r.task == "text"), retrieved,
+        for_both(lambda p, say: finds(f"{say}{BASE} finds four times as many as chance", p + BASE)),
+    ),
+)  # fmt: skip
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """``kv.json`` for people."""
+    how, rows = results["settings"], results["rows"]
+    lines = [
+        "# KV caches",
+        "",
+        f"The evaluation model (`eval_lm.json`: {results['parameters']:,} parameters; weights {how['weights']}) and the",
+        f"small one of the tests (weights {how['small']}), compiled, in f32 arithmetic, on held-out text.",
+        f"Where nothing else is said: {how['tokens']:,} tokens in windows of {how['window']}, the last {how['stride']}",
+        "of each scored, fed alone after the ones before it, so that all that is known of them has been read from the",
+        f"cache. Bytes are those of a sequence of {how['window']} tokens, change is that of perplexity against a cache of",
+        f"{BASE}.",
+    ]
+    for section in SECTIONS:
+        goals = [f"- {goal.text}: {goal.verdict(rows)}" for goal in section.goals]
+        lines += ["", f"## {section.title}", "", section.about, "", *section.table(rows), *goals]
+    return "\n".join(lines) + "\n"
