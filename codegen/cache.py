@@ -215,9 +215,9 @@ def cache_layout(type: KVType, target: CudaTarget) -> CudaCacheLayout: ...
 
 def cache_layout(type: KVType, target: Target) -> CacheLayout | CodeLayout | CudaCacheLayout:
     """The layout in which kernels for ``target`` keep a cache."""
-    sizes = type.heads, type.dim, type.vdim, type.length, type.dtype.value
     if isinstance(target, CudaTarget):
-        return CudaCacheLayout(*sizes)
+        return CudaCacheLayout.of(type)
+    sizes = type.heads, type.dim, type.vdim, type.length, type.dtype.value
     if type.is_coded:
         codes = type.keys, type.group, type.recent, type.scales.value, type.full.value
         return CodeLayout(*sizes, panel_for(target), type.layout, *codes, type.has_summary)

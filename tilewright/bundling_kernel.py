@@ -198,11 +198,11 @@ def traffic(subject: Subject, inputs: Sequence[Operand]) -> int:
 
 def cache_traffic(subject: Subject, cache: Value, inputs: Sequence[Operand]) -> int:
     """Bytes of the slots of a cache that are read, or else of those that are written."""
-    args, layout = list(subject.kernel.args), subject.layout(cache)
+    args, layout, length = list(subject.kernel.args), subject.layout(cache), cache.cache.length
     users = [op for op in subject.kernel.body if isinstance(op, CACHED)]
     slots = 0
     for op in users:
         tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
-        filled = int(inputs[args.index(op.start)].max()) + tokens if op.start in args else layout.length
+        filled = int(inputs[args.index(op.start)].max()) + tokens if op.start in args else length
         slots = max(slots, tokens if isinstance(op, ops.Append) else filled)
-    return subject.batch(cache) * (layout.k_bytes + layout.v_bytes) * min(slots, layout.length) // layout.length
+    return subject.batch(cache) * (layout.k_bytes + layout.v_bytes) * min(slots, length) // layout.held

@@ -1,6 +1,9 @@
 // Attention over tiles of keys with a running softmax (Dao, FlashAttention-2, 2023); where rows are few, in parts of the
 // keys that a second kernel puts together (Flash-Decoding).
 //
+// Keys and values are brought to a ring of stages in shared memory; those of a cache of codes (CODE_BITS) as codes, of which
+// attention_codes.cuh makes what is multiplied, step by step.
+//
 // A row is a query of one of the GROUP heads that share a key head, row = query * GROUP + member; a block has ROWS of one
 // sequence and key head. Keys go by in tiles of KEYS, a step takes STEP of them. `P` is the problem, written by the
 // emitter: sizes, where operands come from, what a row sees. Scores are in units of UNIT, so that scaling costs nothing.
@@ -78,22 +81,36 @@ template <class P> TW_FN void tw_fetch_queries(const P &p, const tw_work &w, typ
   });
 }
 
+// Of codes: see attention_codes.cuh.
+template <class P, int THREADS> TW_FN void tw_fetch_scales(const P &p, const tw_work &w, u8 *stage, int key, int thread);
+template <class P, int THREADS>
+TW_FN const typename P::Tile *tw_expand(const tw_work &w, const u8 *stage, typename P::Tile *tile, int key, int thread);
+
+// The keys and values of a step as they are multiplied: where they are, or, of a cache of codes, made of these in `tile`.
+template <class P, int THREADS>
+TW_FN const typename P::Tile *tw_open(const tw_work &w, const typename P::Brought *stage, typename P::Tile *tile, int key,
+                                      int thread) {
+  if constexpr (P::CODE_BITS > 0) return tw_expand<P, THREADS>(w, stage, tile, key, thread);
+  else return stage;
+}
+
 // KEYS keys and their values, by `THREADS` threads; zero from the `end` on, since what lies there may be anything.
 template <class P, int THREADS, bool WHOLE>
-TW_FN void tw_fetch(const P &p, const tw_work &w, typename P::Tile *stage, int key, int thread) {
+TW_FN void tw_fetch(const P &p, const tw_work &w, typename P::Brought *stage, int key, int thread) {
   constexpr int AT_ONCE = WHOLE ? 16 : 4;
-  tw_deal<P::KEYS, P::WIDTH, P::KEY_PIECE, THREADS, AT_ONCE>(thread, [&](int i, int d) {
-    p.key(stage + i * P::KEY_STRIDE + d, w.b, WHOLE ? key + i : min(key + i, w.end - 1), w.head, d,
-          (WHOLE || key + i < w.end) && d < P::DIM);
+  tw_deal<P::KEYS, P::KEY_ROW, P::KEY_PIECE, THREADS, AT_ONCE>(thread, [&](int i, int d) {
+    p.key(stage + i * P::KEY_STEP + d, w.b, WHOLE ? key + i : min(key + i, w.end - 1), w.head, d,
+          (WHOLE || key + i < w.end) && d < P::KEY_HELD);
   });
-  typename P::Tile *values = stage + P::KEYS * P::KEY_STRIDE;
-  tw_deal<P::KEYS, P::VALUE_WIDTH, P::VALUE_PIECE, THREADS, AT_ONCE>(thread, [&](int i, int d) {
-    p.value(values + i * P::VALUE_STRIDE + d, w.b, WHOLE ? key + i : min(key + i, w.end - 1), w.head, d,
-            (WHOLE || key + i < w.end) && d < P::VDIM);
+  typename P::Brought *values = stage + P::KEYS * P::KEY_STEP;
+  tw_deal<P::KEYS, P::VALUE_ROW, P::VALUE_PIECE, THREADS, AT_ONCE>(thread, [&](int i, int d) {
+    p.value(values + i * P::VALUE_STEP + d, w.b, WHOLE ? key + i : min(key + i, w.end - 1), w.head, d,
+            (WHOLE || key + i < w.end) && d < P::VALUE_HELD);
   });
+  if constexpr (P::CODE_BITS > 0) tw_fetch_scales<P, THREADS>(p, w, stage, key, thread);
 }
 template <class P, int THREADS>
-TW_FN void tw_fetch_keys(const P &p, const tw_work &w, typename P::Tile *stage, int key, int thread) {
+TW_FN void tw_fetch_keys(const P &p, const tw_work &w, typename P::Brought *stage, int key, int thread) {
   bool whole = P::KEY_PIECE > 1 && P::VALUE_PIECE > 1 && key + P::KEYS <= w.end;
   if (whole) tw_fetch<P, THREADS, true>(p, w, stage, key, thread);
   else tw_fetch<P, THREADS, false>(p, w, stage, key, thread);

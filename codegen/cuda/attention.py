@@ -12,9 +12,11 @@ from typing import ClassVar
 from tilewright.codegen import reads as rd
 from tilewright.codegen.attention_pattern import DTYPES, KINDS, find, static, tensors
 from tilewright.codegen.cache import cache_layout
+from tilewright.codegen.cuda import cache
 from tilewright.codegen.cuda.attention_append import emit_append
 from tilewright.codegen.cuda.attention_problem import Problem, library, sight_of
-from tilewright.codegen.cuda.attention_schedule import CudaAttentionSchedule, Heads, Tiling, default_schedule
+from tilewright.codegen.cuda.attention_schedule import Codes, CudaAttentionSchedule, Heads, Tiling, default_schedule
+from tilewright.codegen.cuda.cache_codes import CodeRows
 from tilewright.codegen.cuda.loops import refusal
 from tilewright.codegen.cuda.source import Source
 from tilewright.codegen.cuda.target import CudaTarget
@@ -23,9 +25,10 @@ from tilewright.codegen.index import floor_div
 from tilewright.codegen.index_shapes import as_dim, size
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.schedule import Schedule, Space
-from tilewright.ir import CONTIGUOUS, CodegenError, Dim, Function, KVType, Op, Value, eval_dim, ops, product
+from tilewright.ir import Argument, CodegenError, Dim, Function, Op, Value, eval_dim, ops, product
 
 _COMBINING_THREADS = 128
+_CACHE_FIELDS = ("q", "k", "v", "cache", "start", "table", "bias", "sinks", "scale", "window", "chunk", "softcap")
 
 
 class CudaAttentionEmitter:
@@ -37,16 +40,14 @@ class CudaAttentionEmitter:
         found = find(kernel, is_elementwise)
         if isinstance(found, str):
             return found
-        for value in found.operands:
-            kind = value.type
-            if isinstance(kind, KVType) and (kind.layout != CONTIGUOUS or kind.dtype.value not in DTYPES):
-                return f"no kernel for {kind}"
-            if isinstance(kind, KVType) and kind.has_summary:
-                return f"no kernel that chooses among pages: {kind}"
+        if not isinstance(found, (ops.Attention, ops.Attend, ops.Append)):
+            return f"no {found.name} on a GPU"
+        if not isinstance(found, ops.Attention) and (reason := refusal_of_cache(found)):
+            return reason
         if reason := next((reason for op in kernel.body if is_elementwise(op) and (reason := refusal(op))), None):
             return reason
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
-        if narrow or not isinstance(found, (ops.Attention, ops.Attend)):
+        if narrow or isinstance(found, ops.Append):
             return f"no attention of {narrow[0].dtype.value}" if narrow else None
         return Tiling(self.default_schedule(kernel, target), heads_of(found)).refusal(target)
 
@@ -95,17 +96,34 @@ def is_elementwise(op: Op) -> bool:
     return rd.is_plain(op) or isinstance(op, (*rd.CREATION, *rd.PIECES, ops.Rope))
 
 
+def refusal_of_cache(op: ops.Append | ops.Attend) -> str | None:
+    """Why an operation on a cache has no form here, or None."""
+    if reason := cache.refusal(op.cache.cache):
+        return reason
+    if op.table is not None and not isinstance(op.table, Argument):
+        return "a table of pages that is computed in the kernel"
+    others = [f.name for f in op.fields if f.name not in _CACHE_FIELDS and getattr(op, f.name) != f.default]
+    return f"no {op.name} with {others[0]} on a GPU" if others else None
+
+
 def heads_of(op: ops.Attention | ops.Attend) -> Heads:
-    heads = op.cache.cache.heads if isinstance(op, ops.Attend) else int(op.k.shape[2])
-    return Heads(heads, int(op.q.shape[2]) // heads, int(op.q.shape[3]), int(op.result.shape[3]))
+    if not isinstance(op, ops.Attend):
+        heads, codes = int(op.k.shape[2]), None
+    else:
+        layout, heads = cache.CudaCacheLayout.of(op.cache.cache), op.cache.cache.heads
+        keys, values = layout.keys, layout.values
+        coded = isinstance(keys, CodeRows)
+        codes = Codes(keys.bits, keys.row, values.row, keys.scale_bytes) if coded else None
+    return Heads(heads, int(op.q.shape[2]) // heads, int(op.q.shape[3]), int(op.result.shape[3]), codes)
 
 
 def refusal_of_mma(op: ops.Attention | ops.Attend) -> str | None:
     """Why tensor cores cannot run ``op`` exactly enough, or None."""
-    stored: list[Value] = [op.q, op.cache] if isinstance(op, ops.Attend) else [op.q, op.k, op.v]
+    heads = heads_of(op)
+    stored: list[Value] = [op.q, *[op.cache] * (not heads.codes)] if isinstance(op, ops.Attend) else [op.q, op.k, op.v]
     if op.q.dtype.value == "f32" or any(v.dtype is not op.q.dtype for v in stored):
         return f"tensor cores multiply 16-bit floats of one type, not {', '.join(v.dtype.value for v in stored)}"
-    return None if heads_of(op).fits_tensor_cores else "heads too large for the registers"
+    return None if heads.fits_tensor_cores else "heads too large for the registers"
 
 
 def _emit_attention(source: Source, op: ops.Attention | ops.Attend, schedule: CudaAttentionSchedule) -> None:
@@ -121,7 +139,7 @@ def _emit_attention(source: Source, op: ops.Attention | ops.Attend, schedule: Cu
     if schedule.parts > 1:
         source.scratch = (product((rows, parts, 4 * tiling.constants["RECORD"])),)
     layout = cache_layout(op.cache.cache, target) if isinstance(op, ops.Attend) else None
-    source.parts += [library(schedule.form), Problem(source, op, tiling, parts, layout).text]
+    source.parts += [library(schedule.form, heads.codes is not None), Problem(source, op, tiling, parts, layout).text]
     problem, grid = f"tw_problem{{{source.passed}}}", (blocks, 1, parts)
     source.function([f"tw_attend_{schedule.form}({problem});"], 32 * schedule.warps, grid, tiling.shared_bytes)
     if schedule.parts > 1:
@@ -153,7 +171,7 @@ def _features(op: Op, schedule: Schedule, target: CudaTarget, sizes: Mapping[str
         "bits": float(op.q.dtype.bits), "causal": float(sight.causal), "window": log2(sight.window),
         "extras": float(sum(v is not None for v in (op.bias, op.sinks, sight.mask, sight.padding))),
         "shared": log2(tiling.shared_bytes), "resident": float(resident), "accumulators": float(tiling.accumulators),
-        "holds_queries": float(tiling.holds_queries), "stage_bytes": log2(tiling.element * tiling.stage * tiling.slices),
+        "holds_queries": float(tiling.holds_queries), "stage_bytes": log2(tiling.stage_bytes * tiling.slices),
         "steps": log2(length / (parts * tiling.step)), "part_keys": log2(length / parts),
         "rows_waste": tiles * schedule.rows / max(queries * heads.group, 1),
         "waves": log2(1 + blocks / (resident * target.multiprocessors)),

@@ -7,8 +7,15 @@
 TW_FN u32 tw_pack(bf16, float low, float high) { return tw_pack_bf16(low, high); }
 TW_FN u32 tw_pack(f16, float low, float high) { return tw_pack_f16(low, high); }
 
+// The sum of a number of each of the four lanes that share a row.
+TW_FN float tw_of_four(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
 template <class P> struct tw_rows {
   float sums[P::TILES][P::VALUE_WIDTH / 8][4], top[P::TILES][2], weight[P::TILES][2];
+  float zeros[P::TILES][2];  // of codes: what the zeros of values add to all of a row's sums
 };
 template <class P> using tw_scores = float[P::TILES][P::KEYS / 8][4];
 template <class P> using tw_queries = u32[P::TILES][4];
@@ -42,7 +49,7 @@ template <class P> TW_FN void tw_multiply_keys(tw_scores<P> &scores, const typen
 
 // sums += weights * values, the weights as the scores' fragments have them.
 template <class P>
-TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scores<P> &scores, const typename P::Tile *values, int lane) {
+TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scores<P> &scores, const typename P::Values *values, int lane) {
 #pragma unroll
   for (int step = 0; step < P::KEYS / 16; step++) {
     tw_queries<P> a;
@@ -51,7 +58,7 @@ TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scores<P> &scores, cons
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float *pair = scores[r][2 * step + i / 2] + i % 2 * 2;
-        a[r][i] = tw_pack(typename P::Tile(), pair[0], pair[1]);
+        a[r][i] = tw_pack(typename P::Values(), pair[0], pair[1]);
       }
 #pragma unroll
     for (int n = 0; n < P::VALUE_WIDTH / 16; n++) {
@@ -59,12 +66,20 @@ TW_FN void tw_multiply_values(tw_rows<P> &rows, const tw_scores<P> &scores, cons
       tw_matrices_transposed(b, values + (16 * step + lane % 16) * P::VALUE_STRIDE + 16 * n + lane / 16 * 8);
 #pragma unroll
       for (int r = 0; r < P::TILES; r++) {
-        tw_mma(typename P::Tile(), rows.sums[r][2 * n], a[r], b);
-        tw_mma(typename P::Tile(), rows.sums[r][2 * n + 1], a[r], b + 2);
+        tw_mma(typename P::Values(), rows.sums[r][2 * n], a[r], b);
+        tw_mma(typename P::Values(), rows.sums[r][2 * n + 1], a[r], b + 2);
       }
     }
   }
 }
+
+// Of codes: see attention_codes_mma.cuh.
+template <class P> using tw_row_sums = float[P::TILES][2];
+template <class P> TW_FN void tw_sum_queries(tw_row_sums<P> &totals, const typename P::Tile *q, int lane);
+template <class P>
+TW_FN void tw_scale_scores(tw_scores<P> &scores, const tw_row_sums<P> &totals, const u8 *stage, int lane);
+template <class P>
+TW_FN void tw_scale_weights(tw_rows<P> &rows, tw_scores<P> &scores, const u8 *stage, int count, int lane);
 
 // What the problem does to scores, and -inf for keys that a row does not see; `all` are seen by each row.
 template <class P>
@@ -110,7 +125,7 @@ template <class P> TW_FN void tw_soften(tw_rows<P> &rows, tw_scores<P> &scores) 
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float top = tops[r][half], fade = tw_exp2(top == -TW_INF ? 0.0f : (rows.top[r][half] - top) * P::POWER);
-        rows.top[r][half] = top, rows.weight[r][half] *= fade;
+        rows.top[r][half] = top, rows.weight[r][half] *= fade, rows.zeros[r][half] *= fade;
 #pragma unroll
         for (int j = 0; j < P::VALUE_WIDTH / 8; j++)
           rows.sums[r][j][2 * half] *= fade, rows.sums[r][j][2 * half + 1] *= fade;
@@ -139,13 +154,11 @@ template <class P> TW_FN void tw_lay_out(tw_rows<P> &rows, float *sums, float *s
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int row = first + 16 * r + 8 * half + lane / 4;
-      float weight = rows.weight[r][half];
-      weight += __shfl_xor_sync(~0u, weight, 1);
-      weight += __shfl_xor_sync(~0u, weight, 2);
+      float weight = tw_of_four(rows.weight[r][half]), zeros = P::ZEROS ? tw_of_four(rows.zeros[r][half]) : 0.0f;
       if (lane % 4 == 0) stats[2 * row] = rows.top[r][half] * P::UNIT, stats[2 * row + 1] = weight;
 #pragma unroll
       for (int j = 0; j < P::VALUE_WIDTH / 8; j++) {
-        float2 pair = {rows.sums[r][j][2 * half], rows.sums[r][j][2 * half + 1]};
+        float2 pair = {rows.sums[r][j][2 * half] + zeros, rows.sums[r][j][2 * half + 1] + zeros};
         *(float2 *)(sums + row * P::SUM_STRIDE + 8 * j + lane % 4 * 2) = pair;
       }
     }
@@ -157,11 +170,13 @@ template <class P> TW_FN void tw_attend_mma(const P &p) {
   if (!tw_take(p, w)) return;
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);  // the compiler sees that all lanes have the same
   int lane = threadIdx.x % 32, own = P::OWN_KEYS ? warp : 0;
-  T *queries = (T *)tw_shared(), *ring = queries + P::ROWS * P::KEY_STRIDE + own * P::STAGES * P::STAGE;
+  constexpr int TILE = P::CODE_BITS ? P::KEYS * (P::KEY_STRIDE + P::VALUE_STRIDE) : 0, OWN = P::OWN_KEYS ? P::WARPS : 1;
+  T *queries = (T *)tw_shared(), *tile = queries + P::ROWS * P::KEY_STRIDE + own * TILE;
+  auto *ring = (typename P::Brought *)(queries + P::ROWS * P::KEY_STRIDE + OWN * TILE) + own * P::STAGES * P::STAGE;
   auto key_of = [&](int step) { return step * P::STEP + own * P::KEYS; };
   auto stage_of = [&](int step) { return ring + (step - w.first) % P::STAGES * P::STAGE; };
+  constexpr int THREADS = P::OWN_KEYS ? 32 : P::THREADS;
   auto fetch = [&](int step) {
-    constexpr int THREADS = P::OWN_KEYS ? 32 : P::THREADS;
     if (step < w.last) tw_fetch_keys<P, THREADS>(p, w, stage_of(step), key_of(step), threadIdx.x % THREADS);
     tw_commit();
   };
@@ -181,6 +196,8 @@ template <class P> TW_FN void tw_attend_mma(const P &p) {
   for (int step = 0; step < P::WIDTH / 16; step++)
     if (P::HELD) tw_read_queries<P>(held[step], q, step, lane);
 
+  tw_row_sums<P> totals = {};
+  if constexpr (P::ZEROS) tw_sum_queries<P>(totals, q, lane);
   tw_rows<P> rows = {};
 #pragma unroll
   for (int r = 0; r < P::TILES; r++) rows.top[r][0] = rows.top[r][1] = -TW_INF;
@@ -190,14 +207,17 @@ template <class P> TW_FN void tw_attend_mma(const P &p) {
     else __syncthreads();
     fetch(step + P::STAGES - 1);
     int key = key_of(step);
+    const typename P::Brought *stage = stage_of(step);
+    const T *keys = tw_open<P, THREADS>(w, stage, tile, key, threadIdx.x % THREADS);
     if (key >= end || key + P::KEYS <= lowest) continue;
-    const T *stage = stage_of(step);
     tw_scores<P> scores = {};
-    tw_multiply_keys<P>(scores, q, held, stage, lane);
+    tw_multiply_keys<P>(scores, q, held, keys, lane);
+    if constexpr (P::CODE_BITS > 0) tw_scale_scores<P>(scores, totals, stage, lane);
     bool all = low <= key && key + P::KEYS <= high;
     if (P::SCORED || !all) tw_adjust(p, w, scores, row, key, all, lane);
     tw_soften(rows, scores);
-    tw_multiply_values(rows, scores, stage + P::KEYS * P::KEY_STRIDE, lane);
+    if constexpr (P::CODE_BITS > 0) tw_scale_weights<P>(rows, scores, stage, w.end - key, lane);
+    tw_multiply_values(rows, scores, (const typename P::Values *)(keys + P::KEYS * P::KEY_STRIDE), lane);
   }
   tw_wait<0>();
   __syncthreads();

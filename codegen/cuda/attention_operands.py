@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen import reads as rd
-from tilewright.codegen.cuda.cache import CudaCacheLayout
+from tilewright.codegen.cuda.cache import FloatRows
+from tilewright.codegen.cuda.cache_codes import CodeRows
+from tilewright.codegen.cuda.cache_places import Places
 from tilewright.codegen.cuda.evaluate import Evaluator, stored_dtype
 from tilewright.codegen.cuda.source import Source
 from tilewright.codegen.index import Index, Poly
@@ -18,7 +20,7 @@ from tilewright.codegen.index_shapes import linear, size
 from tilewright.ir import Argument, Dim, Shape, Value
 
 _PIECE = 16
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Operand:
         return wide if int(self.shape[3]) % wide == 0 else 1
 
     def function(self, tile: str, pointers: dict[Value, str]) -> list[str]:
-        """C: ``<name>(Tile *to, b, t, h, d, on)`` brings a piece to a tile, zeros where not ``on``."""
+        """C: ``<name>(tile *to, b, t, h, d, on)`` brings a piece to a tile, zeros where not ``on``."""
         w = Evaluator(pointers)
         *place, d = variables(w, self.shape, "bthc")
         if self.rows is not None:
@@ -58,7 +60,7 @@ class Operand:
             w.put(f"const i64 c = tw_min(d, {int(self.shape[3]) - 1});")  # no branch, so that loads overlap
             w.put(f"tw_store(to, on ? {w.value(value, (*place, d)).text} : 0.0f);")
         return [f"static constexpr int {self.name.upper()}_PIECE = {self.piece()};",
-                f"TW_FN void {self.name}(Tile *to, i64 b, i64 t, i64 h, i64 d, bool on) const {{",
+                f"TW_FN void {self.name}({tile} *to, i64 b, i64 t, i64 h, i64 d, bool on) const {{",
                 *(f"  {line}" for line in w.lines), "}"]  # fmt: skip
 
 
@@ -72,16 +74,38 @@ def tensor_operand(source: Source, name: str, value: Value) -> Operand:
     return Operand(name, tuple(value.shape), _rows_of(source, value), value)
 
 
-def cache_operand(source: Source, name: str, cache: Value, layout: CudaCacheLayout, batch: Dim) -> Operand:
-    """The keys or the values of a cache."""
-    pointer, width = (source.names(cache)[0], layout.dim) if name == "key" else (source.names(cache)[1], layout.vdim)
+@dataclass(frozen=True)
+class CacheOperand:
+    """The keys or the values of a cache: ``stored`` at ``pointer``, positions where ``places`` says."""
 
-    def address(w: Evaluator, index: Index) -> str:
-        b, slot, head = map(w.number, index)
-        return layout.row(pointer, width, b, head, slot)
+    name: str
+    pointer: str
+    stored: FloatRows | CodeRows
+    places: Places
+    batch: Dim
 
-    rows = Rows(layout.dtype, width * _BYTES[layout.dtype] % _PIECE == 0, address)
-    return Operand(name, (batch, layout.length, layout.heads, width), rows)
+    def function(self, tile: str, pointers: dict[Value, str]) -> list[str]:
+        """As of an `Operand`; and ``<name>_scales(tile *to, b, t, h, on)``: 16 bytes of scales of codes, from t's on."""
+        stored = self.stored
+
+        def address(w: Evaluator, index: Index) -> str:
+            return stored.address(self.pointer, *self._place(w, index))
+
+        shape = self.batch, self.places.length, stored.heads, stored.row
+        aligned = stored.row * _BYTES[stored.stored] % _PIECE == 0
+        lines = Operand(self.name, shape, Rows(stored.stored, aligned, address)).function(tile, pointers)
+        if isinstance(stored, CodeRows):
+            w = Evaluator(pointers)
+            scales = stored.scale_address(self.pointer, *self._place(w, variables(w, shape[:3], "bth")))
+            lines += [f"TW_FN void {self.name}_scales({tile} *to, i64 b, i64 t, i64 h, bool on) const {{",
+                      f"  tw_copy16(to, {scales}, on);", "}"]  # fmt: skip
+        return lines
+
+    def _place(self, w: Evaluator, index: Index) -> tuple[str, str, str]:
+        """C: region, head and slot of (batch, position, head)."""
+        b, position, head = map(w.number, index)
+        region, slot = self.places.place(b, position)
+        return region, head, slot
 
 
 def _rows_of(source: Source, value: Value) -> Rows | None:

@@ -51,7 +51,10 @@ template <class P> TW_FN void tw_attend_plain(const P &p) {
   tw_work w;
   if (!tw_take(p, w)) return;
   constexpr int R = P::SUMS_EACH, SETS = P::ROWS / R, UNITS = (SETS * P::VDIM + P::THREADS - 1) / P::THREADS;
-  float *q = (float *)tw_shared(), *ring = q + P::ROWS * P::KEY_STRIDE, *scores = ring + P::STAGES * P::STAGE;
+  constexpr int TILE = P::CODE_BITS ? P::KEYS * (P::KEY_STRIDE + P::VALUE_STRIDE) : 0;
+  float *q = (float *)tw_shared(), *tile = q + P::ROWS * P::KEY_STRIDE;
+  auto *ring = (typename P::Brought *)(tile + TILE);
+  float *scores = (float *)(ring + P::STAGES * P::STAGE);
   float *top = scores + P::ROWS * P::SCORE_STRIDE;
   tw_board<P> board = {scores, top, top + P::ROWS, top + 2 * P::ROWS};
   for (int row = threadIdx.x; row < P::ROWS; row += P::THREADS) board.top[row] = -TW_INF, board.weight[row] = 0.0f;
@@ -71,8 +74,9 @@ template <class P> TW_FN void tw_attend_plain(const P &p) {
     tw_wait<P::STAGES - 2>();
     __syncthreads();
     fetch(step + P::STAGES - 1);
-    const float *stage = stage_of(step), *values = stage + P::KEYS * P::KEY_STRIDE;
-    tw_score_keys(p, w, board, q, stage, step * P::KEYS);
+    const float *keys = tw_open<P, P::THREADS>(w, stage_of(step), tile, step * P::KEYS, threadIdx.x);
+    const float *values = keys + P::KEYS * P::KEY_STRIDE;
+    tw_score_keys(p, w, board, q, keys, step * P::KEYS);
     __syncthreads();
     tw_soften_rows<P>(board);
     __syncthreads();

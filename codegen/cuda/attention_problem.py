@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.codegen import reads as rd
-from tilewright.codegen.cuda.attention_operands import Operand, cache_operand, tensor_operand, variables
+from tilewright.codegen.cuda.attention_operands import CacheOperand, Operand, tensor_operand, variables
 from tilewright.codegen.cuda.attention_schedule import Tiling
 from tilewright.codegen.cuda.cache import CudaCacheLayout
+from tilewright.codegen.cuda.cache_codes import CodeRows
+from tilewright.codegen.cuda.cache_places import Places
 from tilewright.codegen.cuda.evaluate import Evaluator, literal, stored_dtype
 from tilewright.codegen.cuda.source import Source
 from tilewright.codegen.index_shapes import delinear, size
@@ -41,10 +43,12 @@ def sight_of(op: ops.Attention | ops.Attend) -> Sight:
     return Sight(op.k.shape[1], op.causal, op.window, op.window_right, op.chunk, op.mask, op.padding)
 
 
-def library(form: str) -> str:
-    """The C of a form, which the struct goes into."""
-    folder = Path(__file__).parent
-    return "".join((folder / name).read_text() for name in ("attention.cuh", f"attention_{form}.cuh"))
+def library(form: str, codes: bool) -> str:
+    """The C of a form, which the struct goes into; ``codes``: for caches of codes."""
+    files = ["attention.cuh", f"attention_{form}.cuh"]
+    if codes:
+        files = ["linear.cuh", *files, "attention_codes.cuh", *["attention_codes_mma.cuh"] * (form == "mma")]
+    return "".join(Path(__file__).with_name(name).read_text() for name in files)
 
 
 class Problem:
@@ -54,12 +58,20 @@ class Problem:
                  layout: CudaCacheLayout | None) -> None:  # fmt: skip
         self.source, self.op, self.tiling, self.parts, self.sight = source, op, tiling, parts, sight_of(op)
         self.tile = op.q.dtype.value if tiling.is_mma else "f32"
-        self.operands = [tensor_operand(source, "query", op.q)]
+        self.room: str | None = None
+        self.codes: CodeRows | None = None
+        self.operands: list[Operand | CacheOperand] = [tensor_operand(source, "query", op.q)]
         if isinstance(op, ops.Attend):
             assert layout is not None
-            self.operands += [cache_operand(source, n, op.cache, layout, op.q.shape[0]) for n in ("key", "value")]
+            self._read_cache(op, layout, Places.of(source, op))
         else:
             self.operands += [tensor_operand(source, "key", op.k), tensor_operand(source, "value", op.v)]
+
+    def _read_cache(self, op: ops.Attend, layout: CudaCacheLayout, places: Places) -> None:
+        parts = zip(("key", "value"), self.source.names(op.cache), (layout.keys, layout.values))
+        self.operands += [CacheOperand(*part, places, op.q.shape[0]) for part in parts]
+        self.room = places.room
+        self.codes = layout.keys if isinstance(layout.keys, CodeRows) else None
 
     @property
     def text(self) -> str:
@@ -68,13 +80,25 @@ class Problem:
         constants = self.tiling.constants | {"RESULT_PIECE": wide if vdim % wide == 0 else 1}
         lines = [f"{parameter};" for parameter in self.source.parameters]
         lines += [f"static constexpr int {name} = {value};" for name, value in constants.items()]
-        lines += [f"typedef {self.tile} Tile;", f"typedef {stored_dtype(result.dtype)} Result;"]
+        lines += [f"typedef {name} {what};" for what, name in self._types().items()]
         lines += [line for operand in self.operands for line in self._operand(operand)]
         lines += [*self._sizes(), *self._sees(), *self._scores(), *self._sinks()]
         return "\n".join(["struct tw_problem {", *(f"  {line}" for line in lines), "};"])
 
-    def _operand(self, operand: Operand) -> list[str]:
-        return operand.function(self.tile, self.source.pointers)
+    def _types(self) -> dict[str, str]:
+        """Element types: of tiles of queries and keys, of values, of what is brought, of scales, of the result.
+
+        Values of codes are bf16 whatever the queries are: their scales go to the weights, which f16 may be too narrow for.
+        """
+        types = {"Tile": self.tile, "Values": self.tile, "Brought": self.tile}
+        if self.codes:
+            values = "bf16" if self.tiling.is_mma else "f32"
+            types |= {"Values": values, "Brought": self.codes.stored, "Scale": self.codes.scales}
+        return types | {"Result": stored_dtype(self.op.result.dtype)}
+
+    def _operand(self, operand: Operand | CacheOperand) -> list[str]:
+        tile = self._types()["Tile" if operand.name == "query" else "Brought"]
+        return operand.function(tile, self.source.pointers)
 
     def _function(self, head: str, result: Callable[[Evaluator], str]) -> list[str]:
         w = Evaluator(self.source.pointers)
@@ -83,14 +107,13 @@ class Problem:
 
     def _sizes(self) -> list[str]:
         batch, queries = self.op.q.shape[:2]
-        sizes = {"batch": batch, "queries": queries, "rows": queries * self.tiling.heads.group,
-                 "keys": self.sight.length, "parts": self.parts}  # fmt: skip
+        sizes = {"batch": batch, "queries": queries, "rows": queries * self.tiling.heads.group, "parts": self.parts}
         scratch = "(float *)s0" if self.source.scratch else "nullptr"
         lines = [f"TW_FN float *scratch() const {{ return {scratch}; }}",
                  f"TW_FN Result *result() const {{ return {self.source.names(self.op.result)[0]}; }}"]  # fmt: skip
         for name, dim in sizes.items():
             lines += self._function(f"int {name}()", lambda w, dim=dim: w.number(size(dim)))  # type: ignore[misc]
-        return lines
+        return lines + self._function("int keys()", lambda w: self.room or w.number(size(self.sight.length)))
 
     # --- what a row sees ----------------------------------------------------------------------------------------------
 

@@ -62,6 +62,16 @@ class CudaAttentionSchedule(Schedule):
 
 
 @dataclass(frozen=True)
+class Codes:
+    """Of a cache: ``bits`` of a code, bytes of a row of a ``key`` and of a ``value``, and of a ``scale`` with its zero."""
+
+    bits: int
+    key: int
+    value: int
+    scale: int
+
+
+@dataclass(frozen=True)
 class Heads:
     """Sizes: ``group`` query heads share each of ``heads`` key heads."""
 
@@ -69,6 +79,7 @@ class Heads:
     group: int
     dim: int
     vdim: int
+    codes: Codes | None = None
 
     @property
     def fits_tensor_cores(self) -> bool:
@@ -103,16 +114,22 @@ class Tiling:
 
     def width(self, size: int) -> int:
         """Elements of a row of a tile."""
-        return round_up(size, 16 if self.is_mma else 4)
+        return round_up(size, 16 if self.is_mma or self.heads.codes else 4)
 
     def stride(self, size: int) -> int:
         """From row to row: an odd number of 16 bytes, where the width is an even one."""
         return self.width(size) + 16 // self.element
 
     @property
-    def stage(self) -> int:
-        """Elements of a tile of keys and one of values."""
-        return self.schedule.keys * (self.stride(self.heads.dim) + self.stride(self.heads.vdim))
+    def tile_bytes(self) -> int:
+        """Bytes of a tile of keys and one of values, as they are multiplied."""
+        return self.element * self.schedule.keys * (self.stride(self.heads.dim) + self.stride(self.heads.vdim))
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a tile of keys and one of values, as they are brought: codes with their scales behind them."""
+        codes = self.heads.codes
+        return self.schedule.keys * (codes.key + codes.value + 2 * codes.scale) if codes else self.tile_bytes
 
     @property
     def slices(self) -> int:
@@ -124,7 +141,8 @@ class Tiling:
         """Of a block: queries, stages and, in the plain form, scores; later the sums."""
         rings = self.schedule.warps if self.own_keys else 1
         rows = self.schedule.rows
-        loop = self.element * (rows * self.stride(self.heads.dim) + rings * self.schedule.stages * self.stage)
+        tiles = self.tile_bytes if self.heads.codes else 0
+        loop = self.element * rows * self.stride(self.heads.dim) + rings * (tiles + self.schedule.stages * self.stage_bytes)
         if not self.is_mma:
             loop += 4 * rows * (self.schedule.keys + 4 + 3)
         return max(loop, 4 * self.slices * rows * (self.sum_stride + 2))
@@ -155,13 +173,22 @@ class Tiling:
     def constants(self) -> dict[str, int]:
         """The sizes that the C of the kernels asks for."""
         s, h = self.schedule, self.heads
-        return {
+        key, value = self.stride(h.dim), self.stride(h.vdim)
+        rows = {"KEY_ROW": self.width(h.dim), "VALUE_ROW": self.width(h.vdim), "KEY_HELD": h.dim, "VALUE_HELD": h.vdim,
+                "KEY_STEP": key, "VALUE_STEP": value}  # fmt: skip
+        if h.codes:
+            rows = {f"{what}_{name}": count for name in ("ROW", "HELD", "STEP")
+                    for what, count in (("KEY", h.codes.key), ("VALUE", h.codes.value))}  # fmt: skip
+        return rows | {
             "HEADS": h.heads, "GROUP": h.group, "DIM": h.dim, "VDIM": h.vdim, "ROWS": s.rows, "KEYS": s.keys,
             "WARPS": s.warps, "THREADS": 32 * s.warps, "STAGES": s.stages, "STEP": self.step,
             "LEAST": -(-_PART_KEYS // self.step), "TILES": self.tiles, "OWN_KEYS": int(self.own_keys),
             "HELD": int(self.holds_queries), "SCORES_EACH": self._each(s.keys), "SUMS_EACH": self._each(h.vdim),
-            "SLICES": self.slices, "STAGE": self.stage, "WIDTH": self.width(h.dim), "VALUE_WIDTH": self.width(h.vdim),
-            "KEY_STRIDE": self.stride(h.dim), "VALUE_STRIDE": self.stride(h.vdim), "SUM_STRIDE": self.sum_stride,
+            "SLICES": self.slices, "STAGE": self.stage_bytes // (1 if h.codes else self.element),
+            "WIDTH": self.width(h.dim), "VALUE_WIDTH": self.width(h.vdim),
+            "KEY_STRIDE": key, "VALUE_STRIDE": value, "SUM_STRIDE": self.sum_stride,
+            "CODE_BITS": h.codes.bits if h.codes else 0, "SCALE_BYTES": h.codes.scale if h.codes else 0,
+            "ZEROS": int(h.codes is not None and h.codes.bits < 8),
             "SCORE_STRIDE": s.keys + 4, "RECORD": round_up(h.vdim + 2, 4),
         }  # fmt: skip
 

@@ -48,8 +48,10 @@ class Source:
         """Declarations: dims, arguments, results, scratch."""
         out = [f"const i64 {d}" for d in self.dims]
         for value in self.kernel.args:
-            changed = "" if isinstance(value.type, KVType) else "const "
-            out += [f"{changed}{stored_dtype(value.dtype)} *__restrict__ {name}" for name in self.names(value)]
+            kind = value.type
+            changed = "" if isinstance(kind, KVType) else "const "
+            stored = "u8" if isinstance(kind, KVType) and kind.is_coded else stored_dtype(value.dtype)
+            out += [f"{changed}{stored} *__restrict__ {name}" for name in self.names(value)]
         for i, value in enumerate(self.kernel.returns):
             if not isinstance(value.type, KVType):
                 out.append(f"{stored_dtype(value.dtype)} *__restrict__ r{i}")

@@ -12,7 +12,7 @@ from tilewright.codegen.cuda.attention_schedule import CudaAttentionSchedule, Ti
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.schedule import parse_schedule
 from tilewright.codegen.target import parse_target
-from tilewright.ir import CodegenError, DType, Function, KVType, Paged, Return, TensorType, eval_dim, ops
+from tilewright.ir import CodegenError, DType, Function, KVType, Paged, Return, Ring, TensorType, eval_dim, ops
 
 TARGET = "cuda{arch=sm_80}"
 EMITTER = CudaAttentionEmitter()
@@ -328,7 +328,7 @@ def test_kernels_of_an_8b_model_keep_to_registers(target: str) -> None:
 
 def test_layout_reads_what_it_wrote() -> None:
     rng = np.random.default_rng(0)
-    layout = CudaCacheLayout(2, 33, 20, 70, "bf16")
+    layout = CudaCacheLayout.of(KVType(2, 33, 20, 70, DType.bf16))
     keys, values = (rng.standard_normal((3, 40, 2, n)).astype(DType.bf16.np) for n in (33, 20))
     k, v = layout.write(keys, values)
     assert k.shape == (3, 2, 70, 33)
@@ -337,11 +337,6 @@ def test_layout_reads_what_it_wrote() -> None:
     assert np.array_equal(read_k[:, :40], keys)
     assert np.array_equal(read_v[:, :40], values)
     assert not read_k[:, 40:].astype(bool).any()
-
-
-def test_unknown_cache_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="no cache of i4; known: f32, f16, bf16"):
-        CudaCacheLayout(1, 8, 8, 8, "i4")
 
 
 def test_refusals() -> None:
@@ -355,12 +350,20 @@ def test_refusals() -> None:
         q = function.arg("q", TensorType((1, 1, kind.heads, kind.dim), DType.f32))
         cache, start = function.arg("cache", kind), function.arg("start", TensorType((1,), DType.i64))
         table = function.arg("table", TensorType((1, "T"), DType.i32)) if kind.page else None
-        function.append(Return(function.append(ops.Attend(q, cache, start, table=table)).results))
+        window = 2 if isinstance(kind.layout, Ring) else -1
+        function.append(Return(function.append(ops.Attend(q, cache, start, table=table, window=window)).results))
         return reason(function)
 
     assert matched(KVType(1, 8, 8, 8, DType.f32)) is None
-    assert matched(KVType(1, 8, 8, 8, DType.i8)).startswith("no kernel for kv<")
-    assert matched(KVType(1, 8, 8, 8, DType.f32, Paged(32))).startswith("no kernel for kv<")
+    assert matched(KVType(1, 8, 8, 8, DType.i4, Paged(32))) is None
+    for more, why in (
+        ({"dtype": DType.f32, "layout": Ring(4, 4)}, "on a GPU caches are contiguous or paged, not ring<4, 4>"),
+        ({"dtype": DType.i2}, "on a GPU codes are i8 or i4, not i2"),
+        ({"dtype": DType.i4, "keys": "channel"}, "on a GPU codes have scales by token; give keys=token"),
+        ({"dtype": DType.i8, "layout": Paged(16), "summary": "minmax"}, "on a GPU caches have no summary"),
+        ({"dtype": DType.i8, "recent": 8}, "on a GPU all tokens of a cache of codes are codes; give recent=0"),
+    ):
+        assert matched(KVType(1, 8, 8, 8, **more)).endswith(f">: {why}")
     assert reason(attention("f64", 1, 1, 8, 8)) == "no attention of f64"
     assert "bytes of shared memory" in reason(attention("f32", 1, 1, 4096, 512))
     function = attention("f32", 1, 1, 8, 8)

@@ -166,7 +166,7 @@ static inline int __float_as_int(float x) { int r; memcpy(&r, &x, 4); return r; 
 #define __expf expf
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float tw_exp2(float x) { return exp2f(x); }
-static inline float __ldg(const float *p) { return *p; }
+template <class T> T __ldg(const T *p) { return *p; }
 static inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; i++) c += (int)(signed char)(a >> 8 * i) * (int)(signed char)(b >> 8 * i);
   return c;
