@@ -1,7 +1,8 @@
 """Causal ``nn.attention(q, k, v)`` over tokens -> ``kv.append(@kv.0, k, v, start)``, ``kv.attend(q, cache, start)``.
 
-With pages both take the ``table`` too. With sinks ``kv.attend`` takes the queries a second time, turned by the rope as if
-they stood at the end of the sinks and the window: that is how far from the sinks they are taken to be.
+With pages both take the ``table`` too. With sinks by the options ``kv.attend`` takes the queries a second time, turned by
+the rope as if they stood at the end of the sinks and the window: that is how far from the sinks they are taken to be. The
+first tokens that an attention sees of its own are as far away as they are.
 """
 
 from __future__ import annotations
@@ -43,9 +44,12 @@ class Attentions:
         builder = Builder(op.parent, op, op.loc)
         kind = self._type(op, sight)
         bias = None if op.bias is None else self._bias(op, kind, sight, builder)
+        if sight.first > kind.sinks:
+            raise refuse(op, f"sees the first {sight.first} tokens beside a window, as a ring does: give kind=ring")
         state = self.module.state(f"kv.{len(self.module.states)}", kind)
         table = self.table if kind.page else None
-        far = self.turn(op, kind.sinks + kind.layout.window - 1) if isinstance(kind.layout, Ring) and kind.sinks else None
+        turned = isinstance(kind.layout, Ring) and self.options.sinks
+        far = self.turn(op, kind.sinks + kind.layout.window - 1) if turned else None  # type: ignore[union-attr]
         cache = builder(ops.Append, state, op.k, op.v, self.start, table)
         self.sights.append(sight)
         return builder(

@@ -42,7 +42,6 @@ from tilewright.passes.kv_bias import Biases
 from tilewright.passes.kv_carry import check_result, named_operands, result_axes
 from tilewright.passes.kv_clone import clone_function, sweep
 from tilewright.passes.kv_last import take_last
-from tilewright.passes.kv_mask import Sight
 from tilewright.passes.kv_options import ENDLESS, KvOptions, describe
 from tilewright.passes.kv_rows import Rows
 from tilewright.passes.kv_select import select_pages
@@ -120,6 +119,8 @@ class KvLayout(KvOptions):
                 "kv-layout: kind=ring without a window is for models with windows, and no attention of this one has a "
                 "window of its own; give window=1024, or another kind"
             )
+        if self.kind == "ring" and self.page is not None and not any(t.page for t in types):
+            raise PassError("kv-layout: page is for attention without a window, and all of this model's have one; omit it")
 
 
 class Step:
@@ -131,7 +132,7 @@ class Step:
         self.ids = mapping[forward.args[0]]
         self.ids.name = "ids"
         self.start = self.function.arg("start", TensorType((shapes.batch,), DType.i64))
-        table = _table(module, self.function, shapes.batch, options, length) if options.kind == "paged" else None
+        table = _table(module, self.function, shapes.batch, options.pages, length) if options.pages else None
         self.positions = self._count()
         self.axes: dict[Value, Axes] = {self.ids: PLAIN, self.positions: PLAIN}
         self.rows = Rows(module, shapes, self.positions, length)
@@ -225,11 +226,9 @@ class Step:
         return self.function
 
 
-def _table(module: Module, function: Function, batch: sympy.Symbol, options: KvOptions, length: int) -> Value:
+def _table(module: Module, function: Function, batch: sympy.Symbol, layout: Paged, length: int) -> Value:
     """The argument with the pages of each sequence, ``[B, T]``."""
     name = next(n for n in ("T", *(f"T_{i}" for i in range(1, 99))) if n not in module.dims)
-    layout = options.layout(Sight())
-    assert isinstance(layout, Paged)
     module.dims[name] = (1, -(-length // layout.page))
     return function.arg("table", TensorType((batch, sym(name)), DType.i32))
 

@@ -20,14 +20,18 @@ MAX_ELEMENTS = 1 << 26
 
 @dataclass(frozen=True)
 class Sight:
-    """A token sees itself and those before it: the last ``window`` (if positive), those of its chunk (if positive)."""
+    """A token sees itself and those before it: the last ``window`` (if positive), those of its chunk (if positive).
+
+    Beside a window it sees the ``first`` tokens.
+    """
 
     window: int = -1
     chunk: int = 0
+    first: int = 0
 
     def keep(self, n: int) -> Array:
         """bool ``[n, n]``: query i sees key j."""
-        out: Array = visible(np.arange(n), np.arange(n), True, self.window, -1, self.chunk)
+        out: Array = visible(np.arange(n), np.arange(n), True, self.window, -1, self.chunk, self.first)
         return out
 
 
@@ -64,9 +68,9 @@ def read_sight(shapes: ShapeValues, op: ops.Attention, bias: Array | None) -> Si
     if op.mask is None and not hides:
         if not causal:
             raise refuse(op, "looks at later tokens too: what it gives would change as more follow")
-        return Sight(op.window if op.window > 0 else -1, op.chunk)
+        return Sight(op.window if op.window > 0 else -1, op.chunk, op.first)
     n = shapes.length
-    keep = visible(np.arange(n), np.arange(n), op.causal, op.window, op.window_right, op.chunk)[None, None]
+    keep = visible(np.arange(n), np.arange(n), op.causal, op.window, op.window_right, op.chunk, op.first)[None, None]
     if op.mask is not None:
         keep = keep & square(shapes, op.mask, n)
     if hides and bias is not None:

@@ -12,7 +12,10 @@ from tilewright.passes.kv_mask import Sight
 
 ENDLESS = 1 << 24
 """Positions of a sequence whose cache is a ring: beyond, models' f32 angles do not tell them apart."""
-_OF_KIND = {"paged": ("page", "select", "least"), "ring": ("window", "sinks", "chunk")}
+_OF_KIND = {
+    "page": ("paged", "ring"), "select": ("paged",), "least": ("paged",),
+    "window": ("ring",), "sinks": ("ring",), "chunk": ("ring",),
+}  # fmt: skip
 _OF_CODES = ("keys", "group", "recent", "scales", "full")
 _RECENT = 128
 
@@ -23,7 +26,8 @@ class KvOptions(Pass):
 
     ``kind``: ``contiguous`` slots for each sequence; ``paged``, pages of ``page`` tokens from a pool that sequences share;
     ``ring``, the last ``window`` tokens and the first ``sinks``, for calls of at most ``chunk`` tokens. A ring without a
-    ``window`` is for attention that is windowed in the model, and changes nothing; other layers stay contiguous.
+    ``window`` is for attention that is windowed in the model, and changes nothing; others are contiguous, or in pages where
+    ``page`` is given.
 
     ``dtype``: what is stored, auto for the keys' own floats; i8, i4, i2 are codes, whose ``keys`` have scales for each
     ``token`` or for each ``channel`` of ``group`` tokens; ``recent`` tokens stay in ``full``. ``scales`` are f16 or f32.
@@ -59,10 +63,11 @@ class KvOptions(Pass):
         self.type(KVType(1, 8, 8, self.length or ENDLESS, DType.bf16), Sight(window=self.window or 1))
 
     def _check_kind(self) -> None:
-        for kind, names in _OF_KIND.items():
-            given = [name for name in names if getattr(self, name) is not None]
-            if given and self.kind != kind:
-                raise ValueError(f"{', '.join(given)}: only of kind={kind}, not of kind={self.kind}")
+        for name, kinds in _OF_KIND.items():
+            if getattr(self, name) is not None and self.kind not in kinds:
+                raise ValueError(f"{name}: only of kind={' and kind='.join(kinds)}, not of kind={self.kind}")
+        if self.is_endless and self.page is not None:
+            raise ValueError("with a window every cache is a ring, none has pages: leave out page or window")
         if self.sinks and self.window is None:
             raise ValueError("sinks stay where a window moves on: give window, how many of the last tokens are seen")
         defaults = {f.name: f.default for f in fields(self)}
@@ -92,11 +97,18 @@ class KvOptions(Pass):
         """Whether every cache is a ring, so that memory does not bound the positions."""
         return self.kind == "ring" and self.window is not None
 
+    @property
+    def pages(self) -> Paged | None:
+        """The pages of attention that sees all of the text, if it has any."""
+        given = self.kind == "paged" or (self.kind == "ring" and self.page is not None)
+        return Paged(32 if self.page is None else self.page) if given else None
+
     def sight(self, sight: Sight) -> Sight:
         """What an attention of the model sees of the cache."""
         if not self.is_endless or self.window is None:
             return sight
-        return Sight(min(self.window, sight.window) if sight.window > 0 else self.window, sight.chunk)
+        seen = min(self.window, sight.window) if sight.window > 0 else self.window
+        return Sight(seen, sight.chunk, max(self.sinks or 0, sight.first))
 
     def type(self, plain: KVType, sight: Sight) -> KVType:
         """How the cache ``plain`` is stored for an attention that sees ``sight`` of it."""
@@ -110,12 +122,11 @@ class KvOptions(Pass):
         """Which slots the positions have for an attention that sees ``sight``."""
         seen = min((n for n in (sight.window, sight.chunk) if n > 0), default=0)
         if self.kind == "ring" and seen:
-            return Ring(seen, 512 if self.chunk is None else self.chunk, self.sinks or 0)
-        return Paged(32 if self.page is None else self.page) if self.kind == "paged" else CONTIGUOUS
+            return Ring(seen, 512 if self.chunk is None else self.chunk, sight.first)
+        return self.pages or CONTIGUOUS
 
     def _codes(self, own: DType) -> dict[str, Any]:
-        page = (32 if self.page is None else self.page) if self.kind == "paged" else 32
-        group = min(page, 32) if self.group is None else self.group
+        group = min(self.pages.page if self.pages else 32, 32) if self.group is None else self.group
         recent = _RECENT * (self.keys == "channel") if self.recent is None else self.recent
         full = (DType.f32 if own is DType.f32 else DType.bf16) if self.full == "auto" else DType(self.full)
         unused = not recent and self.keys == "token" and self.select is None

@@ -34,6 +34,7 @@ PASSES: dict[str, str] = {
     "smooth": "smooth:Smooth",
     "sparse-store": "sparse_store:SparseStore",
     "sparsify-activations": "sparsify_activations:SparsifyActivations",
+    "split-heads": "split_heads:SplitHeads",
 }
 """name -> ``file:class`` in this package."""
 

@@ -30,11 +30,14 @@ class Place:
 
 
 class Places:
-    """The places of a session, each in a row of its own. ``share``: whether prompts that begin alike share pages."""
+    """The places of a session, each in a row of its own.
+
+    ``share``: whether prompts that begin alike share pages, if all that states keep is in pages.
+    """
 
     def __init__(self, session: Session, share: bool) -> None:
         self.session, self.pool = session, session.pages
-        self.share = share and self.pool is not None
+        self.share = share and self.pool is not None and not session.sizes.sequence_bytes
         self.rows: list[Place | None] = [None] * session.batch
         self._free = list(range(session.batch))
 

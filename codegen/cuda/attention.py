@@ -46,6 +46,8 @@ class CudaAttentionEmitter:
             return reason
         if reason := next((reason for op in kernel.body if is_elementwise(op) and (reason := refusal(op))), None):
             return reason
+        if isinstance(found, ops.Attention) and found.first:
+            return f"no kernel for the first {found.first} tokens beside a window"
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
         if narrow or isinstance(found, ops.Append):
             return f"no attention of {narrow[0].dtype.value}" if narrow else None

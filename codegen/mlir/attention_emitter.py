@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from tilewright.codegen.attention_pattern import (
-    DENSE,
     DTYPES,
     KINDS,
     View,
@@ -67,6 +66,8 @@ class AttentionEmitter:
                     return f"no kernel for recent tokens beside pages: {value.type}"
             elif isinstance(view := view_of(value), str):
                 return view
+        if isinstance(found, ops.Attention) and found.first:
+            return f"no kernel for the first {found.first} tokens beside a window, but over a cache of kind=ring"
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
         return f"no attention of {narrow[0].dtype.value}" if narrow else None
 
@@ -213,7 +214,7 @@ def _attend_spec(op: ops.Attend, target: CpuTarget) -> AttendSpec:
         out_dtype=op.result.dtype.value, scale=op.scale, window=op.window, chunk=op.chunk, softcap=op.softcap,
         bias=axes_of(op.bias), bias_dtype=op.bias.dtype.value if op.bias else "f32",
         sinks=op.sinks.dtype.value if op.sinks else None, s=static(op.q.shape[1]), rope=rotation(op.q),
-        q=_view(op.q).place, far=_view(op.q_sinks).place if op.q_sinks else DENSE,
+        q=_view(op.q).place, far=_view(op.q_sinks).place if op.q_sinks else None,
         chosen=int(op.pages.shape[2]) if op.pages else 0,
     )  # fmt: skip
 

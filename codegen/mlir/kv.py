@@ -34,7 +34,7 @@ def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: Atte
     sinks, cos, sin, then out, parts."""
     paged = isinstance(spec.cache.layout, Paged)
     extra = {"table": "i32" if paged else None, "pages": "i32" if spec.chosen else None}
-    extra |= {"far": spec.dtype if spec.sinks_kept else None}
+    extra |= {"far": spec.dtype if spec.far else None}
     extra |= {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
     extra = {key: dtype for key, dtype in extra.items() if dtype}
@@ -185,11 +185,14 @@ class _Attend:
         flash, step = self.flash, self.schedule.keys
         rows = queries * self.spec.group
         flash.reset(rows)
+        if self.spec.far is None:
+            self._load_queries(batch, head, first, queries, self._query)
         if self.spec.sinks_kept:
             every = constant(True, "bool")
             with self.kernel.when(every if with_sinks is None else with_sinks):
                 self._sinks(batch, head, first, queries)
-        self._load_queries(batch, head, first, queries, self._query)
+        if self.spec.far is not None:
+            self._load_queries(batch, head, first, queries, self._query)
         adjust = self._adjust(batch, head, first)
         if self.recent is not None:
             coded = self.spec.cache.coded(self.buffers.start.load(batch).to("index") + self.s)
@@ -206,10 +209,11 @@ class _Attend:
             flash.block(self._source(batch, head, key, end), key, (high - key).min(constant(step)), rows, seen, adjust)
 
     def _sinks(self, batch: Val, head: Val, first: Val, queries: Val) -> None:
-        """The queries that meet the sinks, over these; positions and slots are the same there."""
+        """The queries over the sinks, as they meet them; positions and slots are the same there."""
         sinks, step = constant(self.spec.sinks_kept), self.schedule.keys
         position = self.buffers.start.load(batch).to("index") + first
-        self._load_queries(batch, head, first, queries, self._far_query)
+        if self.spec.far is not None:
+            self._load_queries(batch, head, first, queries, self._far_query)
         with self.kernel.loop(0, sinks, step) as blocks:
             key, rows = blocks.index, queries * self.spec.group
             self.flash.block(
@@ -261,6 +265,7 @@ class _Attend:
 
     def _far_query(self, batch: Val, token: Val, head: Val) -> Row:
         """The query as it meets the sinks."""
+        assert self.spec.far is not None
         place = self._place(self.spec.far, self.spec.cache.dim, batch, token, head)
         return Row(self.kernel, self.buffers.far, place, self.spec.cache.dim)
 

@@ -23,8 +23,8 @@ class AttendSpec:
     """q ``[B, S, heads, dim]`` over a cache -> ``[B, S, heads, vdim]``; query s of sequence b stands at start[b] + s.
 
     ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
-    With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks. With
-    ``chosen`` a head of keys is seen on so many pages at the most, which are given.
+    With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks, if these
+    are others. With ``chosen`` a head of keys is seen on so many pages at the most, which are given.
     """
 
     heads: int
@@ -43,7 +43,7 @@ class AttendSpec:
     digits: Digits = ONE_DIGIT
     q: Slice = DENSE
     out: Slice = DENSE
-    far: Slice = DENSE
+    far: Slice | None = None
     chosen: int = 0
 
     @property

@@ -12,14 +12,14 @@ from tilewright.ir.ops.shapes import expect_broadcast, expect_dim, expect_rank
 from tilewright.ir.types import Dim, DType, Type, as_dim, product
 
 
-def visible(queries: Any, keys: Any, causal: bool, window: int, window_right: int, chunk: int) -> Any:
+def visible(queries: Any, keys: Any, causal: bool, window: int, window_right: int, chunk: int, first: int = 0) -> Any:
     """Which keys (positions ``[T]`` or ``[.., S, T]``) queries (positions ``[.., S]``) attend to: bool ``[.., S, T]``."""
     q, k = np.asarray(queries)[..., :, None], np.asarray(keys)
     keep = np.ones(np.broadcast_shapes(q.shape, k.shape), bool)
     if causal:
         keep &= k <= q
     if window > 0:
-        keep &= k > q - window
+        keep &= (k > q - window) | (k < first)
     if window_right > 0:
         keep &= k < q + window_right
     if chunk > 0:
@@ -63,8 +63,8 @@ class Attention(Op):
 
     Hkv divides Hq. Positions are aligned to the end: query i stands at ``i + T - S``. ``mask`` (bool, true attends) and
     ``bias`` (float, added to the scaled scores) broadcast to ``[B, Hq, S, T]``; ``padding`` ``[B, T]`` (bool) is true
-    for real keys. ``window > 0`` keeps keys above ``query - window``, ``window_right > 0`` those below
-    ``query + window_right``, ``chunk > 0`` those of the query's own chunk.
+    for real keys. ``window > 0`` keeps keys above ``query - window`` and the ``first`` ones, ``window_right > 0``
+    those below ``query + window_right``, ``chunk > 0`` those of the query's own chunk.
 
     ``softcap > 0`` bounds scores by ``softcap * tanh(score / softcap)`` (Gemma 2); ``sinks`` ``[Hq]`` adds one score a
     head to the denominator alone (gpt-oss). A query that sees no key gives zeros.
@@ -84,8 +84,10 @@ class Attention(Op):
     window_right: int = -1
     chunk: int = 0
     softcap: float = 0.0
+    first: int = 0
 
     def infer(self) -> tuple[Type, ...]:
+        self.expect(self.first == 0 or self.window > 0, f"first={self.first} stays where a window moves on; there is none")
         for what, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             expect_rank(self, what, x.shape, 4)
         expect_dim(self, "k, size of a head", self.k.shape[3], self.q.shape[3])
@@ -107,7 +109,7 @@ class Attention(Op):
     ) -> Any:
         s, t = q.shape[1], k.shape[1]
         where = np.arange(s) + t - s
-        keep = visible(where, np.arange(t), self.causal, self.window, self.window_right, self.chunk)
+        keep = visible(where, np.arange(t), self.causal, self.window, self.window_right, self.chunk, self.first)
         keep = keep if mask is None else keep & mask
         keep = keep if padding is None else keep & padding[:, None, None, :]
         return attend(q, k, v, keep, bias, sinks, self.scale, self.softcap)

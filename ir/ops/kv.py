@@ -87,7 +87,7 @@ class Attend(Op):
 
     It sees the positions up to its own; ``bias`` broadcasts to ``[B, Hq, S, length]``; the rest is as in nn.attention.
     ``table`` is that of the cache's pages. A ring is seen through a window (or chunk) that it holds, and its first
-    positions, the sinks, always: by ``q_sinks``, the queries as they would be at the end of sinks and window.
+    positions, the sinks, always: by ``q_sinks``, if given, the queries as they would be at the end of sinks and window.
 
     With ``pages`` (i32 ``[B, H, N]``, of ``kv.select``) the one query of each sequence sees, by head of keys, only these of
     the sequence's pages. They are in order, the last is the query's own; numbers below 0, at the end, are none.
@@ -129,7 +129,7 @@ class Attend(Op):
         self.expect(self.window <= 0 and self.chunk <= 0, "pages are chosen where a query sees all of them, not a window")
 
     def check_ring(self, kv: KVType) -> None:
-        self.expect((self.q_sinks is not None) == (kv.sinks > 0), f"q_sinks is for a ring with sinks, and only that: {kv}")
+        self.expect(self.q_sinks is None or kv.sinks > 0, f"q_sinks is for a ring with sinks, and only that: {kv}")
         if self.q_sinks is not None:
             self.expect(self.q_sinks.type == self.q.type, f"q_sinks is {self.q_sinks.type}, q {self.q.type}")
         if not isinstance(kv.layout, Ring):

@@ -29,7 +29,7 @@ class Attending:
     """``kv.attend`` of ``heads`` queries over a cache of two heads, sequences of any positions."""
 
     def __init__(self, dtype: str, layout: Layout, heads: int, s: int | str, sizes: tuple[int, int] = (33, 20),
-                 bias: bool = False, sinks: bool = False, **rule: Any) -> None:  # fmt: skip
+                 bias: bool = False, sinks: bool = False, turned: bool = True, **rule: Any) -> None:  # fmt: skip
         self.kernel, kind = Function("k", kind="kernel"), DType(dtype)
         self.cache_type = KVType(2, *sizes, LENGTH, kind, layout)
         q = TensorType(("B", s, heads, sizes[0]), kind)
@@ -38,7 +38,7 @@ class Attending:
         more = {"bias": add("bias", TensorType((1, heads, 1, LENGTH), DType.f32))} if bias else {}
         more |= {"sinks": add("sinks", TensorType((heads,), DType.f32))} if sinks else {}
         more |= {"table": add("table", TensorType(("B", "T"), DType.i32))} if self.cache_type.page else {}
-        more |= {"q_sinks": add("far", q)} if self.cache_type.sinks else {}
+        more |= {"q_sinks": add("far", q)} if self.cache_type.sinks and turned else {}
         op = self.kernel.append(ops.Attend(*values, scale=sizes[0] ** -0.5, **more, **rule))
         self.kernel.append(Return(op.results))
 
@@ -120,6 +120,15 @@ def test_rings(target: str, layout: Ring, dtype: str, s: int) -> None:
     """Ragged starts: before the sinks are full, before the window is, and after several rounds."""
     rule = {"window": layout.window, "softcap": 2.0 * (s > 1), "sinks": s == 1}
     got, want = run(Attending(dtype, layout, 6, 1 if s == 1 else "S", **rule), target, [0, 3, 63, 130, LENGTH - s], s)
+    compare(got, want, LIMIT[dtype])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("layout", "dtype"), RINGS[2:], ids=str)
+@pytest.mark.parametrize("s", [1, 21])
+def test_rings_whose_sinks_the_queries_meet_as_they_are(target: str, layout: Ring, dtype: str, s: int) -> None:
+    case = Attending(dtype, layout, 6, 1 if s == 1 else "S", turned=False, window=layout.window)
+    got, want = run(case, target, [0, 3, 63, 130, LENGTH - s], s)
     compare(got, want, LIMIT[dtype])
 
 

@@ -226,7 +226,6 @@ def test_bytes() -> None:
     ("%q, @kv.0, %start", "window=4", "paged<16>", "a table of pages is for a cache with pages, and only that"),
     ("%q, @kv.0, %start, none, none, %table", "window=4", "contiguous", "a table of pages is for a cache with pages"),
     ("%q, @kv.0, %start, none, none, %start", "window=4", "paged<16>", "table: expected rank 2"),
-    ("%q, @kv.0, %start", "window=4", "ring<8, 4, 2>", "q_sinks is for a ring with sinks, and only that"),
     ("%q, @kv.0, %start, none, none, none, %q", "window=4", "ring<8, 4>", "q_sinks is for a ring with sinks"),
     ("%q, @kv.0, %start", "window=9", "ring<8, 4>", "sees 9 tokens of a ring that holds 8"),
     ("%q, @kv.0, %start", "scale=1.0", "ring<8, 4>", "sees all tokens of a ring that holds 8"),

@@ -151,7 +151,8 @@ def test_the_report_says_what_caches_take() -> None:
 
 
 @pytest.mark.parametrize(("options", "error"), [
-    ("page=16", "page: only of kind=paged, not of kind=contiguous"),
+    ("page=16", "page: only of kind=paged and kind=ring, not of kind=contiguous"),
+    ("kind=ring window=9 page=16", "with a window every cache is a ring, none has pages: leave out page or window"),
     ("kind=paged window=4", "window: only of kind=ring, not of kind=paged"),
     ("kind=ring sinks=4", "sinks stay where a window moves on: give window"),
     ("kind=paged page=8", "pages have 16, 32, 64 tokens, got 8"),
