@@ -26,7 +26,9 @@ from tilewright.codegen.mlir.value import Val, constant
 from tilewright.codegen.schedule import AttentionSchedule
 
 LINE = 64  # bytes that memory gives at a time
-_PRODUCTS_OF_A_LINE = 40  # four of them a cycle, 20 GB/s
+_PAGE = 64  # lines along which the hardware fetches by itself
+_LEAD = 4  # of them set it going
+_FEW_PRODUCTS = 4  # of vectors, with one line: it is done before the few requests that a core may have open bring another
 
 
 def _shares(first: int, count: int, parts: int) -> list[tuple[int, int]]:
@@ -48,6 +50,7 @@ class CodeFlash(CodeRows):
         self.value_panels = value_panels(self.out_size, cache.panel)
         self.k_lines, self.v_lines = -(-cache.k_run // LINE), -(-cache.v_run // LINE)
         self.k_early, self.v_late = self.k_lines * 2 // 3, self.v_lines // 3
+        self.led = self.rows * max(digits.q, digits.p) * 8 <= _FEW_PRODUCTS * cache.bits
         self.one_run = self.keys <= cache.run  # in a block: then products start from zero by themselves
         self._build_micro_kernels(schedule.prefetch)
 
@@ -132,13 +135,14 @@ class CodeFlash(CodeRows):
             for memory, place, start, lines in zip(self.memory, runs(loop.index), first, share):
                 self._fetch(memory, place + row * (lines * LINE), start, lines)
 
-    def _fetch(self, memory: Buffer, place: Val, first: int, lines: int, products: int = 1 << 20) -> None:
+    def _fetch(self, memory: Buffer, place: Val, first: int, lines: int) -> None:
         """Ask for lines of the next block: few at a time all along, so that memory is busy all the time.
 
-        No more than come while so many ``products`` (of a vector) are made: what waits longer only stands in the way.
+        Where memory can never be fast enough the hardware is better at it, once it knows where to go on.
         """
-        for line in range(first, first + min(lines, products // _PRODUCTS_OF_A_LINE)):
-            memory.prefetch(place + line * LINE, locality=2)
+        for line in range(first, first + lines):
+            if not self.led or line % _PAGE < _LEAD:
+                memory.prefetch(place + line * LINE, locality=2)
 
     def _load_scales(self, first: Val, k: Val, v: Val) -> None:
         """The scales and zeros of a run as f32."""
@@ -159,14 +163,13 @@ class CodeFlash(CodeRows):
         place = constant(0) if self.channels else place
 
         calls = sum(cache.run // self.lanes // self._score_width(height) for height in self.q_heights)
-        products = {height: height * self._score_width(height) * cache.key_size for height in self.q_heights}
         shares = iter(_shares(0, self.k_early, calls))
 
         def call(height: int, row: Val) -> None:
             for panel in range(cache.run // cache.key_panel):
                 for vector in range(0, cache.key_panel // self.lanes, self._score_width(height)):
                     if self.exact:
-                        self._fetch(self.memory[0], following, *next(shares), products[height])
+                        self._fetch(self.memory[0], following, *next(shares))
                     at = place + (panel * panel_size + vector * self.lanes * 4)
                     to = row * self.keys + first + (panel * cache.key_panel + vector * self.lanes)
                     numbers = (row * self.q_stride, at, to, cache.key_size // feed.step, 0)
@@ -184,7 +187,7 @@ class CodeFlash(CodeRows):
                 column = 0
                 for width in self._widths(height, panel):
                     if self.exact:
-                        self._fetch(self.memory[1], following, *next(shares), height * width * self.cache.run)
+                        self._fetch(self.memory[1], following, *next(shares))
                     at = place + (start * self.cache.run * self.cache.bits // 8 + column * 4)
                     numbers = (row * self.keys + first, at, row * self.out_size + (start + column), steps, 0)
                     self.value_kernels[height, panel, width]((self.p, self.memory[1], self.products), numbers)
