@@ -142,6 +142,7 @@ def measure(bench: Bench, kind: Format, name: str, rows: int, zeros: Sequence[fl
 
 
 def main() -> None:
+    emitter("mlir.columns")  # makes its schedule known
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--target", default="native")

@@ -61,7 +61,7 @@ class ColumnsSpec:
     def dense(self, target: CpuTarget) -> LinearSchedule:
         """How many rows are multiplied."""
         own = self.linear.schedule(target)
-        return replace(own, tile_v=self.features // target.lanes, block_m=240, prefetch=0)
+        return replace(own, tile_v=self.features // target.lanes, block_m=516, prefetch=0)
 
     @property
     def groups(self) -> Groups:
