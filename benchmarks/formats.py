@@ -120,13 +120,14 @@ def main(
     rounds: Annotated[int, typer.Option(help="Turns of each format.")] = 9,
     out: Path = ROOT / "benchmarks" / "results" / "formats.json",
 ) -> None:
-    """Compile models in all formats, and compare them."""
+    """Compile models in all formats, and compare them. What was chosen by ``only`` has its own part of the page."""
     results = json.loads(out.read_text()) if out.exists() else {}
     for name in models.split(","):
-        results[name] = one(SHAPES[name], only.split(",") if only else list(FORMATS), rounds)
+        part = f"{name} ({only})" if only else name
+        results[part] = one(SHAPES[name], only.split(",") if only else list(FORMATS), rounds)
         out.write_text(json.dumps(results, indent=1) + "\n")
         out.with_suffix(".md").write_text(page(results))
-        typer.echo(page({name: results[name]}))
+        typer.echo(page({part: results[part]}))
 
 
 def one(shape: Shape, formats: Sequence[str], rounds: int) -> dict[str, Any]:
