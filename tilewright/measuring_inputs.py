@@ -40,7 +40,7 @@ Operand = Any
 PERIOD = 1048583
 """Elements after which large arrays repeat themselves: a prime, so that no two rows are equal."""
 _BELOW = 8  # of integers that nothing bounds
-CACHED = (ops.Append, ops.Attend, ops.Select)
+CACHED = (ops.Append, ops.Attend, ops.Select, ops.Choose)
 """Operations that look into a cache."""
 _MOVES = (ops.Reshape, ops.Broadcast, ops.Transpose, ops.Slice, ops.Concat, ops.Cast)
 _POSITIVE = (ops.Log, ops.Log1p, ops.Sqrt, ops.Rsqrt, ops.Reciprocal)
@@ -180,6 +180,8 @@ def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
     if op := next((role.op for role in found if isinstance(role.op, ops.Attend) and role.field == "pages"), None):
         held = subject.shape(op.table)[1]  # some of them, in order, whatever the number of tokens
         return np.broadcast_to(np.arange(shape[2]) * held // shape[2], shape).astype(arg.dtype.np)
+    if any(role.field == "blocks" and isinstance(role.op, ops.Attend) for role in found):
+        return np.broadcast_to(np.array([shape[3] - 1, *range(shape[3] - 1)], np.int32), shape)  # all are chosen
     low, high = _range(subject, arg, shape, found)
     return tiled(lambda count: rng.integers(low, high, count), shape, lambda numbers: numbers.astype(arg.dtype.np))
 
@@ -228,7 +230,7 @@ def _range(subject: Subject, arg: Value, shape: Sequence[int], found: list[Role]
     return 0, max(min(ends, default=_BELOW), 1)
 
 
-def positions(subject: Subject, op: ops.Append | ops.Attend | ops.Select) -> tuple[int, int]:
+def positions(subject: Subject, op: ops.Append | ops.Attend | ops.Select | ops.Choose) -> tuple[int, int]:
     """Around the middle of the cache, but with room for all tokens."""
     tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
     kind = op.cache.cache

@@ -42,6 +42,8 @@ class CudaAttentionEmitter:
             return found
         if not isinstance(found, (ops.Attention, ops.Attend, ops.Append)):
             return f"no {found.name} on a GPU"
+        if isinstance(found, ops.Attend) and found.blocks is not None:
+            return "no kernel for attention over chosen blocks"
         if not isinstance(found, ops.Attention) and (reason := refusal_of_cache(found)):
             return reason
         if reason := next((reason for op in kernel.body if is_elementwise(op) and (reason := refusal(op))), None):

@@ -23,6 +23,7 @@ from tilewright.codegen.attention_pattern import (
     view_of,
 )
 from tilewright.codegen.cache import CacheLayout, cache_layout
+from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.attention import AttentionBuffers, AttentionSpec, Extents, emit_attention
@@ -30,13 +31,14 @@ from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import dim_value
 from tilewright.codegen.mlir.kv import emit_attend
 from tilewright.codegen.mlir.kv_append import AppendBuffers, AppendSpec, emit_append
+from tilewright.codegen.mlir.kv_chosen import Blocks
 from tilewright.codegen.mlir.kv_select import SelectBuffers, SelectSpec, emit_select
 from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.rows import Rope
 from tilewright.codegen.schedule import AttentionSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
-from tilewright.ir import CodegenError, Function, KVType, Op, Value, as_dim, eval_dim, ops
+from tilewright.ir import CONTIGUOUS, CodegenError, Function, KVType, Op, Value, as_dim, eval_dim, ops
 
 _INLINE_APPENDS = 8  # tokens of heads that are written sooner than another thread has heard of them
 
@@ -68,6 +70,8 @@ class AttentionEmitter:
                 return view
         if isinstance(found, ops.Attention) and found.first:
             return f"no kernel for the first {found.first} tokens beside a window, but over a cache of kind=ring"
+        if isinstance(found, ops.Attend) and (reason := _refusal_of_blocks(found, target)):
+            return reason
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
         return f"no attention of {narrow[0].dtype.value}" if narrow else None
 
@@ -154,6 +158,21 @@ def _pages(k: Kernel, place: dict[Any, Any], table: Value | None) -> tuple[Any, 
     return (None, None) if table is None else (place[table], dim_value(table.shape[1], k.dims))
 
 
+def _refusal_of_blocks(op: ops.Attend, target: CpuTarget) -> str | None:
+    """Why the kernel cannot walk along the blocks chosen for ``op``, or None."""
+    if op.blocks is None:
+        return None
+    layout = cache_layout(op.cache.cache, target)
+    if op.bias is not None:
+        return "no kernel for a bias over chosen blocks"
+    if isinstance(layout, CodeLayout) and layout.keeps_recent:
+        return f"no kernel for recent tokens over chosen blocks: {op.cache.type}"
+    run = layout.run if layout.run < layout.slots or layout.layout != CONTIGUOUS else Blocks(op.block, 1, 1).run
+    if op.queries & (op.queries - 1) or op.block % run or run % layout.key_panel:
+        return f"no kernel for blocks of {op.queries} queries and {op.block} keys, which lie in runs of {run}"
+    return None
+
+
 Places = dict[Any, Any]
 Facts = dict[str, Any]
 """The fields of KernelCode that say how many tasks there are."""
@@ -216,6 +235,7 @@ def _attend_spec(op: ops.Attend, target: CpuTarget) -> AttendSpec:
         sinks=op.sinks.dtype.value if op.sinks else None, s=static(op.q.shape[1]), rope=rotation(op.q),
         q=_view(op.q).place, far=_view(op.q_sinks).place if op.q_sinks else None,
         chosen=int(op.pages.shape[2]) if op.pages else 0,
+        blocks=Blocks(op.block, op.queries, int(op.blocks.shape[3]) - 1) if op.blocks else None,
     )  # fmt: skip
 
 
@@ -225,7 +245,8 @@ def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedul
     extra = (*(_at(place, v) for v in (op.bias, op.sinks)), *_tables(place, op.q), place["parts"])
     found = place[_view(op.q).source], *place[op.cache], _at(place, op.start), place["out"], *extra
     chosen = None if op.pages is None else place[op.pages]
-    buffers = AttendBuffers(*found, *_pages(k, place, op.table), far=_at(place, op.q_sinks), pages=chosen)
+    more = {"far": _at(place, op.q_sinks), "pages": chosen, "blocks": _at(place, op.blocks)}
+    buffers = AttendBuffers(*found, *_pages(k, place, op.table), **more)
     emit_attend(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
     scratch = tuple(map(as_dim, spec.scratch(schedule, b)))
     return {"tasks": as_dim(spec.tasks(schedule, b, s)), "last": as_dim(spec.last(schedule, b)), "scratch": scratch}

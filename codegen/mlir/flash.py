@@ -42,6 +42,20 @@ class Scattered:
     run_of: Callable[[Val], Val]
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Blocks of a head's ``slots`` that lie in one piece, in runs as `Scattered`; the head is number ``lane`` in memory."""
+
+    k: Buffer
+    v: Buffer
+    run_of: Callable[[Val], Val]
+    lane: Val
+    slots: int
+
+
+Source = Straight | Scattered | Picked
+
+
 class Flash(SoftRows):
     """The rows of one task, held in scratch memory."""
 
@@ -88,7 +102,8 @@ class Flash(SoftRows):
         name, feed = f"values{tile.rows}x{tile.vectors}of{panel}", self._feed(panel)
         if self.runs is None:
             return emit_micro_kernel(self.kernel, name, feed, tile, self.step, (self.p, v, self.sums))
-        runs = Runs(self.shape.run, self.shape.run * self.out_size, self.ahead if self.fetches else 0)
+        size = panel if self.shape.picked else self.out_size
+        runs = Runs(self.shape.run, self.shape.run * size, self.ahead if self.fetches else 0)
         return emit_runs_kernel(self.kernel, name, feed, tile, runs, (self.p, v, self.sums, self.runs))
 
     def _feed(self, panel: int) -> Feed:
@@ -126,13 +141,13 @@ class Flash(SoftRows):
             inside = None if keep >= self.lanes else self.kernel.mask(constant(keep), self.lanes)
             self.q.store(source.load(start).to(self.compute), row * self.q_size + start, inside)
 
-    def block(self, source: Straight | Scattered, key: Val, count: Val, rows: Val,
+    def block(self, source: Source, key: Val, count: Val, rows: Val,
               visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
         """Attend to ``count`` keys from ``key`` on.
 
         ``visible(query)`` gives the keys that the rows of a query see, ``query`` counting from 0 in this task.
         """
-        if isinstance(source, Scattered):
+        if not isinstance(source, Straight):
             self._find_runs(source, count)
         if self.shape.together == 1:
             self._attend(source, key, count, rows, visible, adjust)
@@ -144,7 +159,7 @@ class Flash(SoftRows):
                          adjust and (lambda score, row, *place: adjust(score, self.first + row, *place)))
         self.first = constant(0)
 
-    def _attend(self, source: Straight | Scattered, key: Val, count: Val, rows: Val,
+    def _attend(self, source: Source, key: Val, count: Val, rows: Val,
                 visible: Callable[[Val], Visible], adjust: Adjust | None) -> None:
         runs = (count + (SLOT_STEP - 1)) // SLOT_STEP
         self._score(source, count, rows)
@@ -155,13 +170,13 @@ class Flash(SoftRows):
                 self._soften(row, key, runs * SLOT_STEP, seen, adjust)
         self._add_values(source, count, rows)
 
-    def _find_runs(self, source: Scattered, count: Val) -> None:
+    def _find_runs(self, source: Scattered | Picked, count: Val) -> None:
         run = self.shape.run
         runs = constant(2 * self.ahead) if self.fetches else (count + (run - 1)) // run
         with self.kernel.loop(0, runs) as loop:
             self.runs.store(source.run_of(loop.index * run).to("i64"), loop.index)
 
-    def _score(self, source: Straight | Scattered, count: Val, rows: Val) -> None:
+    def _score(self, source: Source, count: Val, rows: Val) -> None:
         steps, run = self.q_size // self.step, self.shape.run or SLOT_STEP
         whole = self.key_panel // self.lanes
 
@@ -176,7 +191,7 @@ class Flash(SoftRows):
 
         self._walk(self.heights, rows, call)
 
-    def _start_of_keys(self, source: Straight | Scattered, number: Val) -> tuple[Val, list[Val]]:
+    def _start_of_keys(self, source: Source, number: Val) -> tuple[Val, list[Val]]:
         """Where a run of the block starts, and how many bytes on from there to fetch ahead."""
         size = self.shape.key_run
         if isinstance(source, Straight):
@@ -187,7 +202,7 @@ class Flash(SoftRows):
         following = self.runs.load(number + self.ahead).to("index")
         return run * size, [(following - run) * (size * SIZES[source.k.dtype])]
 
-    def _add_values(self, source: Straight | Scattered, count: Val, rows: Val) -> None:
+    def _add_values(self, source: Source, count: Val, rows: Val) -> None:
         steps = (count + (self.step - 1)) // self.step
 
         def call(height: int, row: Val) -> None:
@@ -200,11 +215,17 @@ class Flash(SoftRows):
                         at = source.values + source.first * panel + (start * source.slots + column * self.pair)
                         micro((self.p, source.v, self.sums), (row * self.keys, at, sums_at, steps, 0))
                     else:
-                        at = start * self.shape.run + column * self.pair
+                        at = self._start_of_values(source, start, panel) + column * self.pair
                         micro((self.p, source.v, self.sums, self.runs), (row * self.keys, at, sums_at, steps, 0))
                     column += width * self.lanes
 
         self._walk(self.heights, rows, call)
+
+    def _start_of_values(self, source: Scattered | Picked, start: int, panel: int) -> Val:
+        """Where the values of a run numbered 0 would have their components from ``start`` on."""
+        if isinstance(source, Scattered):
+            return constant(start * self.shape.run)
+        return source.lane * (source.slots * (self.out_size - panel)) + start * source.slots
 
     def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
         """One row of scores becomes one row of p; the row's statistics follow."""

@@ -26,9 +26,10 @@ _UNROLL = 4  # vectors of scores at a time
 class Shape:
     """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` and ``panel`` of the blocks.
 
-    ``run`` keys lie together, and so many values; 0 when all of a block do. Runs of keys begin ``key_run`` elements apart.
-    Where ``queries`` is 1, the rows of up to ``together`` sequences meet a block one after the other. With ``dot`` the
-    queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
+    ``run`` keys lie together, and so many values; 0 when all of a block do. Runs of keys begin ``key_run`` elements apart,
+    ``picked`` ones are parts of one piece. Where ``queries`` is 1, rows of up to ``together`` sequences meet a block one
+    after the other. With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and
+    blocks only.
     """
 
     group: int
@@ -43,6 +44,7 @@ class Shape:
     run: int = 0
     key_run: int = 0
     together: int = 1
+    picked: bool = False
 
 
 # 2**f for 0 <= f < 1, within 7.5e-5 and 9e-8 of the exact value: least-squares fits with the greatest errors levelled.

@@ -14,8 +14,9 @@ from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Kernel
-from tilewright.codegen.mlir.flash import Flash, Scattered, Straight
+from tilewright.codegen.mlir.flash import Flash, Picked, Scattered, Straight
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
+from tilewright.codegen.mlir.kv_chosen import Listed
 from tilewright.codegen.mlir.kv_codes import CodeFlash
 from tilewright.codegen.mlir.kv_codes_recent import RecentRows, Windows
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
@@ -31,12 +32,13 @@ from tilewright.ir import CONTIGUOUS, Paged
 
 def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: AttentionSchedule) -> Kernel:
     """The whole kernel: dims B, S, and T of a table; buffers q, cache, start, what the spec has of table, pages, far, bias,
-    sinks, cos, sin, then out, parts."""
+    sinks, cos, sin, blocks, then out, parts."""
     paged = isinstance(spec.cache.layout, Paged)
     extra = {"table": "i32" if paged else None, "pages": "i32" if spec.chosen else None}
     extra |= {"far": spec.dtype if spec.far else None}
     extra |= {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
+    extra |= {"blocks": "i32" if spec.blocks else None}
     extra = {key: dtype for key, dtype in extra.items() if dtype}
     stored = spec.cache.stored
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]
@@ -62,6 +64,7 @@ class _Attend:
                  buffers: AttendBuffers) -> None:
         self.kernel, self.spec, self.schedule, self.b, self.s, self.buffers = kernel, spec, schedule, b, s, buffers
         self.recent: RecentRows | None = None
+        self.listed: Listed | None = None
         self.flash = self._floats() if isinstance(spec.cache, CacheLayout) else self._codes(spec.cache)
         self.places = Places(spec.cache, buffers.table, buffers.width)
         self.chosen = Chosen(buffers.pages, spec.cache.heads, spec.chosen, spec.cache.run) if buffers.pages else None
@@ -78,9 +81,12 @@ class _Attend:
     def _floats(self) -> Flash:
         kernel, spec, cache, memory = self.kernel, self.spec, self.spec.cache, (self.buffers.k, self.buffers.v)
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
-        run = (0, 0) if cache.layout == CONTIGUOUS else (cache.run, cache.key_run)
+        run, picked = (cache.run, cache.key_run), spec.blocks is not None and cache.layout == CONTIGUOUS
+        if cache.layout == CONTIGUOUS:
+            size = spec.blocks.run if spec.blocks else 0
+            run = size, size * cache.key_size
         sizes = spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel
-        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, *run, spec.together(self.schedule))
+        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, *run, spec.together(self.schedule), picked)
         return Flash(kernel, shape, self.schedule, memory)
 
     def _codes(self, cache: CodeLayout) -> CodeFlash:
@@ -102,6 +108,8 @@ class _Attend:
             run, head = tasks.index % runs, tasks.index // runs % heads
             batch, first = tasks.index // (runs * heads), run * queries
             rows = (self.s - first).min(constant(queries))
+            if self.spec.blocks is not None:
+                self.listed = self.spec.blocks.listed(self.buffers.blocks, heads, (batch, head), first, self.s)
             begin, high = self._range(batch, head, first, rows)
             self._task(batch, head, first, rows, begin, high, high)
             for_rows(kernel, rows, self.spec.group, lambda query, member, row: self._finish(
@@ -147,6 +155,8 @@ class _Attend:
     def _start(self, batch: Val, head: Val) -> Val:
         """Where the first query stands: its position, or, among keys on chosen pages, its place there."""
         start = self.buffers.start.load(batch).to("index")
+        if self.listed is not None:
+            return start - self.listed.skipped()
         if self.chosen is None:
             return start
         return (self.chosen.count(batch, head) - 1) * self.chosen.page + start % self.chosen.page
@@ -252,10 +262,16 @@ class _Attend:
         if cache.layout != CONTIGUOUS:
             return Scattered(k, v, run_of)
         lane = (batch * cache.heads + head) * cache.slots
+        if self.listed is not None:
+            size = self.flash.shape.run
+            return Picked(k, v, lambda n: (lane + self._position(batch, head, (key + n).min(high - 1))) // size,
+                          lane // cache.slots, cache.slots)
         return Straight(k, v, (lane + key) * cache.key_size, lane * cache.value_size, cache.slots, key)
 
     def _position(self, batch: Val, head: Val, key: Val) -> Val:
         """Where a key stands in the sequence."""
+        if self.listed is not None:
+            return self.listed.key(key)
         return key if self.chosen is None else self.chosen.position(batch, head, key)
 
     def _query(self, batch: Val, token: Val, head: Val) -> Row:

@@ -7,6 +7,7 @@ from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import CacheLayout, round_up
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer
+from tilewright.codegen.mlir.kv_chosen import Blocks
 from tilewright.codegen.mlir.kv_codes import ONE_DIGIT, Digits
 from tilewright.codegen.mlir.kv_parts import part_size
 from tilewright.codegen.mlir.rows import Rope
@@ -24,7 +25,8 @@ class AttendSpec:
 
     ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
     With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks, if these
-    are others. With ``chosen`` a head of keys is seen on so many pages at the most, which are given.
+    are others. With ``chosen`` a head of keys is seen on so many pages at the most, which are given, with ``blocks`` on
+    chosen blocks.
     """
 
     heads: int
@@ -45,6 +47,7 @@ class AttendSpec:
     out: Slice = DENSE
     far: Slice | None = None
     chosen: int = 0
+    blocks: Blocks | None = None
 
     @property
     def group(self) -> int:
@@ -58,7 +61,8 @@ class AttendSpec:
 
     def queries(self, schedule: AttentionSchedule) -> int:
         """Queries of one task."""
-        return max(schedule.rows // self.group, 1)
+        most = max(schedule.rows // self.group, 1)
+        return self.blocks.queries_of_task(most) if self.blocks else most
 
     def keys(self, schedule: AttentionSchedule) -> int:
         """Keys of a block."""
@@ -107,7 +111,7 @@ class AttendBuffers:
     """Arguments of the kernel; ``k`` and ``v`` are the cache, ``start`` is i64 [B].
 
     Pages have a ``table`` i32 [B, T], whose ``width`` is T; ``pages`` i32 [B, heads, chosen] are those to see, numbered in
-    the sequence. ``far`` are the queries that meet a ring's sinks.
+    the sequence. ``far`` are the queries that meet a ring's sinks, ``blocks`` the lists of those chosen.
     """
 
     q: Buffer
@@ -124,3 +128,4 @@ class AttendBuffers:
     width: Val | None = None
     far: Buffer | None = None
     pages: Buffer | None = None
+    blocks: Buffer | None = None

@@ -7,6 +7,7 @@ from tilewright.ir.ops.elementwise import *  # noqa: F403
 from tilewright.ir.ops.elementwise import __all__ as _elementwise
 from tilewright.ir.ops.kernel import Call
 from tilewright.ir.ops.kv import Append, Attend
+from tilewright.ir.ops.kv_choose import Choose
 from tilewright.ir.ops.kv_select import Select
 from tilewright.ir.ops.lossless import Decompress
 from tilewright.ir.ops.moe import Experts
@@ -47,6 +48,7 @@ __all__ = [
     "AvgPool",
     "Broadcast",
     "Call",
+    "Choose",
     "Concat",
     "Conv",
     "CumSum",

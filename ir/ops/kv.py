@@ -90,7 +90,8 @@ class Attend(Op):
     positions, the sinks, always: by ``q_sinks``, if given, the queries as they would be at the end of sinks and window.
 
     With ``pages`` (i32 ``[B, H, N]``, of ``kv.select``) the one query of each sequence sees, by head of keys, only these of
-    the sequence's pages. They are in order, the last is the query's own; numbers below 0, at the end, are none.
+    the sequence's pages. They are in order, the last is the query's own; numbers below 0, at the end, are none. With
+    ``blocks``, of ``kv.choose``, queries see only those of their list: ``block`` keys each, a list for ``queries`` each.
     """
 
     name = "kv.attend"
@@ -106,6 +107,9 @@ class Attend(Op):
     table: Value | None = None
     q_sinks: Value | None = None
     pages: Value | None = None
+    blocks: Value | None = None
+    block: int = 64
+    queries: int = 64
 
     def infer(self) -> tuple[Type, ...]:
         kv: KVType = self.cache.cache
@@ -115,6 +119,7 @@ class Attend(Op):
         expect_table(self, self.table, self.q)
         self.check_ring(kv)
         self.check_pages(kv)
+        self.check_blocks(kv)
         return (self.q.tensor.with_shape((*self.q.shape[:3], kv.vdim)),)
 
     def check_pages(self, kv: KVType) -> None:
@@ -139,13 +144,26 @@ class Attend(Op):
         by_key = self.bias is not None and self.bias.shape[-1:] not in ((), (1,))
         self.expect(not by_key, "a bias for each position, which a ring does not keep apart")
 
+    def check_blocks(self, kv: KVType) -> None:
+        if self.blocks is None:
+            return
+        self.expect(self.block > 0 and self.queries > 0, f"block and queries are positive: {self.block}, {self.queries}")
+        expect_rank(self, "blocks", self.blocks.shape, 4)
+        b, s = self.q.shape[:2]
+        wanted = (b, kv.heads, as_dim(-(-s // self.queries)), 1 + -(-kv.length // self.block))
+        for axis, (found, size) in enumerate(zip(self.blocks.shape, wanted)):
+            expect_dim(self, f"blocks, axis {axis}", found, size)
+        whole = not isinstance(kv.layout, Ring) and self.window <= 0 and self.chunk <= 0
+        self.expect(whole, f"blocks are chosen of all keys, not of a window, a chunk or a ring: {kv}")
+
     def evaluate(
-        self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any, table: Any, q_sinks: Any, pages: Any
+        self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any, table: Any, q_sinks: Any, pages: Any,
+        blocks: Any
     ) -> Any:
         kv = self.cache.cache
         where = start[:, None] + np.arange(q.shape[1])
         if kv.page:
-            cache = self.gathered(cache, table, where)
+            cache = gathered(self, cache, table, where)
             bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., : cache[0].shape[1]]
         keys = ring_positions(kv.layout, where) if isinstance(kv.layout, Ring) else np.arange(cache[0].shape[1])
         keep = visible(where, keys, True, self.window, -1, self.chunk)
@@ -156,23 +174,22 @@ class Attend(Op):
         if pages is not None:
             chosen = (keys // kv.page == pages[..., None]).any(2)
             keep = keep & np.repeat(chosen, q.shape[2] // kv.heads, 1)[:, :, None]
+        if blocks is not None:
+            keep = keep & np.repeat(self.chosen(where, keys, blocks), q.shape[2] // kv.heads, axis=1)
         scores = products(q, cache[0])
         if q_sinks is not None:
             scores[..., : kv.sinks] = products(q_sinks, cache[0][:, : kv.sinks])
         return average(scores, cache[1], keep, bias, sinks, self.scale, self.softcap).astype(q.dtype)
 
-    def gathered(self, cache: Any, table: Any, where: Array) -> tuple[Array, Array]:
-        """The pages of each sequence in order, those behind its last query as zeros."""
-        kv = self.cache.cache
-        positions = np.arange(min(table.shape[1] * kv.page, kv.length))
-        last = where[:, -1:]
-        held = len(positions)
-        self.expect(bool((last < held).all()), f"a query at {last.max()}, the tables hold {held} tokens")
-        seen = positions <= last
-        entries = np.where(seen, table[:, positions // kv.page], 0)
-        pages = expect_pages(self, entries, cache[0])
-        rows = (x[pages, positions % kv.page] for x in cache)
-        return tuple(np.where(seen[..., None, None], x, np.zeros((), x.dtype)) for x in rows)  # type: ignore[return-value]
+    def chosen(self, where: Array, keys: Array, blocks: Array) -> Array:
+        """Which keys are in the blocks of a query: bool ``[B, H, S, T]``; fails if a query's own is not among them."""
+        there = np.zeros((*blocks.shape[:3], blocks.shape[3] - 1), bool)
+        for place in np.ndindex(*blocks.shape[:3]):
+            there[place][blocks[place][1 : 1 + blocks[place][0]]] = True
+        by_query = there[:, :, np.arange(where.shape[1]) // self.queries]
+        own = np.take_along_axis(by_query, (where // self.block)[:, None, :, None], -1)
+        self.expect(bool(own.all()), "the block of a query's own key is not among those chosen for it")
+        return by_query[..., keys // self.block]
 
     def flops(self) -> Dim:
         b, s, h, d = self.q.shape
@@ -189,6 +206,20 @@ def ring_positions(ring: Ring, where: Array) -> Array:
     turning = last - (last - np.arange(ring.size)) % ring.size
     first = np.broadcast_to(np.arange(ring.sinks), (*where.shape, ring.sinks))
     return np.concatenate([first, turning], -1)
+
+
+def gathered(op: Op, cache: Any, table: Any, where: Array) -> tuple[Array, Array]:
+    """The pages of each sequence in order, those behind its last query as zeros; queries stand at ``where [B, S]``."""
+    kv = op.cache.cache  # type: ignore[attr-defined]
+    positions = np.arange(min(table.shape[1] * kv.page, kv.length))
+    last = where[:, -1:]
+    held = len(positions)
+    op.expect(bool((last < held).all()), f"a query at {last.max()}, the tables hold {held} tokens")
+    seen = positions <= last
+    entries = np.where(seen, table[:, positions // kv.page], 0)
+    pages = expect_pages(op, entries, cache[0])
+    rows = (x[pages, positions % kv.page] for x in cache)
+    return tuple(np.where(seen[..., None, None], x, np.zeros((), x.dtype)) for x in rows)  # type: ignore[return-value]
 
 
 def expect_table(op: Op, table: Value | None, tokens: Value) -> None:

@@ -1,0 +1,217 @@
+"""``kv.choose``: which blocks of keys queries will attend to, found cheaply, so that ``kv.attend`` skips the others.
+
+Patterns of MInference (arXiv:2407.02490) and the choice by sums of FlexPrefill (arXiv:2502.20766), in whole blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tilewright.ir.core import Env, Op, Value
+from tilewright.ir.kv_type import Ring
+from tilewright.ir.ops import numerics as num
+from tilewright.ir.ops.attention import expect_groups
+from tilewright.ir.ops.kv import expect_table, gathered
+from tilewright.ir.ops.shapes import expect_dim, expect_rank
+from tilewright.ir.types import Dim, DType, TensorType, Type, as_dim, product
+
+Array = np.ndarray[Any, Any]
+PATTERNS = ("a-shape", "vertical-slash", "block-sparse", "flex")
+BLOCKS = (32, 64, 128, 256)
+"""Keys of a block."""
+
+
+class Choose(Op):
+    """Blocks of ``block`` keys for each block of ``queries`` of the S, and each key head.
+
+    q ``[B, S, Hq, D]`` at positions from ``start[b]`` on, over a cache that has their keys already -> i32
+    ``[B, H, ceil(S / queries), 1 + ceil(length / block)]``: how many, and which, in order; zeros behind them.
+    ``patterns`` has one for each key head, or one for all.
+
+    Always there are the blocks of the first ``sinks`` positions (of one at least), of the last ``local`` before a block of
+    queries, and all from its first query's on; all blocks, where its last query stands before position ``dense``. That is
+    ``a-shape``. ``vertical-slash`` adds the blocks of ``columns`` tokens that have most of the attention of the last
+    ``sample`` queries, and the diagonals (blocks equally far behind the query's) that have most of it, as many as blocks
+    that hold ``slashes`` tokens. ``block-sparse`` takes the best, ``share`` of those up to the query, by the softmax of the
+    mean query's products with mean keys. ``flex`` takes the best until their sum is ``gamma``: of those products if they
+    tell the sample's attention (Jensen-Shannon distance below ``tau``), else of columns, and of diagonals. What a key head
+    chooses is for all its query heads: weights are the means of theirs.
+    """
+
+    name = "kv.choose"
+    q: Value
+    cache: Value
+    start: Value
+    table: Value | None = None
+    patterns: tuple[str, ...] = ("flex",)
+    block: int = 64
+    queries: int = 64
+    sinks: int = 1
+    local: int = 0
+    dense: int = 0
+    columns: int = 1024
+    slashes: int = 1024
+    share: float = 0.25
+    gamma: float = 0.9
+    tau: float = 0.1
+    sample: int = 64
+    scale: float = 1.0
+
+    def infer(self) -> tuple[Type, ...]:
+        kv = self.cache.cache
+        expect_rank(self, "q", self.q.shape, 4)
+        expect_dim(self, "q, size of a head", self.q.shape[3], kv.dim)
+        expect_groups(self, self.q.shape[2], kv.heads)
+        expect_table(self, self.table, self.q)
+        self.expect(not isinstance(kv.layout, Ring), f"a ring overwrites what blocks are chosen of: {kv}")
+        self._check_patterns(kv.heads)
+        b, s = self.q.shape[:2]
+        shape = (b, kv.heads, as_dim(-(-s // self.queries)), 1 + -(-kv.length // self.block))
+        return (TensorType(shape, DType.i32),)
+
+    def _check_patterns(self, heads: int) -> None:
+        known = all(p in PATTERNS for p in self.patterns)
+        self.expect(known, f"a pattern of {', '.join(self.patterns)} is none of {', '.join(PATTERNS)}")
+        self.expect(len(self.patterns) in (1, heads), f"{len(self.patterns)} patterns for {heads} key heads")
+        self.expect(self.block in BLOCKS, f"block is one of {BLOCKS}, got {self.block}")
+        powers = self.queries > 0 and self.queries & (self.queries - 1) == 0
+        self.expect(powers, f"queries is a power of two, got {self.queries}")
+        least = min(self.local, self.dense, self.columns, self.slashes, self.sinks - 1, self.sample - 1)
+        self.expect(least >= 0, "sinks and sample are at least 1, local, dense, columns and slashes at least 0")
+        fits = 0 < self.share <= 1 and 0 < self.gamma <= 1 and self.tau >= 0
+        got = f"{self.share}, {self.gamma}, {self.tau}"
+        self.expect(fits, f"share and gamma are above 0 and at most 1, tau at least 0: {got}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The pattern of each key head."""
+        heads = self.cache.cache.heads
+        return self.patterns * heads if len(self.patterns) == 1 else self.patterns
+
+    def evaluate(self, env: Env, q: Any, cache: Any, start: Any, table: Any) -> Any:
+        kv = self.cache.cache
+        if kv.page:
+            cache = gathered(self, cache, table, start[:, None] + np.arange(q.shape[1]))
+        out = np.zeros(env.shape(self.result.shape), np.int32)
+        for b, first in enumerate(start):
+            for head, kind in enumerate(self.kinds):
+                group = q[b].reshape(q.shape[1], kv.heads, -1, q.shape[3])[:, head].transpose(1, 0, 2)
+                for i, found in enumerate(Chooser(self, group, cache[0][b, :, head], int(first)).lists(kind)):
+                    out[b, head, i, : 1 + len(found)] = [len(found), *found]
+        return out
+
+    def flops(self) -> Dim:
+        b, s, h, d = self.q.shape
+        return as_dim(2 * product((b, h, d)) * (self.sample + s // self.queries) * self.cache.cache.length)
+
+
+class Chooser:
+    """What one key head chooses for queries ``[group, S, D]`` from position ``start`` on, over keys ``[T, D]``."""
+
+    def __init__(self, op: Choose, q: Array, keys: Array, start: int) -> None:
+        self.op, self.q, self.start, self.end = op, q, start, start + q.shape[1]
+        self.blocks = -(-self.end // op.block)
+        self.keys = num.wide(keys[: self.end])
+
+    def lists(self, kind: str) -> list[list[int]]:
+        """The blocks of each block of queries."""
+        op = self.op
+        spans = [(i, min(i + op.queries, self.q.shape[1])) for i in range(0, self.q.shape[1], op.queries)]
+        if self.end <= op.dense or kind == "a-shape":
+            return [self._listed(self._always(span)) for span in spans]
+        gamma = kind == "flex"
+        if kind == "block-sparse" or (gamma and self.distance() < op.tau):
+            return [self._best_of_products(span, gamma) for span in spans]
+        columns, slashes = self.lines(gamma)
+        return [self._on_lines(span, columns, slashes) for span in spans]
+
+    def _rows(self, span: tuple[int, int]) -> range:
+        """The blocks in which some queries stand."""
+        return range((self.start + span[0]) // self.op.block, (self.start + span[1] - 1) // self.op.block + 1)
+
+    def _always(self, span: tuple[int, int]) -> Array:
+        """Which blocks are there in any case."""
+        op, own = self.op, self._rows(span)
+        keep = np.zeros(own.stop, bool)
+        keep[: -(-op.sinks // op.block)] = True
+        keep[max(self.start + span[0] - op.local, 0) // op.block :] = True
+        return np.ones_like(keep) if self.start + span[1] <= op.dense else keep
+
+    @staticmethod
+    def _listed(keep: Array) -> list[int]:
+        return [int(i) for i in np.flatnonzero(keep)]
+
+    def attention(self) -> tuple[Array, Array]:
+        """What the last queries give each block, f32 ``[group, sample, blocks]``, and the block that each stands in."""
+        op = self.op
+        last = self.q[:, -op.sample :]
+        where = np.arange(self.end - last.shape[1], self.end)
+        scores = num.wide(last) @ self.keys.T * np.float32(op.scale)
+        weights = num.softmax(np.where(np.arange(self.end) <= where[:, None], scores, -np.inf))
+        starts = np.arange(0, self.end, op.block)
+        return np.add.reduceat(weights, starts, -1), where // op.block
+
+    def products(self, span: tuple[int, int]) -> Array:
+        """How the mean of some queries spreads over the mean keys of blocks up to the last of them, f32 ``[blocks]``."""
+        op, end = self.op, self.start + span[1]
+        mean = num.wide(num.wide(self.q[:, span[0] : span[1]]).mean(1).astype(self.q.dtype))
+        scores = mean @ self.keys[:end].T
+        starts = np.arange(0, end, op.block)
+        counts = np.minimum(op.block, end - starts).astype(np.float32)
+        weights: Array = num.softmax(np.add.reduceat(scores, starts, -1) / counts * np.float32(op.scale)).mean(0)
+        return weights
+
+    def distance(self) -> float:
+        """Jensen-Shannon distance between the attention of the last queries and what products take it to be."""
+        size = self.q.shape[1]
+        true = self.attention()[0].mean((0, 1))
+        guess = self.products((max(size - self.op.sample, 0), size))
+        middle = (true + guess) / 2
+        return float(np.sqrt(max((_divergence(true, middle) + _divergence(guess, middle)) / 2, 0.0)))
+
+    def lines(self, gamma: bool) -> tuple[Array, Array]:
+        """Which columns, and which diagonals by how many blocks they are behind, are taken."""
+        op = self.op
+        weights, where = self.attention()
+        columns, slashes = weights.mean((0, 1)), np.zeros(self.blocks, np.float32)
+        for row, at in zip(weights.mean(0), where):
+            slashes[: at + 1] += row[at::-1] / np.float32(len(where))
+        if gamma:
+            return best(columns, gamma=op.gamma), best(slashes, gamma=op.gamma)
+        return best(columns, -(-op.columns // op.block)), best(slashes, -(-op.slashes // op.block))
+
+    def _on_lines(self, span: tuple[int, int], columns: Array, slashes: Array) -> list[int]:
+        keep = self._always(span)
+        keep |= columns[: len(keep)]
+        for row in self._rows(span):
+            keep[: row + 1] |= slashes[row::-1]
+        return self._listed(keep)
+
+    def _best_of_products(self, span: tuple[int, int], gamma: bool) -> list[int]:
+        op, keep = self.op, self._always(span)
+        if keep.all():
+            return self._listed(keep)
+        weights = self.products(span)
+        if gamma:
+            return self._listed(best(weights, gamma=op.gamma, keep=keep))
+        return self._listed(best(weights, int(np.ceil(np.float32(op.share) * np.float32(len(keep)))), keep=keep))
+
+
+def best(weights: Array, count: int | None = None, gamma: float = 2.0, keep: Array | None = None) -> Array:
+    """The ``keep`` ones and the greatest others, ties to the first, until there are ``count`` or their sum is ``gamma``."""
+    taken = np.zeros(len(weights), bool) if keep is None else keep.copy()
+    total, number = np.float32(weights[taken].sum()), int(taken.sum())
+    for i in np.argsort(-weights, kind="stable"):
+        if number >= (len(weights) if count is None else count) or total >= np.float32(gamma):
+            break
+        if not taken[i]:
+            taken[i], total, number = True, total + weights[i], number + 1
+    return taken
+
+
+def _divergence(p: Array, q: Array) -> float:
+    """Kullback-Leibler, nats."""
+    some = p > 0
+    return float((p[some] * np.log(p[some] / q[some])).sum())
