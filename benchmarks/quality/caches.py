@@ -8,7 +8,7 @@ from typing import Literal
 EVALUATION, SMALL = "evaluation", "small"
 WINDOW = 512
 """Positions that the models were trained for; most of their texts had half of them."""
-Task = Literal["text", "stream", "recomputed"]
+Task = Literal["text", "stream", "recomputed", "sinks"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class CacheRow:
     """``passes`` make the cache, all in f32 arithmetic; ``model`` is the evaluation model or the small one.
 
     ``text``: windows whose second half is decoded; ``stream``: one text of ``tokens``, decoded from its first token to its
-    last; ``recomputed``: some tokens of the same text, each by a model that sees the last ``window`` alone, at once.
+    last; ``recomputed``: some tokens of the same text, each by a model that sees the last ``window`` alone, at once;
+    ``sinks``: what attention the first token gets, without a cache.
     """
 
     name: str
@@ -73,6 +74,7 @@ def ring(window: int, sinks: int) -> str:
     return layout(f"dtype=bf16 kind=ring window={window - sinks} chunk=64" + (f" sinks={sinks}" if sinks else ""))
 
 
+SINKS = both(CacheRow("attention on the first token", "", "sinks"))
 STREAMS = both(
     CacheRow("4 sinks + window 252", ring(SEEN, 4), "stream", tokens=LONG),
     CacheRow("window 256", ring(SEEN, 0), "stream", tokens=LONG),
@@ -83,4 +85,14 @@ STREAMS = both(
     CacheRow("all tokens", ring(LONG, 0), "stream", tokens=4_000),
 )
 
-CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *STREAMS)
+# ---- less than all tokens --------------------------------------------------------------------------------------------
+
+FIFTH, QUARTER = WINDOW // 5, WINDOW // 4
+SELECTED = both(
+    CacheRow("a quarter of pages of 16", layout("dtype=bf16 kind=paged page=16 select=0.25")),
+    CacheRow("a quarter of pages of 16, i8", layout("dtype=i8 kind=paged page=16 select=0.25")),
+    CacheRow("a quarter of pages of 32", layout("dtype=bf16 kind=paged page=32 select=0.25")),
+    CacheRow("window 128", layout(f"dtype=bf16 kind=ring window={QUARTER} chunk=64")),
+)
+
+CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *SELECTED)

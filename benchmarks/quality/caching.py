@@ -18,6 +18,7 @@ from benchmarks.quality.passkey import KEYS, LENGTH, questions
 from benchmarks.quality.passkey import found as keys_found
 from benchmarks.quality.rows import Row
 from benchmarks.quality.running import Reference, Settings, prepared
+from benchmarks.quality.sinks import first_token
 from tilewright.evaluation import figures, scores
 from tilewright.runtime import Session, Tokenizer
 from tilewright.runtime.feeding import Feeder
@@ -73,7 +74,11 @@ class Caches:
 
     def measure(self, row: CacheRow) -> Figures:
         """The figures of a row."""
-        return {"text": self.text, "stream": self.stream, "recomputed": self.recomputed}[row.task](row)
+        return {"text": self.text, "stream": self.stream, "recomputed": self.recomputed, "sinks": self.sinks}[row.task](row)
+
+    def sinks(self, row: CacheRow) -> Figures:
+        """On the first windows."""
+        return dict(first_token(self.folder(row), self.rows[:8]))
 
     def compiled(self, row: CacheRow) -> tilewright.Compiled:
         return tilewright.compile(self.folder(row), passes=f"{row.pipeline},kernels", max_length=WINDOW, dtype="f32")

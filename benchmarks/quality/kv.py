@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from benchmarks.quality.caches import CACHE_ROWS, FORMATS, SMALL, STREAMS, CacheRow
+from benchmarks.quality.caches import CACHE_ROWS, FORMATS, SELECTED, SMALL, STREAMS, CacheRow
 from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
 from benchmarks.quality.goals import Goal, better, within
 from benchmarks.quality.passkey import KEYS, LENGTH
@@ -95,6 +96,26 @@ def for_both(make: Callable[[str, str], Goal]) -> tuple[Goal, ...]:
     return tuple(make(prefix, f"{model}: ") for prefix, model in MODELS.items())
 
 
+def parks(text: str, name: str) -> Goal:
+    """The first token gets at least a tenth of the attention."""
+
+    def shows(rows: Rows) -> str:
+        found = rows[name]
+        return f"{found['first']:.2%} in the mean of heads, {found['most']:.2%} at most (all alike: {found['even']:.2%})"
+
+    return Goal(text, (name,), lambda r: r[name]["first"] >= 0.1, shows)
+
+
+def sinks_better(size: int, prefix: str, say: str) -> Goal:
+    text = f"{say}sinks far better than a window of {size} alone"
+    return far_better(text, f"{prefix}4 sinks + window {size - 4}", f"{prefix}window {size}")
+
+
+def sinks_stable(size: int, prefix: str, say: str) -> Goal:
+    text = f"{say}sinks and a window, {size} in all, stable over 20,000 tokens"
+    return stable(text, f"{prefix}4 sinks + window {size - 4}", f"{prefix}window {size}, recomputed")
+
+
 FORMAT_GOALS = (
     *for_both(lambda p, say: within(f"{say}i8 within 0.1 % of bf16", f"{p}i8", 0.001, p + BASE)),
     *for_both(lambda p, say: within(f"{say}i4 within 1 % of bf16", f"{p}i4", 0.01, p + BASE)),
@@ -103,15 +124,11 @@ FORMAT_GOALS = (
     *for_both(lambda p, say: better(f"{say}2-bit KIVI better than 2 bits by token alone",
                                     f"{p}i2, keys by channel, recent 32", f"{p}i2")),
 )  # fmt: skip
-STREAM_GOALS = tuple(
-    goal
-    for size in (256, 64)
-    for goal in (
-        *for_both(lambda p, say, n=size: far_better(f"{say}sinks far better than a window of {n} alone",  # type: ignore[misc]
-                                                    f"{p}4 sinks + window {n - 4}", f"{p}window {n}")),
-        *for_both(lambda p, say, n=size: stable(f"{say}sinks and a window, {n} in all, stable over 20,000 tokens",  # type: ignore[misc]
-                                                f"{p}4 sinks + window {n - 4}", f"{p}window {n}, recomputed")),
-    )
+STREAM_GOALS = (
+    *for_both(lambda p, say: parks(f"{say}has sinks, a tenth of attention or more goes to the first token",
+                                   f"{p}attention on the first token")),
+    *(goal for size in (256, 64) for goal in for_both(partial(sinks_better, size))),
+    *(goal for size in (256, 64) for goal in for_both(partial(sinks_stable, size))),
 )  # fmt: skip
 
 
@@ -125,6 +142,12 @@ def finds(text: str, name: str) -> Goal:
     return Goal(text, (name,), lambda r: r[name]["right"] >= 4 / KEYS, lambda r: f"{r[name]['right']:.1%}")
 
 
+SELECT_GOALS = (
+    *for_both(lambda p, say: within(f"{say}a quarter of pages within 2 % of bf16", f"{p}a quarter of pages of 16", 0.02,
+                                    p + BASE)),
+    *for_both(lambda p, say: better(f"{say}a quarter of pages better than a window of as many tokens",
+                                    f"{p}a quarter of pages of 16", f"{p}window 128")),
+)  # fmt: skip
 SECTIONS: tuple[Section, ...] = (
     Section(
         "Formats",
@@ -138,6 +161,11 @@ SECTIONS: tuple[Section, ...] = (
         "in nats: in either half of the text that of the same tokens in every row (each "
         f"{SAMPLE}th of the scored ones after the trained length), and that of all scored tokens by thousand.",
         ("bytes", "NLL, first half", "second half", "NLL by thousand"), STREAMS, streamed, STREAM_GOALS,
+    ),
+    Section(
+        "Some of the pages",
+        "Decoding reads a quarter of a sequence's pages, those that promise most to its query. All are stored.",
+        SCORED, SELECTED, scored, SELECT_GOALS,
     ),
     Section(
         "Keys in a text",

@@ -14,8 +14,9 @@ import pytest
 from benchmarks.quality import caching, passkey
 from benchmarks.quality.caches import CACHE_ROWS, SMALL, WINDOW, CacheRow
 from benchmarks.quality.caching import EVERY, STRETCH, along, loss, sampled, streamed
-from benchmarks.quality.kv import SECTIONS, far_better, page, stable
+from benchmarks.quality.kv import SECTIONS, far_better, page, parks, stable
 from benchmarks.quality.passkey import KEYS, LENGTH, found, questions
+from benchmarks.quality.sinks import first_token
 from tilewright import Tokenizer
 from tilewright.passes.pipeline import Pipeline
 
@@ -29,7 +30,7 @@ LONG = {"bytes": [70, 70], "nll": 3.0, "perplexity": 20.1, "thousands": [3.1, 2.
 @pytest.mark.parametrize("row", CACHE_ROWS, ids=lambda r: r.name)
 def test_pipelines_parse(row: CacheRow) -> None:
     names = [p.name for p in Pipeline.parse(row.pipeline).passes]
-    assert ("kv-layout" in names) == (row.task != "recomputed")
+    assert ("kv-layout" in names) == (row.task in ("text", "stream"))
     assert "fuse" not in names
 
 
@@ -37,7 +38,8 @@ def test_names_are_unique_and_goals_are_about_rows() -> None:
     names = [r.name for r in CACHE_ROWS]
     assert len(set(names)) == len(names)
     assert {n for s in SECTIONS for g in s.goals for n in g.needs} <= set(names)
-    assert {r.name for s in SECTIONS for r in s.rows} == set(names), "every row is on the page"
+    shown = {n for s in SECTIONS for n in (*(r.name for r in s.rows), *(n for g in s.goals for n in g.needs))}
+    assert shown == set(names), "every row is on the page"
     assert all(r.name.startswith(f"{SMALL}: ") == (r.model == SMALL) for r in CACHE_ROWS)
 
 
@@ -50,6 +52,14 @@ def test_goals_of_streams() -> None:
     assert stable("", "new", "exact").verdict(rows).startswith("**missed**"), "0.1 nats away, later 0.2"
     grown = rows | {"new": LONG | {"bytes": [70, 80]}}
     assert stable("", "new", "old").verdict(grown).startswith("**missed**")
+
+
+def test_attention_on_the_first_token() -> None:
+    rows = np.tile(np.arange(5, 69), (2, 1))
+    figures = first_token(SMALL_LM, rows)
+    assert figures["even"] == pytest.approx(np.mean([1 / n for n in range(33, 65)]), abs=1e-6)
+    assert 0 < figures["first"] <= figures["most"] < 1
+    assert parks("", "a").verdict({"a": figures | {"first": 0.2}}).startswith("**hit**: 20.00% in the mean")
 
 
 def test_questions_differ_in_their_keys_alone() -> None:
