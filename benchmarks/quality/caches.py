@@ -95,4 +95,16 @@ SELECTED = both(
     CacheRow("window 128", layout(f"dtype=bf16 kind=ring window={QUARTER} chunk=64")),
 )
 
-CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *SELECTED)
+
+def heads(share: float) -> str:
+    """That share of the heads keeps all, the others 4 sinks and as many further tokens as make a quarter."""
+    options = f"window={QUARTER - 4} share={share} text=repeated"
+    return f"split-heads{{{options}}},canonicalize,cse,dce,{layout('dtype=bf16 kind=ring chunk=64')}"
+
+
+MIXED = both(
+    CacheRow("half of the heads stream", heads(0.5)),
+    CacheRow("three quarters of the heads stream", heads(0.25)),
+)
+
+CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *SELECTED, *MIXED)

@@ -81,7 +81,8 @@ class Caches:
         return dict(first_token(self.folder(row), self.rows[:8]))
 
     def compiled(self, row: CacheRow) -> tilewright.Compiled:
-        return tilewright.compile(self.folder(row), passes=f"{row.pipeline},kernels", max_length=WINDOW, dtype="f32")
+        length = WINDOW if row.task == "text" else None
+        return tilewright.compile(self.folder(row), passes=f"{row.pipeline},kernels", max_length=length, dtype="f32")
 
     def text(self, row: CacheRow) -> Figures:
         """Windows side by side; the first half is fed in chunks, the second token by token."""

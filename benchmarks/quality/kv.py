@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.quality.caches import CACHE_ROWS, FORMATS, SELECTED, SMALL, STREAMS, CacheRow
+from benchmarks.quality.caches import CACHE_ROWS, FORMATS, MIXED, SELECTED, SMALL, STREAMS, CacheRow
 from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
 from benchmarks.quality.goals import Goal, better, within
 from benchmarks.quality.passkey import KEYS, LENGTH
@@ -166,6 +166,14 @@ SECTIONS: tuple[Section, ...] = (
         "Some of the pages",
         "Decoding reads a quarter of a sequence's pages, those that promise most to its query. All are stored.",
         SCORED, SELECTED, scored, SELECT_GOALS,
+    ),
+    Section(
+        "Heads that stream",
+        "`split-heads`, by random tokens that come twice: some heads keep 4 sinks and a window, 128 tokens together, the "
+        "others all.",
+        SCORED, MIXED, scored,
+        for_both(lambda p, say: better(f"{say}half of the heads with a window better than all",
+                                       f"{p}half of the heads stream", f"{p}window 128")),
     ),
     Section(
         "Keys in a text",
