@@ -15,7 +15,7 @@ from tilewright.passes.kv_axes import Axes
 from tilewright.passes.kv_rows import Rows
 from tilewright.passes.kv_shapes import refuse
 
-_MOVES = (ops.Reshape, ops.Transpose, ops.Slice, ops.Concat, ops.Broadcast, ops.Cast)
+_MOVES = (ops.Reshape, ops.Transpose, ops.Slice, ops.Concat, ops.Broadcast, ops.Cast, ops.Gather)
 
 
 @dataclass

@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "outlier-weights": "outlier_weights:OutlierWeights",
     "plan-memory": "plan_memory:PlanMemory",
     "prune": "prune:Prune",
+    "prune-keys": "prune_keys:PruneKeys",
     "prune-layers": "prune_layers:PruneLayers",
     "prune-structured": "prune_structured:PruneStructured",
     "quantize": "quantize:Quantize",
