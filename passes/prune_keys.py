@@ -79,12 +79,12 @@ class PruneKeys(Pass):
         q = picked(rw.module, b, op.q, np.repeat(channels, shared, 0))
         k = picked(rw.module, b, op.k, channels)
         left = np.take_along_axis(score, channels, 1).sum() / max(score.sum(), 1e-30)
-        ctx.note(f"{op.loc.module or op.name}: {count} of {score.shape[1]} channels of keys stay, {left:.1%} of their energy")
+        ctx.note(f"{op.loc.module or op.name}: {count} of {score.shape[1]} channels of keys, {left:.1%} of their energy")
         rw.replace(op, op.clone({}, q=q, k=k))
 
 
 def energy(run: Stream, op: ops.Attention) -> Array:
-    """For each head of keys and channel the squared norm of queries times that of keys, sequence by sequence: ``[H, D]``."""
+    """For each head of keys and channel the squared norm of queries times that of keys, by sequence: ``[H, D]``."""
     total = np.zeros((int(op.k.shape[HEADS]), int(op.k.shape[SIZE])))
     for q, k in zip(run.values(op.q), run.values(op.k)):
         queries = np.square(q.astype(np.float32)).sum(1)
