@@ -119,7 +119,8 @@ class Feeder:
         for row, place in enumerate(rows):
             if place is not None:
                 self._fill(call, row, place, count)
-        at = [place.row - first for place in places] if self.by_row else range(len(places))
+        found = {place: row for row, place in enumerate(rows)}
+        at = [found[place] for place in places]
         if entry == "prefill":
             for row, place, take in zip(at, places, takes):
                 call.inputs["last"][row] = place.fed + take - 1 - call.inputs["start"][row]
@@ -127,10 +128,14 @@ class Feeder:
         return [logits[row] for row in at]
 
     def _span(self, entry: str, places: Sequence[Place], among: Sequence[Place | None]) -> tuple[int, list[Place | None]]:
-        """The first row of a call and what is in its rows: others go along where states belong to rows."""
+        """The first row of a call and what is in its rows: others go along where states belong to rows.
+
+        Elsewhere those whose first pages are the same are neighbours: kernels read such pages once.
+        """
         span = self.row_ranges[entry]
         if not self.by_row:
-            return 0, [*places, *[None] * (span.fit(len(places)) - len(places))]
+            order = sorted(places, key=lambda place: place.pages.pages.tobytes() if place.pages is not None else b"")
+            return 0, [*order, *[None] * (span.fit(len(places)) - len(places))]
         low, high = min(place.row for place in places), max(place.row for place in places)
         size = span.fit(high - low + 1)
         first = min(low, self.session.batch - size)
