@@ -17,6 +17,9 @@ from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import SIZES, Val, constant
 from tilewright.codegen.schedule import AttentionSchedule, registers
 
+_TRANSLATED = 4096  # bytes for which a processor translates addresses at once, as far as can be counted on
+_BLOCKS = 3  # whose runs are known: one at work, one fetched, one touched
+
 
 @dataclass(frozen=True)
 class Straight:
@@ -73,7 +76,7 @@ class Flash(SoftRows):
         self.q = kernel.scratch(self.rows * self.q_size, self.compute)
         self.p = kernel.scratch(self.at_once * self.keys, self.compute)
         self.ahead = self.keys // shape.run if shape.run else 0  # from a run to that in the same place of the next block
-        self.runs = kernel.scratch(2 * self.ahead + 1, "i64") if shape.run else None
+        self.runs = kernel.scratch(_BLOCKS * self.ahead + 1, "i64") if shape.run else None
         self._build_micro_kernels(blocks, schedule.prefetch)
 
     @property
@@ -171,10 +174,20 @@ class Flash(SoftRows):
         self._add_values(source, count, rows)
 
     def _find_runs(self, source: Scattered | Picked, count: Val) -> None:
+        """The runs of the block, and of those that are fetched or touched meanwhile."""
         run = self.shape.run
-        runs = constant(2 * self.ahead) if self.fetches else (count + (run - 1)) // run
+        runs = constant(_BLOCKS * self.ahead) if self.fetches else (count + (run - 1)) // run
         with self.kernel.loop(0, runs) as loop:
             self.runs.store(source.run_of(loop.index * run).to("i64"), loop.index)
+        if self.fetches:
+            with self.kernel.loop((_BLOCKS - 1) * self.ahead, runs) as loop:
+                self._touch(source, self.runs.load(loop.index).to("index"))
+
+    def _touch(self, source: Scattered | Picked, run: Val) -> None:
+        """Have the addresses of a run translated: until they are, nothing behind its first line is fetched."""
+        for memory, size in ((source.k, self.shape.key_run), (source.v, self.shape.run * self.out_size)):
+            for place in range(0, size, _TRANSLATED // SIZES[memory.dtype]):
+                memory.prefetch(run * size + place, locality=2)
 
     def _score(self, source: Source, count: Val, rows: Val) -> None:
         steps, run = self.q_size // self.step, self.shape.run or SLOT_STEP
