@@ -18,6 +18,7 @@ _OF_KIND = {
 }  # fmt: skip
 _OF_CODES = ("keys", "group", "recent", "scales", "full")
 _RECENT = 128
+_PAGE, _CHOSEN_PAGE = 64, 32  # large ones suit memory, those that are chosen one by one say more when they are small
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class KvOptions(Pass):
     def pages(self) -> Paged | None:
         """The pages of attention that sees all of the text, if it has any."""
         given = self.kind == "paged" or (self.kind == "ring" and self.page is not None)
-        return Paged(32 if self.page is None else self.page) if given else None
+        usual = _PAGE if self.select is None else _CHOSEN_PAGE
+        return Paged(self.page or usual) if given else None
 
     def sight(self, sight: Sight) -> Sight:
         """What an attention of the model sees of the cache."""

@@ -69,12 +69,7 @@ class _Attend:
         self.places = Places(spec.cache, buffers.table, buffers.width)
         self.chosen = Chosen(buffers.pages, spec.cache.heads, spec.chosen, spec.cache.run) if buffers.pages else None
         self.pieces, self.piece, self.angles = spec.pieces(schedule), spec.piece(schedule), None
-        self.sharing = None
-        if (most := spec.together(schedule)) > 1:
-            assert buffers.table is not None
-            assert buffers.width is not None
-            entries = self.piece // spec.cache.run
-            self.sharing = Sharing(kernel, b, buffers.start, buffers.table, buffers.width, self.piece, entries, most)
+        self.sharing = Sharing.of(kernel, spec, schedule, b, buffers)
         if spec.rope is not None and buffers.cos is not None and buffers.sin is not None:
             self.angles = Angles(spec.rope, buffers.cos, buffers.sin)
 

@@ -5,10 +5,14 @@ arXiv:2402.15220): each of the tables says it, page by page, whatever made the p
 does the work for all; what a row gets does not depend on that.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.value import Val, constant
+from tilewright.codegen.schedule import AttentionSchedule
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,15 @@ class Sharing:
     keys: int
     entries: int
     most: int
+
+    @staticmethod
+    def of(kernel: Kernel, spec: AttendSpec, schedule: AttentionSchedule, batch: Val,
+           buffers: AttendBuffers) -> Sharing | None:
+        """None where each sequence goes alone."""
+        most, keys = spec.together(schedule), spec.piece(schedule)
+        if most == 1 or buffers.table is None or buffers.width is None:
+            return None
+        return Sharing(kernel, batch, buffers.start, buffers.table, buffers.width, keys, keys // spec.cache.run, most)
 
     def count(self, first: Val, piece: Val) -> Val:
         """How many sequences from ``first`` on go through a piece together; 0 when an earlier one takes that along."""

@@ -166,6 +166,24 @@ def test_a_prompt_that_begins_alike_is_found(paged):
     assert paged.pages.reused == 0
 
 
+def test_those_that_begin_alike_are_neighbours_in_a_call(paged, monkeypatch):
+    """Whatever the order in which they came."""
+    prompts = [[*(LONG[:8] if i % 2 else LONG[8::-1]), i] for i in range(4)]
+    tables = []
+    run_call = paged._run
+
+    def spy(call):
+        if call.entry == "decode":
+            tables.append(call.inputs["table"].copy())
+        run_call(call)
+
+    monkeypatch.setattr(paged, "_run", spy)
+    assert generate(paged, prompts, 4) == [greedy(prompt, 4) for prompt in prompts]
+    first = tables[-1][:, 0].tolist()
+    assert first == sorted(first)
+    assert len(set(first)) == 2
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 500])
 def test_prompts_that_come_together_share_too(programs, chunk):
     """The second waits until the first has written what both begin with."""
