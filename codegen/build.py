@@ -26,7 +26,7 @@ from tilewright.codegen.schedule import Schedule
 from tilewright.codegen.store import KernelStore, kernel_key
 from tilewright.codegen.target import Target
 from tilewright.codegen.workers import Compilation, Job
-from tilewright.ir import Dim, Function, Module, Ring, State, Value, Weight, canonical, dim_text, ops, print_module
+from tilewright.ir import Dim, Function, Kept, Module, Ring, State, Value, Weight, canonical, dim_text, ops, print_module
 from tilewright.runtime.artifact import (
     DEVICE,
     WEIGHTS,
@@ -216,7 +216,7 @@ class Build:
         kind, layout = value.cache, cache_layout(value.cache, self.target)
         assert value.name is not None
         sizes = layout.k_bytes, layout.v_bytes, kind.length
-        chunk = kind.layout.chunk if isinstance(kind.layout, Ring) else 0
+        chunk = kind.layout.chunk if isinstance(kind.layout, (Ring, Kept)) else 0
         return StateSpec(value.name, kind.dtype.value, *sizes, str(kind.layout), kind.page, chunk, kind.keeps_recent)
 
     def entry(self, function: Function) -> EntrySpec:

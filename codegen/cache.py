@@ -7,6 +7,7 @@ components, ``[vdim / panel][run / pair][panel][pair]``, so that vectors hold co
 side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. ``panel`` is what a tile of registers takes
 at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
 A page with a summary has, behind the keys of each head, the least and then the greatest of each component.
+Behind the keys of a region stand the notes on kept tokens, f32 ``[heads][NOTES][slots]``.
 
 ``codegen/cuda/cache.py`` has the form for GPUs.
 """
@@ -21,7 +22,8 @@ from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.target import CpuTarget, Target
-from tilewright.ir import CONTIGUOUS, KVType, Layout, Paged, Ring
+from tilewright.ir import CONTIGUOUS, Kept, KVType, Layout, Paged, Ring
+from tilewright.ir.kv_kept import NOTES
 
 SLOT_STEP = 64
 """Keys are scored in runs of this many; the slots of a cache are rounded up to a multiple."""
@@ -73,7 +75,14 @@ class CacheLayout:
                 return page
             case Ring() as ring:
                 return ring.sinks + ring.size
+            case Kept() as kept:
+                return kept.size
         return self.length
+
+    @property
+    def budget(self) -> int:
+        """Tokens that stay from call to call, 0 when all do."""
+        return self.layout.budget if isinstance(self.layout, Kept) else 0
 
     @property
     def sink_slots(self) -> int:
@@ -88,6 +97,8 @@ class CacheLayout:
                 return page
             case Ring() as ring:
                 return self.sink_slots + ring.size
+            case Kept() as kept:
+                return kept.size
         return round_up(self.length, SLOT_STEP)
 
     @property
@@ -141,9 +152,19 @@ class CacheLayout:
         return self.heads, self.slots // self.run, self.run * self.value_size
 
     @property
+    def keys_size(self) -> int:
+        """Elements of all keys of a region."""
+        return self.heads * (self.slots // self.run) * self.key_run
+
+    @property
+    def notes_size(self) -> int:
+        """Elements behind the keys of a region, where notes are."""
+        return self.heads * NOTES * self.slots * 4 // _STORED[self.dtype].itemsize if self.budget else 0
+
+    @property
     def k_bytes(self) -> int:
-        """Bytes of K of one region."""
-        return self.heads * (self.slots // self.run) * self.key_run * _STORED[self.dtype].itemsize
+        """Bytes of K of one region, notes included."""
+        return (self.keys_size + self.notes_size) * _STORED[self.dtype].itemsize
 
     @property
     def v_bytes(self) -> int:
@@ -151,21 +172,29 @@ class CacheLayout:
         return self.heads * self.slots * self.value_size * _STORED[self.dtype].itemsize
 
     def empty(self, regions: int) -> tuple[np.ndarray, np.ndarray]:
-        """A fresh cache, zero: K ``[regions, *k_shape]`` and V ``[regions, *v_shape]``."""
+        """A fresh cache, zero: K ``[regions, *k_shape]``, flat with notes behind it, and V ``[regions, *v_shape]``."""
         kind = _STORED[self.dtype]
-        return np.zeros((regions, *self.k_shape), kind), np.zeros((regions, *self.v_shape), kind)
+        of_k = (self.keys_size + self.notes_size,) if self.budget else self.k_shape
+        return np.zeros((regions, *of_k), kind), np.zeros((regions, *self.v_shape), kind)
 
-    def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Plain copies: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
-        panels = k.reshape(-1, *self.k_shape)[..., :self.run * self.key_size]
+    def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Plain copies: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``, and of kept tokens the
+        notes f32 ``[regions, heads, NOTES, held]``."""
+        whole = k.reshape(-1, self.keys_size + self.notes_size)
+        notes = [self._notes(whole).copy()] if self.budget else []
+        panels = whole[:, :self.keys_size].reshape(-1, *self.k_shape)[..., :self.run * self.key_size]
         keys = panels.reshape(len(panels), *self._panels).transpose(0, 2, 4, 1, 3, 5)
         keys = keys.reshape(len(keys), self.slots, self.heads, self.key_size)
         values = np.zeros((len(keys), self.slots, self.heads, self.value_size), v.dtype)
         for view, start, width in self._value_views(v):
             values[..., start:start + width] = view.reshape(len(keys), self.slots, self.heads, width)
-        return keys[:, self.places(), :, :self.dim], values[:, self.places(), :, :self.vdim]
+        return keys[:, self.places(), :, :self.dim], values[:, self.places(), :, :self.vdim], *notes
 
-    def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _notes(self, k: np.ndarray) -> np.ndarray:
+        """The notes of K ``[regions, elements]``, a view."""
+        return k[:, self.keys_size:].view(np.float32).reshape(len(k), self.heads, NOTES, self.slots)
+
+    def write(self, keys: np.ndarray, values: np.ndarray, notes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """A cache whose first slots hold ``keys`` [regions, T, heads, dim] and ``values`` [regions, T, heads, vdim]."""
         regions, places = len(keys), self.places()[:keys.shape[1]]
         k, v = self.empty(regions)
@@ -173,11 +202,14 @@ class CacheLayout:
         wide[:, places, :, :self.dim] = keys
         panels = wide.reshape(regions, -1, self.key_panel, self.heads, self.key_size // self.pair, self.pair)
         runs = panels.transpose(0, 3, 1, 4, 2, 5).reshape(regions, self.heads, self.slots // self.run, -1)
-        k[..., :runs.shape[-1]] = runs
+        of_keys = k.reshape(regions, -1)[:, :self.keys_size].reshape(regions, *self.k_shape)
+        of_keys[..., :runs.shape[-1]] = runs
         if self.summary:
             halves = k[..., runs.shape[-1]:].reshape(regions, self.heads, 2, self.summary_row)
             halves[..., :self.key_size] = np.stack([wide.min(1), wide.max(1)], 2)
             k[:, :, 0, runs.shape[-1]:] = halves.reshape(regions, self.heads, -1)
+        if notes is not None:
+            self._notes(k)[...] = notes
         wide = np.zeros((regions, self.slots, self.heads, self.value_size), v.dtype)
         wide[:, places, :, :self.vdim] = values
         for view, start, width in self._value_views(v):

@@ -29,6 +29,7 @@ from tilewright.ir.errors import (
     VerifyError,
 )
 from tilewright.ir.interpreter import empty_states, interpret
+from tilewright.ir.kv_kept import Kept
 from tilewright.ir.kv_type import CONTIGUOUS, Contiguous, KVType, Layout, Paged, Ring
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import canonical, print_function, print_module
@@ -68,6 +69,7 @@ __all__ = [
     "Function",
     "InterpreterError",
     "KVType",
+    "Kept",
     "Layout",
     "Loc",
     "Module",

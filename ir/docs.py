@@ -49,11 +49,12 @@ widened to f32 inside an operation and rounded once, at its result.
   `+ - * // % max min`, such as `(S//2+1)`.
 - `kv<heads=2, dim=16, vdim=16, length=2048, dtype=bf16, layout=contiguous>`: the cache of one attention layer for
   sequences of up to `length` tokens. Layouts are `contiguous`, `paged<32>` (pages of 16, 32 or 64 tokens from a pool that
-  sequences share) and `ring<1024, 512, 4>` (the last 1024 positions and the first 4, calls of up to 512 tokens). Besides
-  f32, f16 and bf16 the `dtype` may be that of codes, i8, i4 or i2, then with `keys=token` or `keys=channel`, `group=32`,
-  `recent=128`, `scales=f16`, `full=bf16`, left out at their defaults ([kv.md](kv.md)). Pages that `kv.select` may choose
-  among have `summary=minmax`. A cache is changed in place: after `kv.append`, or a `kernel.call` that gives it, the operand
-  is gone and only the result may be used.
+  sequences share), `ring<1024, 512, 4>` (the last 1024 positions and the first 4, calls of up to 512 tokens) and
+  `kept<1024, 512>` (1024 tokens that `kv.retain` chooses, calls of up to 512). Besides f32, f16 and bf16 the `dtype` may
+  be that of codes, i8, i4 or i2, then with `keys=token` or `keys=channel`, `group=32`, `recent=128`, `scales=f16`,
+  `full=bf16`, left out at their defaults ([kv.md](kv.md)). Pages that `kv.select` may choose among have `summary=minmax`.
+  A cache is changed in place: after `kv.append`, `kv.retain`, or a `kernel.call` that gives it, the operand is gone and
+  only the result may be used.
 
 ## Text form
 

@@ -11,22 +11,28 @@ import numpy as np
 from tilewright.ir.caches import origin
 from tilewright.ir.core import Env, Function, Module, Op, Return, State, Value, Weight
 from tilewright.ir.errors import InterpreterError, TilewrightError, VerifyError
+from tilewright.ir.kv_kept import NOTES
 from tilewright.ir.ops.kernel import Call
 from tilewright.ir.types import Dim, KVType, TensorType, dim_symbols, dim_text, eval_dim
 
 Array = np.ndarray[Any, Any]
-Cache = tuple[Array, Array]
+Cache = tuple[Array, ...]
+"""K and V, and the notes on kept tokens."""
 Observer = Callable[[Op, Sequence[Any]], None]
 
 
 def empty_states(module: Module, batch: int, pages: int | None = None) -> dict[str, Cache]:
-    """Zeroed KV caches for ``batch`` sequences: name -> (K, V). A pool has ``pages``; none is all that they may need."""
+    """Zeroed KV caches for ``batch`` sequences: name -> (K, V), of kept tokens also the notes on them.
+
+    A pool has ``pages``; none is all that they may need.
+    """
     return {name: _empty(s.cache, batch, pages) for name, s in module.states.items()}
 
 
 def _empty(t: KVType, batch: int, pages: int | None) -> Cache:
     own = (batch * t.pages if pages is None else pages, t.page) if t.page else (batch, t.slots)
-    return np.zeros((*own, t.heads, t.dim), t.held.np), np.zeros((*own, t.heads, t.vdim), t.held.np)
+    notes = [np.zeros((batch, t.heads, NOTES, t.slots), np.float32)] if t.budget else []
+    return np.zeros((*own, t.heads, t.dim), t.held.np), np.zeros((*own, t.heads, t.vdim), t.held.np), *notes
 
 
 def interpret(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
 from tilewright.ir.dtypes import DType
+from tilewright.ir.kv_kept import NOTES, Kept
 
 PAGES = (16, 32, 64)
 """Tokens that a page may hold."""
@@ -71,23 +72,24 @@ class Ring:
 
 
 CONTIGUOUS = Contiguous()
-Layout: TypeAlias = Contiguous | Paged | Ring
-_LAYOUTS: dict[str, type[Layout]] = {"contiguous": Contiguous, "paged": Paged, "ring": Ring}
+Layout: TypeAlias = Contiguous | Paged | Ring | Kept
+_LAYOUTS: dict[str, type[Layout]] = {"contiguous": Contiguous, "paged": Paged, "ring": Ring, "kept": Kept}
 _LAYOUT = re.compile(r"([a-z]+)(?:<(\d{1,12}(?:, ?\d{1,12})*)>)?", re.ASCII)
 
 
 def parse_layout(text: str) -> Layout:
-    """``contiguous``, ``paged<32>``, ``ring<1024, 512, 4>``; raises ValueError."""
+    """``contiguous``, ``paged<32>``, ``ring<1024, 512, 4>``, ``kept<1024, 512>``; raises ValueError."""
     match = _LAYOUT.fullmatch(text)
     kind = _LAYOUTS.get(match[1]) if match else None
     numbers = [int(n) for n in match[2].split(",")] if match and match[2] else []
     if kind is None or not _takes(kind, len(numbers)):
-        raise ValueError(f"no layout of a cache: {text!r}; there are contiguous, paged<page>, ring<window, chunk, sinks>")
+        known = "contiguous, paged<page>, ring<window, chunk, sinks>, kept<budget, chunk>"
+        raise ValueError(f"no layout of a cache: {text!r}; there are {known}")
     return kind(*numbers)
 
 
 def _takes(kind: type[Layout], count: int) -> bool:
-    return {Contiguous: count == 0, Paged: count == 1, Ring: count in (2, 3)}[kind]
+    return {Contiguous: count == 0, Paged: count == 1, Ring: count in (2, 3), Kept: count == 2}[kind]
 
 
 def _expect(condition: bool, message: str) -> None:
@@ -132,6 +134,8 @@ class KVType:
         _expect(self.dtype in FLOATS + CODES, f"no cache of {self.dtype.value}; there are {known}")
         self._check_codes()
         self._check_summary()
+        if isinstance(self.layout, Kept):
+            self.layout.check(self.dtype, self.length)
 
     def _check_codes(self) -> None:
         of_codes = [f for f in fields(self)[self._always :] if f.name != "summary"]
@@ -211,7 +215,14 @@ class KVType:
         """The most slots of a sequence."""
         if isinstance(self.layout, Ring):
             return self.layout.sinks + self.layout.size
+        if isinstance(self.layout, Kept):
+            return self.layout.size
         return self.pages * self.page or self.length
+
+    @property
+    def budget(self) -> int:
+        """Tokens that stay from call to call, 0 when all do."""
+        return self.layout.budget if isinstance(self.layout, Kept) else 0
 
     def coded(self, tokens: int) -> int:
         """How many of the first ``tokens`` tokens are stored as codes."""
@@ -241,8 +252,9 @@ class KVType:
 
     @property
     def sequence_bytes(self) -> int:
-        """Bytes of a sequence at its longest, ``full`` tokens included."""
+        """Bytes of a sequence at its longest, ``full`` tokens and notes on kept ones included."""
         beside = self.recent_slots * self.heads * (self.dim + self.vdim) * self.full.size
+        beside += self.slots * self.heads * NOTES * 4 if self.budget else 0
         return self.bytes_of(self.slots) + beside
 
 

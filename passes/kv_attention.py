@@ -1,8 +1,9 @@
 """Causal ``nn.attention(q, k, v)`` over tokens -> ``kv.append(@kv.0, k, v, start)``, ``kv.attend(q, cache, start)``.
 
-With pages both take the ``table`` too. With sinks by the options ``kv.attend`` takes the queries a second time, turned by
-the rope as if they stood at the end of the sinks and the window: that is how far from the sinks they are taken to be. The
-first tokens that an attention sees of its own are as far away as they are.
+With pages both take the ``table`` too; over kept tokens it is ``kv.retain``, with the ``count`` of a call's tokens. With
+sinks by the options ``kv.attend`` takes the queries a second time, turned by the rope as if they stood at the end of the
+sinks and the window: that is how far from the sinks they are taken to be. The first tokens that an attention sees of its
+own are as far away as they are.
 """
 
 from __future__ import annotations
@@ -18,16 +19,23 @@ from tilewright.passes.kv_mask import Sight, read_sight
 from tilewright.passes.kv_options import KvOptions
 from tilewright.passes.kv_shapes import ShapeValues, refuse
 
+_KINDS = {
+    "ring": "ring does not keep apart; leave out window and sinks",
+    "kept": "cache of kept tokens does not keep apart; give another kind",
+}
+
 
 @dataclass
 class Attentions:
-    """Gives each attention over tokens its cache. ``start`` ``[B]`` is the position of a call's first token."""
+    """Gives each attention over tokens its cache. ``start`` ``[B]`` is the position of a call's first token, ``count``
+    ``[B]``, for kept tokens, how many of them are of the text."""
 
     module: Module
     shapes: ShapeValues
     biases: Biases
     start: Value
     table: Value | None
+    count: Value | None
     options: KvOptions
     length: int
     turn: Callable[[ops.Attention, int], Value]
@@ -52,14 +60,15 @@ class Attentions:
         far = self.turn(op, kind.sinks + kind.layout.window - 1) if turned else None  # type: ignore[union-attr]
         cache = builder(ops.Append, state, op.k, op.v, self.start, table)
         self.sights.append(sight)
-        return builder(
-            ops.Attend, op.q, cache, self.start, bias, op.sinks, scale=op.scale, window=sight.window, chunk=sight.chunk,
-            softcap=op.softcap, table=table, q_sinks=far,
-        )  # fmt: skip
+        given: dict[str, Any] = {"scale": op.scale, "window": sight.window, "chunk": sight.chunk, "softcap": op.softcap}
+        if kind.budget:
+            given |= {"count": self.count, **self.options.retention}
+            return builder.add_all(ops.Retain(op.q, cache, self.start, bias, op.sinks, **given, loc=op.loc))[0]
+        return builder(ops.Attend, op.q, cache, self.start, bias, op.sinks, **given, table=table, q_sinks=far)
 
     def _bias(self, op: ops.Attention, kind: KVType, sight: Sight, builder: Builder) -> Value | None:
         if self.options.is_endless and op.bias is not None and self.shapes.varies(op.bias):
-            raise refuse(op, "adds a bias by position, which a ring does not keep apart; leave out window and sinks")
+            raise refuse(op, f"adds a bias by position, which a {_KINDS[self.options.kind]}")
         return self.biases.place(op, sight, builder)
 
     def _sight(self, op: ops.Attention) -> Sight:

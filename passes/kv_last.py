@@ -64,9 +64,9 @@ class LastRow:
 
 
 def _feeding_caches(function: Function) -> set[Op]:
-    """The operations whose results end in a cache: they run for all rows."""
-    kept: set[Op] = set()
-    todo: list[Value] = [v for op in function.walk(ops.Append) for v in op.operands]
+    """The operations whose results end in a cache, or change one: they run for all rows."""
+    kept: set[Op] = set(function.walk(ops.Retain))
+    todo: list[Value] = [v for op in function.walk(ops.Append, ops.Retain) for v in op.operands]
     while todo:
         op = todo.pop().owner
         if op is not None and op not in kept:

@@ -7,7 +7,8 @@ the operation and the reason.
 
 ``start`` ``[B]`` is the position of a sequence's first token in this call. Sequences are padded on the right; ``last``
 ``[B]`` is the index of the last valid token, and logits are those after it. ``start[b] + S`` may not exceed ``length``.
-Caches of pages take one ``table`` (i32 ``[B, T]``) for all layers: the pages of each sequence, in order.
+Caches of pages take one ``table`` (i32 ``[B, T]``) for all layers: the pages of each sequence, in order. Caches of kept
+tokens take ``count`` ``[B]``, how many of a call's tokens are of the text: a sequence with none stays as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tilewright.ir import (
     Builder,
     DType,
     Function,
+    Kept,
     KVType,
     Module,
     Op,
@@ -84,7 +86,7 @@ class KvLayout(KvOptions):
         types = [s.cache for s in module.states.values()]
         self._check_kind_found(types)
         low, high = module.dims.get(str(seq), (1, length))
-        most = min([high, length, *(t.layout.chunk for t in types if isinstance(t.layout, Ring))])
+        most = min([high, length, *(t.layout.chunk for t in types if isinstance(t.layout, (Ring, Kept)))])
         module.dims[str(seq)] = (1 if not self.keep_forward else low, most)
         module.meta |= {"kv_length": str(length), "outputs.prefill": '["logits"]', "outputs.decode": '["logits"]'}
         for name, kind, sight in zip(module.states, types, step.attentions.sights):
@@ -121,6 +123,9 @@ class KvLayout(KvOptions):
             )
         if self.kind == "ring" and self.page is not None and not any(t.page for t in types):
             raise PassError("kv-layout: page is for attention without a window, and all of this model's have one; omit it")
+        if self.kind == "kept" and types and not any(t.budget for t in types):
+            raise PassError("kv-layout: kind=kept is for attention to all tokens, and every one of this model has a window "
+                            "of its own; give kind=ring")  # fmt: skip
 
 
 class Step:
@@ -133,12 +138,14 @@ class Step:
         self.ids.name = "ids"
         self.start = self.function.arg("start", TensorType((shapes.batch,), DType.i64))
         table = _table(module, self.function, shapes.batch, options.pages, length) if options.pages else None
+        kept = options.kind == "kept"
+        count = self.function.arg("count", TensorType((shapes.batch,), DType.i64)) if kept else None
         self.positions = self._count()
         self.axes: dict[Value, Axes] = {self.ids: PLAIN, self.positions: PLAIN}
         self.rows = Rows(module, shapes, self.positions, length)
         self.turns = Turns(self.function, self.rows, self.axes)
         biases = Biases(shapes, self.rows)
-        self.attentions = Attentions(module, shapes, biases, self.start, table, options, length, self.turns.behind)
+        self.attentions = Attentions(module, shapes, biases, self.start, table, count, options, length, self.turns.behind)
 
     def _count(self) -> Value:
         """``[B, S]``: where each token stands."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from tilewright.ir import DType, KVType, Layout, Paged, Ring
+from tilewright.ir import DType, Kept, KVType, Layout, Paged, Ring
 from tilewright.ir.kv_type import CODES, CONTIGUOUS
+from tilewright.ir.ops.kv_policies import POLICIES
 from tilewright.passes.base import Pass
 from tilewright.passes.kv_mask import Sight
 
 ENDLESS = 1 << 24
-"""Positions of a sequence whose cache is a ring: beyond, models' f32 angles do not tell them apart."""
+"""Positions of a sequence whose cache is a ring or kept: beyond, models' f32 angles do not tell them apart."""
 _OF_KIND = {
     "page": ("paged", "ring"), "select": ("paged",), "least": ("paged",),
-    "window": ("ring",), "sinks": ("ring",), "chunk": ("ring",),
+    "window": ("ring",), "sinks": ("ring", "kept"), "chunk": ("ring", "kept"),
+    **dict.fromkeys(("budget", "policy", "observe", "pool", "temperature"), ("kept",)),
 }  # fmt: skip
 _OF_CODES = ("keys", "group", "recent", "scales", "full")
 _RECENT = 128
@@ -28,7 +30,10 @@ class KvOptions(Pass):
     ``kind``: ``contiguous`` slots for each sequence; ``paged``, pages of ``page`` tokens from a pool that sequences share;
     ``ring``, the last ``window`` tokens and the first ``sinks``, for calls of at most ``chunk`` tokens. A ring without a
     ``window`` is for attention that is windowed in the model, and changes nothing; others are contiguous, or in pages where
-    ``page`` is given.
+    ``page`` is given. ``kept``: the ``budget`` tokens of each head that are worth most by ``policy``, the first ``sinks``
+    and the last ``recent`` among them (none given: half of the budget, snapkv's ``observe`` at most); where attention has a
+    window, a ring; ``observe``, ``pool`` and ``temperature`` as ``kv.retain`` takes them, none given as the policy's
+    paper has them.
 
     ``dtype``: what is stored, auto for the keys' own floats; i8, i4, i2 are codes, whose ``keys`` have scales for each
     ``token`` or for each ``channel`` of ``group`` tokens; ``recent`` tokens stay in ``full``. ``scales`` are f16 or f32.
@@ -37,7 +42,7 @@ class KvOptions(Pass):
     that see all of them. Prefill reads all.
     """
 
-    kind: Literal["contiguous", "paged", "ring"] = "contiguous"
+    kind: Literal["contiguous", "paged", "ring", "kept"] = "contiguous"
     length: int | None = None
     dtype: Literal["auto", "f32", "f16", "bf16", "i8", "i4", "i2"] = "auto"
     page: int | None = None
@@ -51,9 +56,14 @@ class KvOptions(Pass):
     full: Literal["auto", "bf16", "f32"] = "auto"
     select: float | None = None
     least: int | None = None
+    budget: int | None = None
+    policy: Literal["h2o", "snapkv", "scissorhands", "keyformer"] | None = None
+    observe: int | None = None
+    pool: int | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("length", "page", "window", "chunk", "group", "least"):
+        for name in ("length", "page", "window", "chunk", "group", "least", "budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -61,7 +71,8 @@ class KvOptions(Pass):
             raise ValueError(f"length={self.length} is more than the {ENDLESS} positions that models tell apart")
         self._check_kind()
         self._check_select()
-        self.type(KVType(1, 8, 8, self.length or ENDLESS, DType.bf16), Sight(window=self.window or 1))
+        sight = Sight() if self.kind == "kept" else Sight(window=self.window or 1)
+        self.type(KVType(1, 8, 8, self.length or ENDLESS, DType.bf16), sight)
 
     def _check_kind(self) -> None:
         for name, kinds in _OF_KIND.items():
@@ -69,10 +80,13 @@ class KvOptions(Pass):
                 raise ValueError(f"{name}: only of kind={' and kind='.join(kinds)}, not of kind={self.kind}")
         if self.is_endless and self.page is not None:
             raise ValueError("with a window every cache is a ring, none has pages: leave out page or window")
-        if self.sinks and self.window is None:
+        if self.kind == "kept":
+            self._check_kept()
+        elif self.sinks and self.window is None:
             raise ValueError("sinks stay where a window moves on: give window, how many of the last tokens are seen")
         defaults = {f.name: f.default for f in fields(self)}
         given = [name for name in _OF_CODES if getattr(self, name) != defaults[name]]
+        given = [name for name in given if name != "recent" or self.kind != "kept"]
         if given and not self.is_coded:
             raise ValueError(f"{', '.join(given)}: only of codes; give dtype=i8, i4 or i2")
         in_full = self.full != "auto" and self.select is None
@@ -88,6 +102,31 @@ class KvOptions(Pass):
             raise ValueError(f"select is a share, above 0 and at most 1, got {self.select}")
         if self.keys == "channel" or self.recent:
             raise ValueError("select needs tokens that are codes as soon as they come: give keys=token, no recent tokens")
+    def _check_kept(self) -> None:
+        if self.budget is None:
+            raise ValueError("kind=kept has a budget of tokens: give budget, how many of a sequence stay")
+        if self.is_coded:
+            raise ValueError(f"kept tokens are floats, not {self.dtype}: they move between slots one by one")
+        always = self.retention["recent"] + self.retention["first"]
+        if always > self.budget:
+            raise ValueError(f"{always} tokens always stay (recent and sinks), the budget is {self.budget}")
+
+    @property
+    def retention(self) -> dict[str, Any]:
+        """The attributes of ``kv.retain``."""
+        assert self.budget is not None
+        name = self.policy or "h2o"
+        policy = POLICIES[name]
+        observe = policy.observe if self.observe is None else self.observe
+        half = min(self.budget // 2, observe) if name == "snapkv" and observe else self.budget // 2
+        return {
+            "policy": name,
+            "recent": half if self.recent is None else self.recent,
+            "first": self.sinks or 0,
+            "observe": observe,
+            "pool": policy.pool if self.pool is None else self.pool,
+            "temperature": policy.temperature if self.temperature is None else self.temperature,
+        }
 
     @property
     def is_coded(self) -> bool:
@@ -95,8 +134,8 @@ class KvOptions(Pass):
 
     @property
     def is_endless(self) -> bool:
-        """Whether every cache is a ring, so that memory does not bound the positions."""
-        return self.kind == "ring" and self.window is not None
+        """Whether every cache is a ring or kept, so that memory does not bound the positions."""
+        return self.kind == "kept" or self.window is not None
 
     @property
     def pages(self) -> Paged | None:
@@ -107,7 +146,7 @@ class KvOptions(Pass):
 
     def sight(self, sight: Sight) -> Sight:
         """What an attention of the model sees of the cache."""
-        if not self.is_endless or self.window is None:
+        if self.window is None:
             return sight
         seen = min(self.window, sight.window) if sight.window > 0 else self.window
         return Sight(seen, sight.chunk, max(self.sinks or 0, sight.first))
@@ -123,8 +162,11 @@ class KvOptions(Pass):
     def layout(self, sight: Sight) -> Layout:
         """Which slots the positions have for an attention that sees ``sight``."""
         seen = min((n for n in (sight.window, sight.chunk) if n > 0), default=0)
+        chunk = 512 if self.chunk is None else self.chunk
         if self.kind == "ring" and seen:
-            return Ring(seen, 512 if self.chunk is None else self.chunk, sight.first)
+            return Ring(seen, chunk, sight.first)
+        if self.kind == "kept" and self.budget is not None:
+            return Ring(seen, chunk, sight.first) if seen else Kept(self.budget, chunk)
         return self.pages or CONTIGUOUS
 
     def _codes(self, own: DType) -> dict[str, Any]:
@@ -140,6 +182,6 @@ def describe(types: list[KVType]) -> str:
     """What the caches of a model take, before anything runs."""
     page = max((t.page for t in types), default=0)
     total = sum(t.sequence_bytes for t in types)
-    parts = [f"{sum(t.bytes_of(64) for t in types if not isinstance(t.layout, Ring)) / 64:g} bytes a token"]
+    parts = [f"{sum(t.bytes_of(64) for t in types if not isinstance(t.layout, (Ring, Kept))) / 64:g} bytes a token"]
     parts += [f"{sum(t.page_bytes for t in types)} a page of {page} tokens"] if page else []
     return ", ".join([*parts, f"{total} a sequence of {min((t.length for t in types), default=0)} tokens"])

@@ -129,7 +129,8 @@ def check_batch(entry: EntrySpec, dims: Mapping[str, int], batch: int, where: st
 def check_positions(inputs: Mapping[str, Array], capacity: int, where: str) -> None:
     """Keeps the tokens of a call within the capacity of the states. Raises InputError.
 
-    For entries of the generation convention (``ids`` [B, S] written from ``start`` [B], ``last`` [B] within S).
+    For entries of the generation convention (``ids`` [B, S] written from ``start`` [B], ``last`` [B] within S, ``count``
+    [B] up to S).
     """
     ids, start, last = inputs.get("ids"), inputs.get("start"), inputs.get("last")
     if ids is None or ids.ndim != 2:
@@ -140,6 +141,11 @@ def check_positions(inputs: Mapping[str, Array], capacity: int, where: str) -> N
         if first < 0 or end > capacity:
             raise InputError(f"{where}(start)", f"positions in 0..{capacity - 1}, the capacity of the KV states",
                              f"positions in {first}..{end - 1}", "shorten the text or compile with a larger capacity")
+    count = inputs.get("count")
+    if count is not None and count.size:
+        low, high = _extremes(count)
+        if low < 0 or high > ids.shape[1]:
+            raise InputError(f"{where}(count)", f"values in 0..{ids.shape[1]}", f"values in {low}..{high}")
     if last is not None and last.size:
         low, high = _extremes(last)
         if low < 0 or high >= ids.shape[1]:

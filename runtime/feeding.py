@@ -1,6 +1,7 @@
 """Feeding tokens of sequences to the entries ``prefill(ids[B,S], start[B], last[B])`` and ``decode(ids[B,1], start[B])``.
 
-Where KV states are pages, entries also take ``table[B,T]``, the pages of each sequence. A row that has fewer tokens than
+Where KV states are pages, entries also take ``table[B,T]``, the pages of each sequence; where they are kept tokens,
+``count[B]``, how many of a row's tokens are of the text: rows that go along have none. A row that has fewer tokens than
 the call writes K and V for the padding that nothing sees: behind the sequence's end, where its next tokens will lie, or in
 the spare page.
 """
@@ -48,11 +49,13 @@ class Feeder:
     def __init__(self, session: Session, chunk: int) -> None:
         check_integer("chunk", chunk)
         self.session, self.sizes = session, session.sizes
-        table = ("table",) if self.sizes.page else ()
+        more = [("table",)] if self.sizes.page else [(), ("count",)]
         self.entries = {
-            "prefill": _entry(session, "prefill", ("ids", "start", "last", *table)),
-            "decode": _entry(session, "decode", ("ids", "start", *table)),
+            "prefill": _entry(session, "prefill", [("ids", "start", "last", *names) for names in more]),
+            "decode": _entry(session, "decode", [("ids", "start", *names) for names in more]),
         }
+        self.counts = any(tensor.name == "count" for tensor in self.entries["decode"].inputs)
+        """Whether entries take how many tokens of each row are of the text."""
         self.row_ranges = {name: Range.of(entry, "ids", 0) for name, entry in self.entries.items()}
         self.chunk_range = Range.of(self.entries["prefill"], "ids", 1)
         self.chunk = self.chunk_range.fit(min(chunk, self.sizes.chunk or chunk))
@@ -66,11 +69,11 @@ class Feeder:
         if least > self.sizes.capacity:
             raise InputError("prefill", f"a chunk within the {self.sizes.capacity} positions of the KV states",
                              f"chunks of at least {least}", "compile with a larger capacity")
-        if least > 1 and (self.sizes.page or self.sizes.unpadded):
+        if least > 1 and (self.sizes.page or self.sizes.unpadded or self.counts):
             raise InputError("prefill", "chunks from one token on, for KV states of this layout",
                              f"chunks of at least {least}", "compile with a range of the dim that begins at 1")
         if self.sizes.chunk and least > self.sizes.chunk:
-            raise InputError("prefill", f"chunks of at most {self.sizes.chunk}, what a ring takes at once",
+            raise InputError("prefill", f"chunks of at most {self.sizes.chunk}, what KV states take at once",
                              f"chunks of at least {least}", "compile with a larger chunk in kv-layout")
 
     def check_count(self, count: int) -> None:
@@ -124,6 +127,8 @@ class Feeder:
         if entry == "prefill":
             for row, place, take in zip(at, places, takes):
                 call.inputs["last"][row] = place.fed + take - 1 - call.inputs["start"][row]
+        if self.counts:
+            call.inputs["count"][list(at)] = takes
         logits = call()["logits"]
         return [logits[row] for row in at]
 
@@ -162,6 +167,7 @@ class Feeder:
             given = {"ids": np.zeros((size, count), np.int64), "start": np.zeros(size, np.int64)}
             given |= {"last": np.zeros(size, np.int64)} if entry == "prefill" else {}
             given |= {"table": np.zeros((size, width), np.int32)} if width else {}
+            given |= {"count": np.zeros(size, np.int64)} if self.counts else {}
             known = self._calls[entry] = (size, count, width), self.session.bind(entry, **given)
         return known[1]
 
@@ -180,15 +186,15 @@ def check_integer(name: str, value: Any) -> None:
         raise InputError(name, "an integer >= 1", repr(value))
 
 
-def _entry(session: Session, name: str, inputs: tuple[str, ...]) -> EntrySpec:
+def _entry(session: Session, name: str, inputs: Sequence[tuple[str, ...]]) -> EntrySpec:
     """An entry of the generation convention. Raises InputError when the program was not compiled for generation."""
     entry = session.program.manifest.entries.get(name)
     remedy = "compile the model with a kv-layout pass to generate text"
     if entry is None:
         raise InputError("session", f"a program with the entry {name!r}", f"{session.program.entries}", remedy)
     found = tuple(tensor.name for tensor in entry.inputs)
-    if set(found) != set(inputs) or "logits" not in [tensor.name for tensor in entry.outputs]:
-        raise InputError("session", f"{name}{inputs} -> logits", f"{name}{found}", remedy)
+    if set(found) not in map(set, inputs) or "logits" not in [tensor.name for tensor in entry.outputs]:
+        raise InputError("session", f"{name}{inputs[0]} -> logits", f"{name}{found}", remedy)
     return entry
 
 

@@ -32,6 +32,7 @@ from tilewright.codegen.mlir.elementwise import dim_value
 from tilewright.codegen.mlir.kv import emit_attend
 from tilewright.codegen.mlir.kv_append import AppendBuffers, AppendSpec, emit_append
 from tilewright.codegen.mlir.kv_chosen import Blocks
+from tilewright.codegen.mlir.kv_kept import emit_retain
 from tilewright.codegen.mlir.kv_select import SelectBuffers, SelectSpec, emit_select
 from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.lower import compile_kernel
@@ -72,6 +73,8 @@ class AttentionEmitter:
             return f"no kernel for the first {found.first} tokens beside a window, but over a cache of kind=ring"
         if isinstance(found, ops.Attend) and (reason := _refusal_of_blocks(found, target)):
             return reason
+        if isinstance(found, ops.Retain) and found.temperature != 1:
+            return f"no kernel that keeps tokens by weights at temperature {found.temperature}"
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
         return f"no attention of {narrow[0].dtype.value}" if narrow else None
 
@@ -105,11 +108,13 @@ class AttentionEmitter:
             raise CodegenError(f"{self.name} cannot lower @{kernel.name} with {schedule}: {reason}")
         anchor = find(kernel)
         dims = tuple(kernel.symbols())
-        parts = isinstance(anchor, ops.Attend) and _attend_spec(anchor, target).pieces(schedule) > 1
-        more = [("parts", "f32")] * parts + [("parts", "i32")] * isinstance(anchor, ops.Select)
+        spec = _attend_spec(anchor, target) if isinstance(anchor, ops.Attend) else None
+        more = [(name, "f32") for name in spec.temporaries(schedule)] if spec else []
+        more += [("parts", "i32")] * isinstance(anchor, ops.Select)
         with Kernel(symbol, target, dims, arguments(kernel) + more) as k:
-            place = places(kernel, k.buffers)
-            emitters = {ops.Attention: _attention, ops.Attend: _attend, ops.Append: _append, ops.Select: _select}
+            place = places(kernel, k.buffers, [name for name, _ in more])
+            emitters = {ops.Attention: _attention, ops.Attend: _attend, ops.Retain: _attend, ops.Append: _append,
+                        ops.Select: _select}  # fmt: skip
             facts = emitters[type(anchor)](anchor, k, place, schedule, target)  # type: ignore[index]
         return KernelCode(symbol, compile_kernel(k), dims, **facts)
 
@@ -126,14 +131,14 @@ def arguments(kernel: Function) -> list[tuple[str, str]]:
     return pairs + [("out", v.dtype.value) for v in kernel.returns if not isinstance(v.type, KVType)]
 
 
-def places(kernel: Function, buffers: Sequence[Buffer]) -> dict[Any, Any]:
-    """Buffers by argument (a pair for a cache), the result's under ``"out"`` and that of parts under ``"parts"``."""
+def places(kernel: Function, buffers: Sequence[Buffer], temporaries: Sequence[str]) -> dict[Any, Any]:
+    """Buffers by argument (a pair for a cache), the result's under ``"out"``, and ``"temporaries"``, these by name."""
     found: dict[Any, Any] = {}
     rest = iter(buffers)
     for value in kernel.args:
         found[value] = (next(rest), next(rest)) if isinstance(value.type, KVType) else next(rest)
     found["out"] = None if all(isinstance(v.type, KVType) for v in kernel.returns) else next(rest)
-    found["parts"] = next(rest, None)
+    found["temporaries"] = dict(zip(temporaries, rest))
     return found
 
 
@@ -230,24 +235,28 @@ def _attention(op: ops.Attention, k: Kernel, place: Places, schedule: AttentionS
 def _attend_spec(op: ops.Attend, target: CpuTarget) -> AttendSpec:
     return AttendSpec(
         heads=int(op.q.shape[2]), cache=cache_layout(op.cache.cache, target), dtype=op.q.dtype.value,
-        out_dtype=op.result.dtype.value, scale=op.scale, window=op.window, chunk=op.chunk, softcap=op.softcap,
+        out_dtype=op.results[0].dtype.value, scale=op.scale, window=op.window, chunk=op.chunk, softcap=op.softcap,
         bias=axes_of(op.bias), bias_dtype=op.bias.dtype.value if op.bias else "f32",
         sinks=op.sinks.dtype.value if op.sinks else None, s=static(op.q.shape[1]), rope=rotation(op.q),
         q=_view(op.q).place, far=_view(op.q_sinks).place if op.q_sinks else None,
         chosen=int(op.pages.shape[2]) if op.pages else 0,
         blocks=Blocks(op.block, op.queries, int(op.blocks.shape[3]) - 1) if op.blocks else None,
+        **({"rule": op.rule, "temperature": op.temperature} if isinstance(op, ops.Retain) else {}),
     )  # fmt: skip
 
 
 def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     spec = _attend_spec(op, target)
     b, s = op.q.shape[:2]
-    extra = (*(_at(place, v) for v in (op.bias, op.sinks)), *_tables(place, op.q), place["parts"])
+    extra = (*(_at(place, v) for v in (op.bias, op.sinks)), *_tables(place, op.q))
     found = place[_view(op.q).source], *place[op.cache], _at(place, op.start), place["out"], *extra
+    table, width = _pages(k, place, op.table)
+    more = {"far": _at(place, op.q_sinks), "count": _at(place, getattr(op, "count", None)), **place["temporaries"]}
     chosen = None if op.pages is None else place[op.pages]
-    more = {"far": _at(place, op.q_sinks), "pages": chosen, "blocks": _at(place, op.blocks)}
-    buffers = AttendBuffers(*found, *_pages(k, place, op.table), **more)
-    emit_attend(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
+    more |= {"pages": chosen, "blocks": _at(place, op.blocks)}
+    buffers = AttendBuffers(*found, table=table, width=width, **more)
+    emit = emit_retain if isinstance(op, ops.Retain) else emit_attend
+    emit(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
     scratch = tuple(map(as_dim, spec.scratch(schedule, b)))
     return {"tasks": as_dim(spec.tasks(schedule, b, s)), "last": as_dim(spec.last(schedule, b)), "scratch": scratch}
 
@@ -268,7 +277,7 @@ def _select(op: ops.Select, k: Kernel, place: Places, schedule: AttentionSchedul
     spec = SelectSpec(heads, cache_layout(kv, target), kv.pages, op.share, op.least, op.most, q.place)
     table, width = _pages(k, place, op.table)
     keys, _ = place[op.cache]
-    sources = place[q.source], keys, _at(place, op.start), table, place["out"], place["parts"]
+    sources = place[q.source], keys, _at(place, op.start), table, place["out"], place["temporaries"]["parts"]
     emit_select(k, spec, dim_value(op.q.shape[0], k.dims), width, SelectBuffers(*sources))
     b = op.q.shape[0]
     return {"tasks": as_dim(spec.tasks(b)), "last": as_dim(spec.last(b)), "scratch": (as_dim(spec.scratch(b)),)}

@@ -7,6 +7,7 @@ scores = q k^T (micro-kernels on registers), softmax with the statistics kept pe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from tilewright.codegen.cache import SLOT_STEP, round_up, value_panels
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
@@ -59,8 +60,21 @@ class Picked:
 Source = Straight | Scattered | Picked
 
 
+class Watch(Protocol):
+    """Sees the weights of blocks go by."""
+
+    def put(self, weights: Val, row: Val, key: Val) -> None:
+        """Weights (a vector, f32) of a row from ``key`` on, relative to its top at hand."""
+
+    def top(self, top: Val, row: Val, key: Val, keys: Val) -> None:
+        """That top, for ``keys`` keys, whole runs of SLOT_STEP, from ``key`` on."""
+
+
 class Flash(SoftRows):
     """The rows of one task, held in scratch memory."""
+
+    watch: Watch | None = None
+    """What else is done with weights, in the tasks that are being emitted."""
 
     def __init__(self, kernel: Kernel, shape: Shape, schedule: AttentionSchedule,
                  blocks: tuple[Buffer, Buffer], shared: SoftRows | None = None) -> None:
@@ -164,6 +178,12 @@ class Flash(SoftRows):
 
     def _attend(self, source: Source, key: Val, count: Val, rows: Val,
                 visible: Callable[[Val], Visible], adjust: Adjust | None) -> None:
+        self.weigh(source, key, count, rows, visible, adjust)
+        self._add_values(source, count, rows)
+
+    def weigh(self, source: Source, key: Val, count: Val, rows: Val,
+              visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
+        """The weights of a block in one piece, and the rows' statistics, without the values."""
         runs = (count + (SLOT_STEP - 1)) // SLOT_STEP
         self._score(source, count, rows)
         with self.kernel.loop(0, rows // self.shape.group) as queries:
@@ -171,7 +191,6 @@ class Flash(SoftRows):
             with self.kernel.loop(0, self.shape.group) as heads:
                 row = queries.index * self.shape.group + heads.index
                 self._soften(row, key, runs * SLOT_STEP, seen, adjust)
-        self._add_values(source, count, rows)
 
     def _find_runs(self, source: Scattered | Picked, count: Val) -> None:
         """The runs of the block, and of those that are fetched or touched meanwhile."""
@@ -260,12 +279,16 @@ class Flash(SoftRows):
         new = old.max(loop.results[0].reduce("max") * factor)
         with self.kernel.when(new > old):
             self._rescale(kept, old, new)
+        if self.watch is not None:
+            self.watch.top(new, row, key, keys)
         with self._vectors(keys, self.weight.load(kept * self.lanes, self.lanes)) as (loop, starts):
             (total,) = loop.values
             for start in starts:
                 score = self.scores.load(at + start, self.lanes)
                 p = power_of_two(score.fma(factor, -new), rough=self.shape.dot)
                 total = total + p
+                if self.watch is not None:
+                    self.watch.put(p, row, key + start)
                 self.p.store(p.to(self.compute), at + start)
             loop.next(total)
         self.weight.store(loop.results[0], kept * self.lanes)

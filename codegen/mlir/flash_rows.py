@@ -179,6 +179,14 @@ class SoftRows:
         memory.store(self.top.load(row), place + self.out_size)
         memory.store(self.weight.load(row * self.lanes, self.lanes).reduce("sum"), place + (self.out_size + 1))
 
+    def total(self, row: Val, sink: Val | None = None) -> tuple[Val, Val]:
+        """The row's top score and the weight of all keys, and of the ``sink``, relative to that."""
+        top, total = self.top.load(row), self.weight.load(row * self.lanes, self.lanes).reduce("sum")
+        if sink is None:
+            return top, total
+        both = top.max(sink * LOG2E)
+        return both, total * math.exp2_of_negative(top - both) + math.exp2_of_negative(sink * LOG2E - both)
+
     def finish(self, row: Val, out: Buffer, place: Val, sink: Val | None = None) -> None:
         """Store the row's result; ``sink`` is a further score that only counts in the denominator."""
         total = self.weight.load(row * self.lanes, self.lanes).reduce("sum")

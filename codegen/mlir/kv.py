@@ -42,7 +42,7 @@ def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: Atte
     extra = {key: dtype for key, dtype in extra.items() if dtype}
     stored = spec.cache.stored
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]
-    given += [("parts", "f32")] * (spec.pieces(schedule) > 1)
+    given += [(name, "f32") for name in spec.temporaries(schedule)]
     with Kernel(name, target, ("B", "S", *["T"] * paged), given) as kernel:
         named = {name: buffer for (name, _), buffer in zip(given, kernel.buffers)}
         buffers = AttendBuffers(**named, width=kernel.dims.get("T"))
@@ -54,10 +54,10 @@ def emit_attend(kernel: Kernel, spec: AttendSpec, schedule: AttentionSchedule, b
                 buffers: AttendBuffers) -> None:
     """Emit the task loop into ``kernel``."""
     schedule.validate(kernel.target)
-    _Attend(kernel, spec, schedule, b, s, buffers).emit()
+    Attending(kernel, spec, schedule, b, s, buffers).emit()
 
 
-class _Attend:
+class Attending:
     """The state of one emission."""
 
     def __init__(self, kernel: Kernel, spec: AttendSpec, schedule: AttentionSchedule, b: Val, s: Val,
@@ -77,7 +77,7 @@ class _Attend:
         kernel, spec, cache, memory = self.kernel, self.spec, self.spec.cache, (self.buffers.k, self.buffers.v)
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
         run, picked = (cache.run, cache.key_run), spec.blocks is not None and cache.layout == CONTIGUOUS
-        if cache.layout == CONTIGUOUS:
+        if cache.layout == CONTIGUOUS or cache.budget:
             size = spec.blocks.run if spec.blocks else 0
             run = size, size * cache.key_size
         sizes = spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel
@@ -97,18 +97,27 @@ class _Attend:
         if self.pieces > 1:
             self._emit_pieces()
             return
-        kernel, heads, queries = self.kernel, self.spec.cache.heads, self.spec.queries(self.schedule)
-        runs = ((self.s + (queries - 1)) // queries).max(1)
-        with kernel.loop(kernel.begin, kernel.end) as tasks:
-            run, head = tasks.index % runs, tasks.index // runs % heads
-            batch, first = tasks.index // (runs * heads), run * queries
-            rows = (self.s - first).min(constant(queries))
-            if self.spec.blocks is not None:
-                self.listed = self.spec.blocks.listed(self.buffers.blocks, heads, (batch, head), first, self.s)
-            begin, high = self._range(batch, head, first, rows)
-            self._task(batch, head, first, rows, begin, high, high)
-            for_rows(kernel, rows, self.spec.group, lambda query, member, row: self._finish(
-                row, batch, first + query, head * self.spec.group + member))
+        with self.kernel.loop(self.kernel.begin, self.kernel.end) as tasks:
+            self._emit_queries(tasks.index)
+
+    @property
+    def _runs(self) -> Val:
+        """Tasks that the queries of one head are cut into."""
+        queries = self.spec.queries(self.schedule)
+        return ((self.s + (queries - 1)) // queries).max(1)
+
+    def _emit_queries(self, task: Val) -> None:
+        """A task is a run of queries of one head."""
+        heads, queries, runs = self.spec.cache.heads, self.spec.queries(self.schedule), self._runs
+        run, head = task % runs, task // runs % heads
+        batch, first = task // (runs * heads), run * queries
+        rows = (self.s - first).min(constant(queries))
+        if self.spec.blocks is not None:
+            self.listed = self.spec.blocks.listed(self.buffers.blocks, heads, (batch, head), first, self.s)
+        begin, high = self._range(batch, head, first, rows)
+        self._task(batch, head, first, rows, begin, high, high)
+        for_rows(self.kernel, rows, self.spec.group, lambda query, member, row: self._finish(
+            row, batch, first + query, head * self.spec.group + member))
 
     def _emit_pieces(self) -> None:
         """One query: a task has some of the pieces of a head's keys. Neighbours are next to each other in memory; where one
@@ -173,12 +182,15 @@ class _Attend:
         begin, high = self._range(batch, head, constant(0), constant(1))
         _, count = self._pieces_of(begin, high)
         with kernel.when(count > 1), kernel.loop(0, spec.group) as members:
-            place = self._part_place(members.index, lane, constant(0))
-            stride = spec.group * part_size(spec.cache.vdim)
-            parts = Parts(kernel, self.buffers.parts, place, stride, count, spec.cache.vdim)
             query_head = head * spec.group + members.index
-            parts.combine(self.buffers.out, self._place(spec.out, spec.cache.vdim, batch, constant(0), query_head),
-                          self._sink(query_head))
+            self._parts(lane, members.index, count).combine(
+                self.buffers.out, self._place(spec.out, spec.cache.vdim, batch, constant(0), query_head),
+                self._sink(query_head))
+
+    def _parts(self, lane: Val, row: Val, count: Val) -> Parts:
+        """What the first ``count`` pieces of a head's keys left of a row."""
+        place, stride = self._part_place(row, lane, constant(0)), self.spec.group * part_size(self.spec.cache.vdim)
+        return Parts(self.kernel, self.buffers.parts, place, stride, count, self.spec.cache.vdim)
 
     def _task(self, batch: Val, head: Val, first: Val, queries: Val, begin: Val, high: Val,
               end: Val, with_sinks: Val | None = None) -> None:
@@ -254,14 +266,15 @@ class _Attend:
         if isinstance(cache, CodeLayout):
             sizes = (cache.k_run, cache.k_beside), (cache.v_run, cache.v_beside)
             return lambda i: tuple(run_of(i * cache.run) * size + batch * beside for size, beside in sizes)
-        if cache.layout != CONTIGUOUS:
+        if cache.layout != CONTIGUOUS and not cache.budget:
             return Scattered(k, v, run_of)
         lane = (batch * cache.heads + head) * cache.slots
         if self.listed is not None:
             size = self.flash.shape.run
             return Picked(k, v, lambda n: (lane + self._position(batch, head, (key + n).min(high - 1))) // size,
                           lane // cache.slots, cache.slots)
-        return Straight(k, v, (lane + key) * cache.key_size, lane * cache.value_size, cache.slots, key)
+        keys = (lane + key) * cache.key_size + batch * cache.notes_size
+        return Straight(k, v, keys, lane * cache.value_size, cache.slots, key)
 
     def _position(self, batch: Val, head: Val, key: Val) -> Val:
         """Where a key stands in the sequence."""

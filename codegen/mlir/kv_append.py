@@ -103,6 +103,8 @@ class _Append:
             lane = tasks.index if self.spec.s == 1 else tasks.index // runs
             batch, head = lane // self.cache.heads, lane % self.cache.heads
             start = self.buffers.start.load(batch).to("index")
+            if isinstance(self.cache, CacheLayout) and self.cache.budget:
+                start = start.min(constant(self.cache.budget))  # a slot: those that stay are in front
             if self.spec.keeps_recent:
                 self._recent(batch, head, start)
             elif self.spec.s == 1:
@@ -149,7 +151,7 @@ class _Append:
             self.codes.key(key.load, buffers.cache_k.at(run * cache.k_run), slot)
             self.codes.value(value.load, buffers.cache_v.at(run * cache.v_run), slot)
         else:
-            self._key(key, buffers.cache_k.at(run * cache.key_run), slot)
+            self._key(key, buffers.cache_k.at(run * cache.key_run + batch * cache.notes_size), slot)
             self._value(value, buffers.cache_v.at(run * (cache.run * cache.value_size)), slot)
         if cache.summary:
             with self.kernel.when(slot.eq(cache.run - 1)):

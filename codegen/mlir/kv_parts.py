@@ -33,7 +33,16 @@ class Parts:
 
     def combine(self, out: Buffer, place: Val, sink: Val | None) -> None:
         """Store the row's result; ``sink`` is a further score that only counts in the denominator."""
-        size, lanes = round_up(self.vdim, VALUE_STEP), self.kernel.lanes
+        lanes = self.kernel.lanes
+        top, total = self.total(sink)
+        factor = (total > 0.0).select(1.0 / total, constant(0.0, "f32"))
+        starts = range(0, round_up(self.vdim, lanes), lanes)
+        for first in range(0, len(starts), _AT_ONCE):
+            self._columns(starts[first:first + _AT_ONCE], top, factor, out, place)
+
+    def total(self, sink: Val | None) -> tuple[Val, Val]:
+        """The row's top score and the weight of all keys, and of the ``sink``, relative to that."""
+        size = round_up(self.vdim, VALUE_STEP)
         lowest = constant(LOWEST, "f32") if sink is None else sink * LOG2E
         with self.kernel.loop(0, self.count, carry=[lowest]) as loop:
             loop.next(loop.values[0].max(self._load(loop.index, size)))
@@ -41,11 +50,7 @@ class Parts:
         none = constant(0.0, "f32")
         with self.kernel.loop(0, self.count, carry=[none if sink is None else math.exp2_of_negative(lowest - top)]) as loop:
             loop.next(self._load(loop.index, size + 1).fma(self._share(loop.index, top), loop.values[0]))
-        (total,) = loop.results
-        factor = (total > 0.0).select(1.0 / total, none)
-        starts = range(0, round_up(self.vdim, lanes), lanes)
-        for first in range(0, len(starts), _AT_ONCE):
-            self._columns(starts[first:first + _AT_ONCE], top, factor, out, place)
+        return top, loop.results[0]
 
     def _columns(self, starts: range, top: Val, factor: Val, out: Buffer, place: Val) -> None:
         lanes = self.kernel.lanes

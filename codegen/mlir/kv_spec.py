@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
-from tilewright.codegen.cache import CacheLayout, round_up
+from tilewright.codegen.cache import SLOT_STEP, CacheLayout, round_up
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.kv_chosen import Blocks
@@ -14,9 +14,13 @@ from tilewright.codegen.mlir.rows import Rope
 from tilewright.codegen.mlir.value import Val
 from tilewright.codegen.schedule import AttentionSchedule
 from tilewright.ir import Paged, Ring
+from tilewright.ir.ops.kv_policies import Rule
 
 PIECE = 512
 """In decoding the keys of a head are attended to in pieces that begin at multiples of this, each for itself."""
+
+POOL_SPACE = 64
+"""Elements before and behind worths that are pooled."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class AttendSpec:
     ``bias`` names the axes it has, out of "bhst" with t the cache's length. ``s`` is S when it is static, as in decoding.
     With ``rope`` the queries are rotated on the way. ``far`` says where the queries lie that meet a ring's sinks, if these
     are others. With ``chosen`` a head of keys is seen on so many pages at the most, which are given, with ``blocks`` on
-    chosen blocks.
+    chosen blocks. With a ``rule`` the cache keeps tokens by it afterwards, by weights at ``temperature``.
     """
 
     heads: int
@@ -48,6 +52,8 @@ class AttendSpec:
     far: Slice | None = None
     chosen: int = 0
     blocks: Blocks | None = None
+    rule: Rule | None = None
+    temperature: float = 1.0
 
     @property
     def group(self) -> int:
@@ -96,14 +102,34 @@ class AttendSpec:
         """Tasks that the pieces of one head are dealt out to."""
         return min(schedule.parts, self.pieces(schedule))
 
+    def in_pieces(self, schedule: AttentionSchedule) -> bool:
+        """Whether what a task found is kept, for the tasks that run last."""
+        return self.pieces(schedule) > 1 or (self.rule is not None and self.s == 1)
+
     def last(self, schedule: AttentionSchedule, b: Any) -> Any:
-        """Number of tasks that put pieces together."""
-        return b * self.cache.heads if self.pieces(schedule) > 1 else 0
+        """Number of tasks that put pieces together, or choose what stays."""
+        return b * self.cache.heads if self.in_pieces(schedule) or self.rule else 0
+
+    def temporaries(self, schedule: AttentionSchedule) -> dict[str, int]:
+        """f32 elements for each sequence of buffers that tasks leave to those that run last, or work in."""
+        found: dict[str, int] = {}
+        if self.in_pieces(schedule):
+            found["parts"] = self.pieces(schedule) * self.heads * part_size(self.cache.vdim)
+        if self.rule is not None:
+            rows = self.heads if self.s == 1 else self.cache.heads * self.group * self.queries(schedule)
+            found["weights"] = rows * self.cache.slots
+            found["tops"] = rows * self.runs
+            found["choice"] = self.cache.heads * 2 * (2 * POOL_SPACE + self.cache.slots)
+        return found
+
+    @property
+    def runs(self) -> int:
+        """Runs of SLOT_STEP slots of a sequence, rounded up to whole vectors."""
+        return -(-self.cache.slots // SLOT_STEP // 16) * 16
 
     def scratch(self, schedule: AttentionSchedule, b: Any) -> tuple[Any, ...]:
-        """Bytes of what is kept of the pieces."""
-        size = 4 * self.pieces(schedule) * self.heads * part_size(self.cache.vdim)
-        return (b * size,) if self.pieces(schedule) > 1 else ()
+        """Bytes of the temporaries."""
+        return tuple(b * 4 * count for count in self.temporaries(schedule).values())
 
 
 @dataclass(frozen=True)
@@ -111,7 +137,8 @@ class AttendBuffers:
     """Arguments of the kernel; ``k`` and ``v`` are the cache, ``start`` is i64 [B].
 
     Pages have a ``table`` i32 [B, T], whose ``width`` is T; ``pages`` i32 [B, heads, chosen] are those to see, numbered in
-    the sequence. ``far`` are the queries that meet a ring's sinks, ``blocks`` the lists of those chosen.
+    the sequence. ``far`` are the queries that meet a ring's sinks, ``blocks`` the lists of those chosen. ``count`` i64 [B]
+    are the tokens of the text, where some are chosen to stay. ``parts`` and what follows ``count`` are temporaries.
     """
 
     q: Buffer
@@ -129,3 +156,7 @@ class AttendBuffers:
     far: Buffer | None = None
     pages: Buffer | None = None
     blocks: Buffer | None = None
+    count: Buffer | None = None
+    weights: Buffer | None = None
+    tops: Buffer | None = None
+    choice: Buffer | None = None

@@ -8,6 +8,7 @@ from tilewright.ir.ops.elementwise import __all__ as _elementwise
 from tilewright.ir.ops.kernel import Call
 from tilewright.ir.ops.kv import Append, Attend
 from tilewright.ir.ops.kv_choose import Choose
+from tilewright.ir.ops.kv_retain import Retain
 from tilewright.ir.ops.kv_select import Select
 from tilewright.ir.ops.lossless import Decompress
 from tilewright.ir.ops.moe import Experts
@@ -73,6 +74,7 @@ __all__ = [
     "Reduce",
     "Reshape",
     "Resize",
+    "Retain",
     "RmsNorm",
     "Rope",
     "ScatterAlong",

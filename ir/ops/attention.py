@@ -43,19 +43,27 @@ def products(q: Any, k: Any) -> Any:
 
 def average(scores: Any, v: Any, keep: Any, bias: Any, sinks: Any, scale: float, softcap: float) -> Any:
     """Values ``[B, T, Hkv, Dv]`` weighted by products of queries and keys: f32 ``[B, S, Hq, Dv]``."""
-    values = np.repeat(num.wide(v), scores.shape[1] // v.shape[2], axis=2).transpose(0, 2, 1, 3)
+    return mixed(weigh(scores, keep, bias, sinks, scale, softcap), v)
+
+
+def mixed(weights: Any, v: Any) -> Any:
+    """Values ``[B, T, Hkv, Dv]`` by weights ``[B, Hq, S, T]``: f32 ``[B, S, Hq, Dv]``."""
+    values = np.repeat(num.wide(v), weights.shape[1] // v.shape[2], axis=2).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray((weights @ values).transpose(0, 2, 1, 3))
+
+
+def weigh(scores: Any, keep: Any, bias: Any, sinks: Any, scale: float, softcap: float, temperature: float = 1.0) -> Any:
+    """The weights that products of queries and keys ``[B, Hq, S, T]`` give the keys: f32, a query's add up to 1 at most."""
     scores = scores * np.float32(scale)
     if softcap > 0:
         scores = softcap * np.tanh(scores / softcap)
     if bias is not None:
         scores = scores + num.wide(bias)
     scores = np.where(keep, scores, -np.inf)
-    if sinks is not None:
-        column = np.broadcast_to(num.wide(sinks).reshape(1, -1, 1, 1), (*scores.shape[:3], 1))
-        weights = num.softmax(np.concatenate([scores, column], -1))[..., :-1]
-    else:
-        weights = num.softmax(scores)
-    return np.ascontiguousarray((weights @ values).transpose(0, 2, 1, 3))
+    if sinks is None:
+        return num.softmax(scores / np.float32(temperature))
+    column = np.broadcast_to(num.wide(sinks).reshape(1, -1, 1, 1), (*scores.shape[:3], 1))
+    return num.softmax(np.concatenate([scores, column], -1) / np.float32(temperature))[..., :-1]
 
 
 class Attention(Op):

@@ -1,7 +1,8 @@
-"""``kv.append`` and ``kv.attend``: the only operations that look into a cache.
+"""``kv.append`` and ``kv.attend``: with ``kv.retain`` the only operations that look into a cache.
 
 In the interpreter a cache is two arrays of what its slots decode to: K ``[B, slots, H, D]`` and V ``[B, slots, H, Dv]``, or
-``[pages, page, H, ...]`` for all sequences.
+``[pages, page, H, ...]`` for all sequences. Kept tokens have a third one, notes f32 ``[B, H, 2, slots]``: what each is
+worth, and its position.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
+from tilewright.ir.kv_kept import Kept
 from tilewright.ir.kv_type import Ring
 from tilewright.ir.ops.attention import average, expect_groups, products, visible
 from tilewright.ir.ops.kv_codes import appended, rounded
@@ -53,7 +55,7 @@ class Append(Op):
             for store, new in zip(out, appended(self.cache.cache, k[b], v[b])):
                 store[slots] = new
             self.encode(b, int(at), end, table, out)
-        return out
+        return (*out, *cache[2:])
 
     def slots(self, b: int, positions: Array, table: Any, memory: Array) -> tuple[Any, Any]:
         """The places of some positions in K and V; fails for those that the cache has no room for."""
@@ -64,6 +66,10 @@ class Append(Op):
             most = kv.layout.chunk
             self.expect(count <= most, f"{count} tokens at once, the ring takes {most}")
             return b, np.where(positions < kv.sinks, positions, kv.sinks + positions % kv.layout.size)
+        if isinstance(kv.layout, Kept):
+            most = kv.layout.chunk
+            self.expect(count <= most, f"{count} tokens at once, there is room for {most} behind those kept")
+            return b, min(at, kv.budget) + np.arange(count)
         if not kv.page:
             return b, positions
         entries = positions // kv.page
@@ -134,15 +140,18 @@ class Attend(Op):
         self.expect(self.window <= 0 and self.chunk <= 0, "pages are chosen where a query sees all of them, not a window")
 
     def check_ring(self, kv: KVType) -> None:
+        limited = kv.budget > 0 and (self.window > 0 or self.chunk > 0)
+        self.expect(not limited, "a window or chunk of positions, which kept tokens have in no order")
         self.expect(self.q_sinks is None or kv.sinks > 0, f"q_sinks is for a ring with sinks, and only that: {kv}")
         if self.q_sinks is not None:
             self.expect(self.q_sinks.type == self.q.type, f"q_sinks is {self.q_sinks.type}, q {self.q.type}")
+        by_key = self.bias is not None and self.bias.shape[-1:] not in ((), (1,))
+        mixed = isinstance(kv.layout, (Ring, Kept))
+        self.expect(not (by_key and mixed), f"a bias for each position, which {kv.layout} does not keep apart")
         if not isinstance(kv.layout, Ring):
             return
         sight = min((n for n in (self.window, self.chunk) if n > 0), default=0)
         self.expect(0 < sight <= kv.layout.window, f"sees {sight or 'all'} tokens of a ring that holds {kv.layout.window}")
-        by_key = self.bias is not None and self.bias.shape[-1:] not in ((), (1,))
-        self.expect(not by_key, "a bias for each position, which a ring does not keep apart")
 
     def check_blocks(self, kv: KVType) -> None:
         if self.blocks is None:
@@ -160,8 +169,16 @@ class Attend(Op):
         self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any, table: Any, q_sinks: Any, pages: Any,
         blocks: Any
     ) -> Any:
+        scores, keep, values, bias = self.scored(q, cache, start, bias, table, q_sinks, pages, blocks)
+        return average(scores, values, keep, bias, sinks, self.scale, self.softcap).astype(q.dtype)
+
+    def scored(
+        self, q: Any, cache: Any, start: Any, bias: Any, table: Any, q_sinks: Any, pages: Any, blocks: Any
+    ) -> tuple[Array, Array, Array, Any]:
+        """Products of queries and keys ``[B, Hq, S, T]``, which are seen ``[B, Hq|1, S, T]``, the values, and the bias."""
         kv = self.cache.cache
-        where = start[:, None] + np.arange(q.shape[1])
+        first = np.minimum(start, kv.budget) if kv.budget else start
+        where = first[:, None] + np.arange(q.shape[1])
         if kv.page:
             cache = gathered(self, cache, table, where)
             bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., : cache[0].shape[1]]
@@ -179,7 +196,7 @@ class Attend(Op):
         scores = products(q, cache[0])
         if q_sinks is not None:
             scores[..., : kv.sinks] = products(q_sinks, cache[0][:, : kv.sinks])
-        return average(scores, cache[1], keep, bias, sinks, self.scale, self.softcap).astype(q.dtype)
+        return scores, keep, cache[1], bias
 
     def chosen(self, where: Array, keys: Array, blocks: Array) -> Array:
         """Which keys are in the blocks of a query: bool ``[B, H, S, T]``; fails if a query's own is not among them."""

@@ -8,7 +8,8 @@ from tilewright.ir import DType, Op
 
 FAMILIES = (elementwise, core, nn, lossless, quant, sparse, sparse_expand, spatial, attention)
 CASES = [case for family in FAMILIES for case in family.CASES]
-STRUCTURAL = {"return", "kernel.call", "kv.append", "kv.attend", "kv.choose"}  # test_ir_interpreter.py, test_ir_kv*.py
+STRUCTURAL = {"return", "kernel.call", "kv.append", "kv.attend", "kv.choose", "kv.retain", "kv.select"}
+"""Tested in test_ir_interpreter.py, test_ir_kv*.py and test_kv_retain.py."""
 
 
 @pytest.mark.parametrize(

@@ -374,7 +374,7 @@ def test_tables_are_checked(programs):
 
 @pytest.mark.parametrize(("layout", "message"), [
     ({"page": 4}, "chunks from one token on, for KV states of this layout, got chunks of at least 5"),
-    ({"ring": True}, "chunks of at most 4, what a ring takes at once, got chunks of at least 5"),
+    ({"ring": True}, "chunks of at most 4, what KV states take at once, got chunks of at least 5"),
 ])  # fmt: skip
 def test_chunks_that_a_layout_cannot_take(folder, layout, message):
     program = load(save(folder / f"fixed-{'-'.join(layout)}", chunk=(5, 5), **layout))
