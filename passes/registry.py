@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "fuse-qkv": "fuse_qkv:FuseQkv",
     "fuse-rope": "fuse_rope:FuseRope",
     "kv-layout": "kv_layout:KvLayout",
+    "latent-cache": "latent_cache:LatentCache",
     "order-columns": "order_columns:OrderColumns",
     "outlier-columns": "outlier_columns:OutlierColumns",
     "outlier-weights": "outlier_weights:OutlierWeights",
