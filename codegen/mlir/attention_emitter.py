@@ -73,8 +73,6 @@ class AttentionEmitter:
             return f"no kernel for the first {found.first} tokens beside a window, but over a cache of kind=ring"
         if isinstance(found, ops.Attend) and (reason := _refusal_of_blocks(found, target)):
             return reason
-        if isinstance(found, ops.Retain) and found.temperature != 1:
-            return f"no kernel that keeps tokens by weights at temperature {found.temperature}"
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
         return f"no attention of {narrow[0].dtype.value}" if narrow else None
 

@@ -88,7 +88,7 @@ class _Retaining(Attending):
         self.chooser.first = head.lane * self.spec.group
         with self.kernel.loop(0, self.spec.group) as members:
             sink = self._sink(head.head * self.spec.group + members.index)
-            self.chooser.settle(members.index, *self._parts(head.lane, members.index, count).total(sink))
+            self.chooser.settle(members.index, *self._parts(head.lane, members.index, count).total(sink), sink, keys)
         self.chooser.gain(head, constant(1), keys, keys)
 
     def _gain_of_many(self, head: Head, live: Val, count: Val) -> None:
@@ -107,7 +107,11 @@ class _Retaining(Attending):
                 key, source = blocks.index, self._source(head.batch, head.head, blocks.index, high)
                 self.flash.weigh(source, key, (high - key).min(constant(step)), rows,
                                  lambda query: self._visible(position + query), adjust)
-            for_rows(self.kernel, queries, group, lambda query, member, row: self.chooser.settle(
-                row, *self.flash.total(row, self._sink(head.head * group + member))))
+            for_rows(self.kernel, queries, group,
+                     lambda query, member, row: self._settle(row, head.head * group + member, high))
             self.chooser.gain(head, queries, position + 1, high)
         self.flash.watch = None
+
+    def _settle(self, row: Val, head: Val, high: Val) -> None:
+        sink = self._sink(head)
+        self.chooser.settle(row, *self.flash.total(row, sink), sink, high)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from tilewright.codegen.cache import SLOT_STEP, CacheLayout
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Kernel
+from tilewright.codegen.mlir.flash_rows import LOG2E
 from tilewright.codegen.mlir.kv_choice import Choice
 from tilewright.codegen.mlir.kv_notes import POSITION, WORTH, Head
 from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
@@ -63,13 +64,40 @@ class Chooser:
             head.store(WORTH, worth, loop.index)
             head.store(POSITION, is_new.select(position, head.load(POSITION, loop.index, lanes)), loop.index)
 
-    def settle(self, row: Val, top: Val, total: Val) -> None:
-        """Turn the tops of a row into factors that make its weights those of the softmax."""
-        factor = (total > 0.0).select(1.0 / total, constant(0.0, "f32"))
-        first, lanes = (self.first + row) * self.spec.runs, self.kernel.lanes
+    def settle(self, row: Val, top: Val, total: Val, sink: Val | None, high: Val) -> None:
+        """Turn the tops of a row into factors that make its weights those of the softmax, over the slots below ``high``."""
+        first, lanes, cooled = (self.first + row) * self.spec.runs, self.kernel.lanes, 1 / self.spec.temperature
         for run in range(0, self.spec.runs, lanes):
-            share = math.exp2_of_negative(self.tops.load(first + run, lanes) - top)
-            self.tops.store(share * factor, first + run)
+            share = math.exp2_of_negative((self.tops.load(first + run, lanes) - top) * cooled)
+            self.tops.store(share, first + run)
+        if self.spec.temperature != 1:
+            total = self._temper(row, high)
+            total = total if sink is None else total + math.exp2_of_negative((sink * LOG2E - top) * cooled)
+        factor = (total > 0.0).select(1.0 / total, constant(0.0, "f32"))
+        for run in range(0, self.spec.runs, lanes):
+            self.tops.store(self.tops.load(first + run, lanes) * factor, first + run)
+
+    def _temper(self, row: Val, high: Val) -> Val:
+        """Bring the weights of a row to the temperature: their sum."""
+        kernel, lanes, none = self.kernel, self.kernel.lanes, constant(0.0, "f32", self.kernel.lanes)
+        first, factors = (self.first + row) * self.cache.slots, (self.first + row) * self.spec.runs
+        with kernel.loop(0, high, SLOT_STEP, carry=[none]) as runs:
+            (total,) = runs.values
+            factor = self.tops.load(factors + runs.index // SLOT_STEP).splat(lanes)
+            for at in range(0, SLOT_STEP, lanes):
+                place = first + runs.index + at
+                weights = self._root(self.weights.load(place, lanes))
+                self.weights.store(weights, place)
+                total = weights.fma(factor, total)
+            runs.next(total)
+        return runs.results[0].reduce("sum")
+
+    def _root(self, weights: Val) -> Val:
+        """Weights to the power of one by the temperature."""
+        if self.spec.temperature == 2:
+            return weights.sqrt()
+        powers = math.exp2_of_negative(math.log(weights).min(constant(0.0, "f32")) * (LOG2E / self.spec.temperature))
+        return (weights > 0.0).select(powers, constant(0.0, "f32", weights.lanes))
 
     def gain(self, head: Head, queries: Val, first: Val, high: Val) -> None:
         """Worths grow by ``queries`` queries, of which the first sees ``first`` slots, the last ``high``."""

@@ -10,6 +10,7 @@ import pytest
 
 from tests.backend.attention_cases import compare, expected
 from tests.backend.harness import TARGETS
+from tilewright.codegen.cuda.attention import CudaAttentionEmitter
 from tilewright.codegen.mlir.attention_emitter import AttentionEmitter
 from tilewright.codegen.standalone import StandaloneKernel
 from tilewright.codegen.target import parse_target
@@ -21,9 +22,10 @@ RULES: dict[str, dict[str, Any]] = {
     "h2o": {"recent": 40, "first": 4},
     "snapkv": {"recent": 8, "observe": 8, "pool": 7},
     "scissorhands": {"observe": 50},
+    "keyformer": {"recent": 30, "temperature": 2.0},
 }
 SIZES = {"f32": (33, 20), "bf16": (64, 64), "f16": (32, 48)}
-CASES = [("h2o", "f32"), ("snapkv", "bf16"), ("scissorhands", "f16"), ("h2o", "bf16")]
+CASES = [("h2o", "f32"), ("snapkv", "bf16"), ("scissorhands", "f16"), ("h2o", "bf16"), ("keyformer", "f32")]
 
 
 class Retaining:
@@ -89,8 +91,14 @@ def test_many_tokens(target: str, policy: str, dtype: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("heads", "sizes"), [(2, (128, 128)), (14, (16, 200))])
 def test_keys_in_parts(target: str, heads: int, sizes: tuple[int, int]) -> None:
-    case = Retaining("bf16", heads, sizes, 1, Kept(900, 30), policy="h2o", recent=450)
+    case = Retaining("bf16", heads, sizes, 1, Kept(900, 30), policy="keyformer", recent=450, temperature=1.5)
     check(target, case, [10, 600, 5000], [1, 1, 1], 1)
+
+
+def test_gpus_refuse_by_name() -> None:
+    case = Retaining("bf16", 6, SIZES["bf16"], 1, Kept(150, 70))
+    reason = CudaAttentionEmitter().match(case.kernel, parse_target("cuda{arch=sm_80}"))  # type: ignore[arg-type]
+    assert "on a GPU caches are contiguous or paged, not kept<150, 70>" in str(reason)
 
 
 @pytest.mark.parametrize("target", TARGETS)
