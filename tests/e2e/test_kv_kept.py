@@ -75,7 +75,7 @@ def test_memory_is_that_of_the_budget(kept: Compiled, prompts: list[list[int]]) 
 def test_a_chunk_at_once(kept: Compiled) -> None:
     ids = np.zeros((1, CHUNK), np.int64)
     with kept.session() as session:
-        with pytest.raises(InputError, match="values in 0..48"):
+        with pytest.raises(InputError, match=r"values in 0\.\.48"):
             session("prefill", ids=ids, start=[0], last=[0], count=[49])
         with pytest.raises(InputError, match="a size from 1 to 48"):
             session("prefill", ids=np.zeros((1, 49), np.int64), start=[0], last=[0], count=[1])
