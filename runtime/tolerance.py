@@ -3,8 +3,8 @@
 Two things are asked of every result: its largest error relative to its largest magnitude, which finds a single wrong
 element, and its mean square error, which finds a small thing wrong everywhere (a product that lacks one of two thousand
 terms). The allowance is that of the narrowest floats the kernel works in, since kernels keep more digits between fused
-operations than the reference. Integers are equal, but for codes of quantized activations: one that lies between two may be
-rounded to either.
+operations than the reference. Integers are equal, but for codes of quantized activations and of caches: one that lies
+between two may be rounded to either.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from tilewright.runtime.coded import CodedRows
 
 Array = np.ndarray[Any, Any]
 
@@ -38,14 +40,16 @@ class Expected:
     shape: tuple[int, ...]
     features: Array | None = None
     """Places along the last axis where the result is known; None is everywhere."""
+    coded: CodedRows | None = None
+    """What the bytes of a cache of codes are."""
 
     @classmethod
-    def of(cls, array: Array, narrow: str, codes: bool = False) -> Expected:
+    def of(cls, array: Array, narrow: str, codes: bool = False, coded: CodedRows | None = None) -> Expected:
         wide = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
         known = wide[np.isfinite(wide)]
         top = float(np.abs(known).max(initial=0.0))
         square = float(np.sqrt(np.mean(np.square(known, dtype=np.float64)))) if known.size else 0.0
-        return cls(array, wide, top, square, narrow, codes, array.shape)
+        return cls(array, wide, top, square, narrow, codes, array.shape, coded=coded)
 
     def complaint(self, got: Array) -> str | None:
         """What is wrong with ``got``, or None."""
@@ -55,6 +59,8 @@ class Expected:
             got = np.take(got, self.features, -1)
         if got.tobytes() == self.array.tobytes():
             return None
+        if self.coded is not None:
+            return self._parts(self.coded, got)
         if self.array.dtype.kind in "iub":
             return self._integers(got)
         other = got.astype(self.wide.dtype)
@@ -73,6 +79,13 @@ class Expected:
             return f"differs by {largest:.3g} of the largest magnitude, allowed {_LARGEST[self.narrow]:g}"
         if not square <= _SQUARE[self.narrow]:
             return f"differs by {square:.3g} in the mean square, allowed {_SQUARE[self.narrow]:g}"
+        return None
+
+    def _parts(self, coded: CodedRows, got: Array) -> str | None:
+        """Of codes, and of their scales and zeros, each by its own rule."""
+        for what, want, mine in zip(("codes", "scales"), coded.parts(self.array), coded.parts(got)):
+            if reason := Expected.of(want, self.narrow, codes=what == "codes").complaint(mine):
+                return f"has {what} of which {reason}" if what == "codes" else f"has {what} that are wrong: {reason}"
         return None
 
     def _integers(self, got: Array) -> str | None:

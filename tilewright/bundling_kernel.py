@@ -152,7 +152,7 @@ class KernelFiles:
 
     def expect(self, want: Expected) -> ExpectedSpec:
         features = None if want.features is None else self.keep(want.features)
-        return ExpectedSpec(self.keep(want.array), want.shape, want.narrow, want.codes, features)
+        return ExpectedSpec(self.keep(want.array), want.shape, want.narrow, want.codes, features, want.coded)
 
     def keep(self, array: Array) -> str:
         """The name of an array, which is in the bundle from now on."""

@@ -31,6 +31,7 @@ from tilewright.ir import (
     parse_module,
 )
 from tilewright.ir.caches import origin
+from tilewright.ir.ops.kv_codes import rounded
 from tilewright.measuring_sparse import masks, starts
 
 Array = np.ndarray[Any, Any]
@@ -165,7 +166,8 @@ def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
 def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
     if isinstance(arg.type, KVType):
         sizes = (subject.regions(arg), arg.type.page or arg.type.slots, arg.type.heads)
-        return tuple(normal(rng, (*sizes, size), arg.type.held) for size in (arg.type.dim, arg.type.vdim))
+        numbers = tuple(normal(rng, (*sizes, size), arg.type.held) for size in (arg.type.dim, arg.type.vdim))
+        return numbers if arg.type.keeps_recent else rounded(arg.type, *numbers)
     shape, found = subject.shape(arg), list(roles(arg))
     for role in found:
         if isinstance(role.op, ops.SparseExpand) and role.field != "values":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.emitters import pack
 from tilewright.ir import DType, Function, KVType, interpret, ops
 from tilewright.measuring_inputs import Operand, Subject
@@ -48,7 +49,9 @@ def _all(subject: Subject, results: Sequence[Any]) -> list[tuple[Expected, ...]]
     found: list[tuple[Expected, ...]] = []
     for value, result in zip(kernel.returns, results):
         if isinstance(value.type, KVType):
-            found.append(tuple(Expected.of(a, narrow) for a in subject.layout(value).write(*result)))
+            layout = subject.layout(value)
+            coded = layout.coded if isinstance(layout, CudaCacheLayout) else (None, None)
+            found.append(tuple(Expected.of(a, narrow, coded=rows) for a, rows in zip(layout.write(*result), coded)))
         else:
             found.append((Expected.of(pack(result, "", value.dtype), narrow, codes and value.dtype is DType.i8),))
     return found

@@ -15,6 +15,7 @@ import numpy as np
 
 from tilewright.codegen.cuda.cache_codes import SLOT_STEP, CodeRows
 from tilewright.ir import CONTIGUOUS, KVType, Layout, Paged
+from tilewright.runtime.coded import CodedRows
 
 _KNOWN = ("heads", "dim", "vdim", "length", "dtype", "layout", "keys", "group", "recent", "scales", "full")
 _STORED = {"f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -81,7 +82,7 @@ class CudaCacheLayout:
         def rows(size: int) -> FloatRows | CodeRows:
             if not kind.is_coded:
                 return FloatRows(size, kind.dtype.value, kind.heads, slots)
-            return CodeRows(size, kind.dtype.value, kind.scales.value, kind.heads, -(-slots // SLOT_STEP) * SLOT_STEP)
+            return CodeRows(size, kind.dtype.bits, kind.scales.value, kind.heads, -(-slots // SLOT_STEP) * SLOT_STEP)
 
         return cls(rows(kind.dim), rows(kind.vdim), kind.length, kind.layout)
 
@@ -99,6 +100,11 @@ class CudaCacheLayout:
     def v_bytes(self) -> int:
         """Bytes of V of a region."""
         return self.values.bytes
+
+    @property
+    def coded(self) -> tuple[CodedRows | None, CodedRows | None]:
+        """What the bytes of K and of V are, if they are codes."""
+        return tuple(rows if isinstance(rows, CodeRows) else None for rows in (self.keys, self.values))  # type: ignore[return-value]
 
     def empty(self, regions: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """A fresh cache, zero."""

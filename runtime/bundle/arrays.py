@@ -47,4 +47,5 @@ class Arrays:
     def expected(self, spec: ExpectedSpec) -> Expected:
         """A result as it should be."""
         features = None if spec.features is None else self[spec.features]
-        return replace(Expected.of(self[spec.array], spec.narrow, spec.codes), shape=spec.shape, features=features)
+        found = Expected.of(self[spec.array], spec.narrow, spec.codes, spec.coded)
+        return replace(found, shape=spec.shape, features=features)

@@ -1,6 +1,6 @@
 """The files of a bundle: ``manifest.json``, strictly read, cubins and their CUDA C, and arrays as safetensors.
 
-    {"format": "tilewright-bundle", "version": 1, "target": "cuda{arch=sm_90a}", "compiler": ..., "arrays": {...},
+    {"format": "tilewright-bundle", "version": 2, "target": "cuda{arch=sm_90a}", "compiler": ..., "arrays": {...},
      "workloads": [...], "files": {...}, "checksum": ...}
 
 An array is named by the hash of its content, so that equal ones are there once. A large one may hold its beginning alone,
@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tilewright.runtime.coded import BITS, SCALES, CodedRows
 from tilewright.runtime.jsonread import Node
 from tilewright.runtime.kinds import Kind
 from tilewright.runtime.manifest import DTYPES, FileSpec, check_file_name
 from tilewright.runtime.tolerance import NARROW
 
-BUNDLE = Kind("tilewright-bundle", 1, "bundle", "emit the bundle", "Emit or copy the bundle again",
+BUNDLE = Kind("tilewright-bundle", 2, "bundle", "emit the bundle", "Emit or copy the bundle again",
               "`tilewright tune MODEL --emit-bundle`")  # fmt: skip
 _HEX = re.compile(r"[0-9a-f]{32}")
 _MOST = 2**53
@@ -118,21 +119,34 @@ class CandidateSpec:
 @dataclass(frozen=True)
 class ExpectedSpec:
     """An array that a kernel leaves: ``shape`` in memory, and ``features``, the places along its last axis where it is
-    known, when that is not everywhere. ``narrow`` and ``codes`` are those of `tolerance.Expected`."""
+    known, when that is not everywhere. ``narrow``, ``codes`` and ``coded`` are those of `tolerance.Expected`."""
 
     array: str
     shape: tuple[int, ...]
     narrow: str
     codes: bool
     features: str | None
+    coded: CodedRows | None = None
 
     @staticmethod
     def read(node: Node) -> ExpectedSpec:
-        node.fields("array", "shape", "narrow", "codes", "features")
+        node.fields("array", "shape", "narrow", "codes", "features", "coded")
         shape = tuple(n.integer(0, _MOST) for n in node["shape"].items())
         features = None if node["features"].value is None else node["features"].string(_HEX)
         narrow, codes = node["narrow"].choice(NARROW), node["codes"].truth()
-        return ExpectedSpec(node["array"].string(_HEX), shape, narrow, codes, features)
+        coded = None if node["coded"].value is None else _coded(node["coded"])
+        if coded is not None and math.prod(shape) % coded.bytes:
+            raise node["shape"].error(f"not a whole number of regions of {coded.bytes} bytes")
+        return ExpectedSpec(node["array"].string(_HEX), shape, narrow, codes, features, coded)
+
+
+def _coded(node: Node) -> CodedRows:
+    node.fields("size", "bits", "scales", "heads", "slots")
+    size, heads, slots = (node[name].integer(1, _MOST) for name in ("size", "heads", "slots"))
+    bits = node["bits"].integer(min(BITS), max(BITS))
+    if bits not in BITS:
+        raise node["bits"].error(f"expected one of {BITS}, got {bits}")
+    return CodedRows(size, bits, node["scales"].choice(SCALES), heads, slots)
 
 
 @dataclass(frozen=True)

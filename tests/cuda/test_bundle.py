@@ -341,6 +341,49 @@ def test_tensor_cores_and_caches(tmp_path) -> None:
     assert run(done.path, str(bundle_driver(done.path, tmp_path)), tmp_path / "r.jsonl") == 0
 
 
+CACHES = ("dtype=bf16, layout=paged<16>", "dtype=i8, layout=contiguous", "dtype=i4, layout=paged<32>")
+
+
+def over_caches() -> str:
+    """A module that appends to caches of several types, and attends to each."""
+    lines = []
+    for i, what in enumerate(CACHES):
+        kind = f"kv<heads=1, dim=16, vdim=16, length=64, {what}>"
+        table = f", %pages{what[-3:-1]}" if "paged" in what else ""
+        lines += [f"    %{2 * i} = kv.append(@kv.{i}, %k, %v, %start{table}) : {kind}",
+                  f"    %{2 * i + 1} = kv.attend(%q, %{2 * i}, %start{', none, none' * bool(table)}{table}) {{scale=0.25}}"
+                  " : tensor<BxSx2x16xbf16>"]  # fmt: skip
+    states = [f"  state @kv.{i} : kv<heads=1, dim=16, vdim=16, length=64, {what}>" for i, what in enumerate(CACHES)]
+    arguments = "%q: tensor<BxSx2x16xbf16>, %k: tensor<BxSx1x16xbf16>, %v: tensor<BxSx1x16xbf16>, %start: tensor<Bxi64>"
+    arguments += ", %pages16: tensor<BxTxi32>, %pages32: tensor<BxUxi32>"
+    dims = ["  dim B : 1..4", "  dim S : 1..8", "  dim T : 1..4", "  dim U : 1..2"]
+    return "\n".join(["module @caches {", *dims, *states, f"  func @main({arguments}) {{", *lines,
+                      "    return([%1, %3, %5])", "  }", "}"])  # fmt: skip
+
+
+def test_caches_in_pages_and_of_codes_are_in_a_bundle(tmp_path, capsys) -> None:
+    """Each is appended to and attended to; what is not right is found."""
+    sizes = {"B": 2, "S": 5, "T": 4, "U": 2}
+    done = tilewright.emit_bundle(parse_module(over_caches()), target=TARGET, sizes=sizes, trials=6, out=tmp_path / "b")
+    workloads = read(done.path).workloads
+    assert done.refused == 0
+    for cache in CACHES:
+        found = [w.record["kernel"] for w in workloads if cache in w.record["kernel"]]
+        assert sorted("kv.append" in text for text in found) == [False, True]
+    appended = {w.record["kernel"]: w for w in workloads if w.results[0].argument is not None}
+    coded = [e.coded and e.coded.bits for w in appended.values() for e in w.results[0].expected]
+    assert sorted(coded, key=str) == [4, 4, 8, 8, None, None]
+    [wrong] = [w for text, w in appended.items() if "dtype=i8" in text]
+    cubins = [Path(w.candidates[0].cubin).stem for w in workloads]
+    out = tmp_path / "r.jsonl"
+    assert run(done.path, str(bundle_driver(done.path, tmp_path)), out, "--check-only") == 0
+    assert f"{len(set(cubins))} right" in capsys.readouterr().out
+    plant = {Path(wrong.candidates[0].cubin).stem: "if (blockIdx.x == 1) return;"}
+    (tmp_path / "other").mkdir()
+    assert run(done.path, str(bundle_driver(done.path, tmp_path / "other", plant)), out, "--check-only") == 1
+    assert "% of the integers differ" in out.read_text()
+
+
 def test_an_interrupted_run_keeps_what_it_has(bundle, driver, tmp_path, monkeypatch, capsys) -> None:
     workload = Run.workload
 
@@ -397,7 +440,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no cubin": (lambda f: sorted(f.glob("kernels/*.cubin"))[0].unlink(), "the bundle is incomplete. Emit or copy"),
     "an edited manifest": (edited('"block": ', '"block": 1'), "checksum that it states"),
     "another format": (edited("tilewright-bundle", "tilewright-artifact"), "this is not a bundle made by tilewright"),
-    "a later version": (edited('"version": 1', '"version": 2'), "has version 2 .* use a newer tilewright"),
+    "a later version": (edited('"version": 2', '"version": 3'), "has version 3 .* use a newer tilewright"),
     "an unknown field": (sealed(lambda d: d.update(more=1)), "the fields .*more.* are unknown"),
     "a block that is too large": (sealed(lambda d: d["workloads"][0]["candidates"][0]["launches"][0].update(block=4096)),
                                   "block: expected an integer"),

@@ -15,7 +15,7 @@ OURS = {  # folder: what it may import of ours, besides itself
     "frontend": ("ir",),
     "passes": ("ir",),
     "costmodel": ("ir", "runtime.measuring"),
-    "codegen": ("ir", "runtime.artifact"),
+    "codegen": ("ir", "runtime.artifact", "runtime.coded"),
     "tilewright": ("ir", "runtime", "frontend", "passes", "costmodel", "codegen"),
 }
 HEAVY = {  # package: who may import it
