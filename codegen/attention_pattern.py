@@ -13,7 +13,7 @@ from tilewright.ir import Argument, Dim, Function, Op, Return, Value, ops, same_
 
 DTYPES = ("f32", "bf16", "f16")
 """Element types of queries, keys and values."""
-KINDS = (ops.Attention, ops.Attend, ops.Append, ops.Select)  # kv.retain is an Attend
+KINDS = (ops.Attention, ops.Attend, ops.Append, ops.Select, ops.Choose)  # kv.retain is an Attend
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def reads_columns(user: Op) -> bool:
         return is_view_of_columns(user) and all(map(reads_columns, user.result.users))
     if isinstance(user, ops.Rope):
         return any(is_rotated_by(user, u) for u in user.result.users)
-    return isinstance(user, (ops.Attention, ops.Attend, ops.Append, ops.Select))
+    return isinstance(user, (ops.Attention, ops.Attend, ops.Append, ops.Select, ops.Choose))
 
 
 def outline(module: Module, group: Group, kernels: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ _ANCHORS = (
     ops.Attend,
     ops.Append,
     ops.Select,
+    ops.Choose,
     ops.Conv,
     ops.Experts,
     ops.MaxPool,

@@ -34,6 +34,7 @@ PASSES: dict[str, str] = {
     "quantize": "quantize:Quantize",
     "quantize-mixed": "quantize_mixed:QuantizeMixed",
     "smooth": "smooth:Smooth",
+    "sparse-prefill": "sparse_prefill:SparsePrefill",
     "sparse-store": "sparse_store:SparseStore",
     "sparsify-activations": "sparsify_activations:SparsifyActivations",
     "split-heads": "split_heads:SplitHeads",

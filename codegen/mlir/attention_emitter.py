@@ -31,6 +31,8 @@ from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.elementwise import dim_value
 from tilewright.codegen.mlir.kv import emit_attend
 from tilewright.codegen.mlir.kv_append import AppendBuffers, AppendSpec, emit_append
+from tilewright.codegen.mlir.kv_choose import emit_choose
+from tilewright.codegen.mlir.kv_choose_spec import ChooseBuffers, ChooseSpec
 from tilewright.codegen.mlir.kv_chosen import Blocks
 from tilewright.codegen.mlir.kv_kept import emit_retain
 from tilewright.codegen.mlir.kv_select import SelectBuffers, SelectSpec, emit_select
@@ -71,6 +73,8 @@ class AttentionEmitter:
                 return view
         if isinstance(found, ops.Attention) and found.first:
             return f"no kernel for the first {found.first} tokens beside a window, but over a cache of kind=ring"
+        if isinstance(found, ops.Choose) and found.cache.cache.is_coded and set(found.kinds) != {"a-shape"}:
+            return f"no kernel that chooses blocks by products with codes: {found.cache.type}; give pattern=a-shape"
         if isinstance(found, ops.Attend) and (reason := _refusal_of_blocks(found, target)):
             return reason
         narrow = [v for v in tensors(found) if v.dtype.value not in DTYPES]
@@ -86,7 +90,7 @@ class AttentionEmitter:
     def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
         anchor, default = find(kernel), self.default_schedule(kernel, target)
         idle = {"parts", "prefetch"}
-        if isinstance(anchor, (ops.Append, ops.Select)):
+        if isinstance(anchor, (ops.Append, ops.Select, ops.Choose)):
             idle = set(AttentionSchedule.domains())
         elif isinstance(anchor, ops.Attend) and anchor.q.shape[1] == 1:
             idle = {"rows"}
@@ -108,11 +112,11 @@ class AttentionEmitter:
         dims = tuple(kernel.symbols())
         spec = _attend_spec(anchor, target) if isinstance(anchor, ops.Attend) else None
         more = [(name, "f32") for name in spec.temporaries(schedule)] if spec else []
-        more += [("parts", "i32")] * isinstance(anchor, ops.Select)
+        more += [("parts", "i32")] * isinstance(anchor, ops.Select) + [("parts", "f32")] * isinstance(anchor, ops.Choose)
         with Kernel(symbol, target, dims, arguments(kernel) + more) as k:
             place = places(kernel, k.buffers, [name for name, _ in more])
             emitters = {ops.Attention: _attention, ops.Attend: _attend, ops.Retain: _attend, ops.Append: _append,
-                        ops.Select: _select}  # fmt: skip
+                        ops.Select: _select, ops.Choose: _choose}  # fmt: skip
             facts = emitters[type(anchor)](anchor, k, place, schedule, target)  # type: ignore[index]
         return KernelCode(symbol, compile_kernel(k), dims, **facts)
 
@@ -187,7 +191,7 @@ def _features(op: Op, schedule: Schedule, target: CpuTarget, sizes: Mapping[str,
     if isinstance(op, ops.Append):
         b, s, heads, dim = (eval_dim(d, sizes) for d in op.k.shape)
         return {"tasks": float(b * heads), "queries": log2(s), "dim": float(dim), "kind": 0.0}
-    if isinstance(op, ops.Select):
+    if isinstance(op, (ops.Select, ops.Choose)):
         kv, b = op.cache.cache, eval_dim(op.q.shape[0], sizes)
         return {"tasks": float(b * kv.heads), "length": log2(kv.length), "dim": float(kv.dim), "kind": 3.0}
     assert isinstance(op, (ops.Attention, ops.Attend))
@@ -279,3 +283,11 @@ def _select(op: ops.Select, k: Kernel, place: Places, schedule: AttentionSchedul
     emit_select(k, spec, dim_value(op.q.shape[0], k.dims), width, SelectBuffers(*sources))
     b = op.q.shape[0]
     return {"tasks": as_dim(spec.tasks(b)), "last": as_dim(spec.last(b)), "scratch": (as_dim(spec.scratch(b)),)}
+
+
+def _choose(op: ops.Choose, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
+    view, b = _view(op.q), op.q.shape[0]
+    spec = ChooseSpec.of(op, cache_layout(op.cache.cache, target), schedule, view.place)
+    given = place[view.source], *place[op.cache], _at(place, op.start), place["out"], place["parts"]
+    emit_choose(k, spec, schedule, dim_value(op.q.shape[1], k.dims), ChooseBuffers(*given, *_pages(k, place, op.table)))
+    return {"tasks": as_dim(spec.tasks(b)), "scratch": (as_dim(spec.scratch(b)),)}

@@ -192,6 +192,12 @@ class Flash(SoftRows):
                 row = queries.index * self.shape.group + heads.index
                 self._soften(row, key, runs * SLOT_STEP, seen, adjust)
 
+    def score(self, source: Source, count: Val, rows: Val) -> None:
+        """Only the products of the rows with ``count`` keys, in ``scores``."""
+        if not isinstance(source, Straight):
+            self._find_runs(source, count)
+        self._score(source, count, rows)
+
     def _find_runs(self, source: Scattered | Picked, count: Val) -> None:
         """The runs of the block, and of those that are fetched or touched meanwhile."""
         run = self.shape.run

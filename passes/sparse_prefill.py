@@ -1,0 +1,100 @@
+"""``kv.attend(q, cache, start)`` of a prompt -> the same over blocks of keys that ``kv.choose`` finds for it.
+
+    %1 = kv.choose(%q, %cache, %start) {patterns=["flex"]}
+    %2 = kv.attend(%q, %cache, %start, ..., %1)
+
+MInference (arXiv:2407.02490), FlexPrefill (arXiv:2502.20766). Only prompts: decoding, and what has one query, stays exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from tilewright.ir import Module, PassError, Rewriter, Ring, VerifyError, ops, rewrite
+from tilewright.ir.ops.kv_choose import BLOCKS
+from tilewright.passes.base import Pass, PassContext
+
+_LOCAL = 1024
+
+
+@dataclass(frozen=True)
+class SparsePrefill(Pass):
+    """Attention of long prompts to some blocks of keys alone; what ``pattern`` means is in kv.choose.
+
+    Queries before position ``dense`` see all. ``block`` keys and ``queries`` are chosen together; always seen are the first
+    ``sinks`` positions and the last ``local`` (1024 with a-shape, which has nothing else, else none but the block's own).
+    """
+
+    name: ClassVar[str] = "sparse-prefill"
+    pattern: Literal["a-shape", "vertical-slash", "block-sparse", "flex"] = "flex"
+    dense: int = 2048
+    block: int = 64
+    queries: int = 64
+    sinks: int = 1
+    local: int | None = None
+    columns: int = 1024
+    slashes: int = 1024
+    share: float = 0.25
+    gamma: float = 0.9
+    tau: float = 0.1
+    sample: int = 64
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block is one of {', '.join(map(str, BLOCKS))}, got {self.block}")
+        if self.queries < 1 or self.queries & (self.queries - 1):
+            raise ValueError(f"queries is a power of two, got {self.queries}")
+        if not (0 < self.share <= 1 and 0 < self.gamma <= 1 and self.tau >= 0):
+            raise ValueError("share and gamma are above 0 and at most 1, tau is at least 0")
+        if min(self.dense, self.local or 0, self.columns, self.slashes, self.sinks - 1, self.sample - 1) < 0:
+            raise ValueError("sinks and sample are at least 1; dense, local, columns and slashes are not negative")
+
+    def inapplicable(self, module: Module) -> str | None:
+        return None if "prefill" in module.functions else "the module has no function @prefill: give it after kv-layout"
+
+    def run(self, module: Module, ctx: PassContext) -> bool:
+        done = rewrite(module, self.choose, functions=[module.functions["prefill"]])
+        if not done.changed:
+            reasons = dict.fromkeys(skip.reason for skip in done.skips)
+            raise PassError(f"sparse-prefill: no attention of @prefill can leave keys out: {'; '.join(reasons) or 'none is there'}")
+        return ctx.take(done)
+
+    def choose(self, op: ops.Attend, rw: Rewriter) -> None:
+        if op.blocks is not None:
+            return
+        if reason := _refusal(op):
+            rw.skip(op, reason)
+            return
+        local = _LOCAL * (self.pattern == "a-shape") if self.local is None else self.local
+        build, sizes = rw.before(op), {"block": self.block, "queries": self.queries}
+        try:
+            blocks = build(
+                ops.Choose, op.q, op.cache, op.start, op.table, patterns=(self.pattern,), sinks=self.sinks, local=local,
+                dense=self.dense, columns=self.columns, slashes=self.slashes, share=self.share, gamma=self.gamma,
+                tau=self.tau, sample=self.sample, scale=op.scale, **sizes,
+            )  # fmt: skip
+        except VerifyError as error:
+            raise PassError(f"sparse-prefill: {error.message}", op.loc) from error
+        given = {f.name: getattr(op, f.name) for f in op.fields}
+        rw.replace(op, build(ops.Attend, **(given | sizes | {"blocks": blocks})))
+
+
+def _refusal(op: ops.Attend) -> str | None:
+    """Why ``op`` cannot leave keys out, or None."""
+    kv = op.cache.cache
+    if type(op) is not ops.Attend:
+        return f"{op.name} weighs all the keys that it keeps"
+    if op.q.shape[1] == 1:
+        return "it has one query"
+    if isinstance(kv.layout, Ring):
+        return "a ring overwrites what blocks are chosen of; give kv-layout another kind"
+    if op.window > 0 or op.chunk > 0:
+        return f"it has a window of {max(op.window, op.chunk)} tokens"
+    if op.bias is not None:
+        return "it adds a bias, for which no kernel leaves keys out"
+    if op.softcap > 0:
+        return "its scores are capped, which estimates leave out"
+    if kv.keeps_recent:
+        return f"its cache keeps recent tokens apart: {kv}; give kv-layout keys=token and no recent"
+    return None
