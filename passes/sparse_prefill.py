@@ -56,8 +56,8 @@ class SparsePrefill(Pass):
     def run(self, module: Module, ctx: PassContext) -> bool:
         done = rewrite(module, self.choose, functions=[module.functions["prefill"]])
         if not done.changed:
-            reasons = dict.fromkeys(skip.reason for skip in done.skips)
-            raise PassError(f"sparse-prefill: no attention of @prefill can leave keys out: {'; '.join(reasons) or 'none is there'}")
+            why = "; ".join(dict.fromkeys(skip.reason for skip in done.skips)) or "none is there"
+            raise PassError(f"sparse-prefill: no attention of @prefill can leave keys out: {why}")
         return ctx.take(done)
 
     def choose(self, op: ops.Attend, rw: Rewriter) -> None:

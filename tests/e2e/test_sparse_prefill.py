@@ -1,0 +1,44 @@
+"""A whole model whose prompts attend to chosen blocks of keys, fed in chunks, then decoded from the same cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tilewright
+from tilewright import Compiled
+from tilewright.ir import PassError
+from tilewright.runtime.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+FOLDER, HELD_OUT = ROOT / "tests" / "models" / "small-lm", ROOT / "tests" / "zoo.py"
+TOKENS = Tokenizer(FOLDER).encode(HELD_OUT.read_text())
+PROMPTS = [TOKENS[:300], TOKENS[300:430], TOKENS[500:510]]
+
+
+def made(sparse: str, layout: str = "") -> Compiled:
+    passes = f"clean,fusions,kv-layout{layout},{sparse}canonicalize,cse,dce,kernels"
+    return tilewright.compile(FOLDER, passes=passes, max_length=512, dtype="f32")
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[int]]:
+    return made("").generate(PROMPTS, 8)
+
+
+def test_all_blocks_give_the_same_tokens(plain: list[list[int]]) -> None:
+    found = made("sparse-prefill{pattern=block-sparse share=1.0 dense=0 block=32},", "{kind=paged page=32}")
+    assert found.generate(PROMPTS, 8) == plain
+
+
+def test_some_blocks_of_long_prompts(plain: list[list[int]]) -> None:
+    """A local window of 32 tokens changes what long prompts give, and nothing of one shorter than ``dense``."""
+    found = made("sparse-prefill{pattern=a-shape local=32 dense=128 block=32 queries=32},").generate(PROMPTS, 8)
+    assert found[2] == plain[2]
+    assert found != plain
+
+
+def test_codes_are_refused_by_name() -> None:
+    with pytest.raises(PassError, match="its cache keeps recent tokens apart"):
+        made("sparse-prefill,", "{dtype=i4 keys=channel}")
