@@ -288,6 +288,6 @@ def _select(op: ops.Select, k: Kernel, place: Places, schedule: AttentionSchedul
 def _choose(op: ops.Choose, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     view, b = _view(op.q), op.q.shape[0]
     spec = ChooseSpec.of(op, cache_layout(op.cache.cache, target), schedule, view.place)
-    given = place[view.source], *place[op.cache], _at(place, op.start), place["out"], place["parts"]
+    given = place[view.source], *place[op.cache], _at(place, op.start), place["out"], place["temporaries"]["parts"]
     emit_choose(k, spec, schedule, dim_value(op.q.shape[1], k.dims), ChooseBuffers(*given, *_pages(k, place, op.table)))
     return {"tasks": as_dim(spec.tasks(b)), "scratch": (as_dim(spec.scratch(b)),)}
