@@ -53,7 +53,7 @@ def layout(options: str) -> str:
 FORMATS = both(
     CacheRow("f32", layout("dtype=f32")),
     CacheRow("bf16", layout("dtype=bf16")),
-    CacheRow("bf16, pages", layout("dtype=bf16 kind=paged")),
+    CacheRow("bf16, pages", layout("dtype=bf16 kind=paged page=64")),
     CacheRow("i8", layout("dtype=i8")),
     CacheRow("i4", layout("dtype=i4")),
     CacheRow("i4, recent 64", layout("dtype=i4 recent=64 full=bf16")),
@@ -107,4 +107,15 @@ MIXED = both(
     CacheRow("three quarters of the heads stream", heads(0.25)),
 )
 
-CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *SELECTED, *MIXED)
+
+def pruned(share: float, options: str) -> str:
+    """Without that share of the keys' channels."""
+    return f"prune-keys{{share={share}}},canonicalize,cse,dce,{layout(options)}"
+
+
+PRUNED = both(
+    CacheRow("a quarter of the keys' channels gone", pruned(0.25, "dtype=bf16")),
+    CacheRow("0.4 of the keys' channels gone", pruned(0.4, "dtype=bf16")),
+)
+
+CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *SELECTED, *MIXED, *PRUNED)

@@ -19,6 +19,7 @@ from benchmarks.quality.passkey import found as keys_found
 from benchmarks.quality.rows import Row
 from benchmarks.quality.running import Reference, Settings, prepared
 from benchmarks.quality.sinks import first_token
+from tilewright.calibration_data import Calibration
 from tilewright.evaluation import figures, scores
 from tilewright.runtime import Session, Tokenizer
 from tilewright.runtime.feeding import Feeder
@@ -82,7 +83,9 @@ class Caches:
 
     def compiled(self, row: CacheRow) -> tilewright.Compiled:
         length = WINDOW if row.task == "text" else None
-        return tilewright.compile(self.folder(row), passes=f"{row.pipeline},kernels", max_length=length, dtype="f32")
+        given = Calibration(self.settings.model / "calibration.txt", self.folder(row), self.settings.calibration_tokens)
+        passes = f"{row.pipeline},kernels"
+        return tilewright.compile(self.folder(row), passes=passes, max_length=length, dtype="f32", calibration=given)
 
     def text(self, row: CacheRow) -> Figures:
         """Windows side by side; the first half is fed in chunks, the second token by token."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.quality.caches import CACHE_ROWS, FORMATS, MIXED, SELECTED, SMALL, STREAMS, CacheRow
+from benchmarks.quality.caches import CACHE_ROWS, FORMATS, MIXED, PRUNED, SELECTED, SMALL, STREAMS, CacheRow
 from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
 from benchmarks.quality.goals import Goal, better, within
 from benchmarks.quality.passkey import KEYS, LENGTH
@@ -174,6 +174,11 @@ SECTIONS: tuple[Section, ...] = (
         SCORED, MIXED, scored,
         for_both(lambda p, say: better(f"{say}half of the heads with a window better than all",
                                        f"{p}half of the heads stream", f"{p}window 128")),
+    ),
+    Section(
+        "Fewer channels of keys",
+        "`prune-keys` (ThinK), with channels chosen once, on calibration text. Heads have 32 channels.",
+        SCORED, PRUNED, scored,
     ),
     Section(
         "Keys in a text",
