@@ -96,6 +96,19 @@ SELECTED = both(
 )
 
 
+def kept(options: str) -> str:
+    """A fifth of the tokens of a window stays."""
+    return layout(f"dtype=bf16 kind=kept budget={FIFTH} chunk=64 {options}")
+
+
+POLICIES = ("h2o", "snapkv", "scissorhands", "keyformer")
+KEPT = both(
+    *(CacheRow(f"{FIFTH} by {policy}", kept(f"policy={policy}")) for policy in POLICIES),
+    CacheRow(f"{FIFTH} by h2o, 4 recent", kept("policy=h2o recent=4")),
+    CacheRow(f"window {FIFTH}", layout(f"dtype=bf16 kind=ring window={FIFTH} chunk=64")),
+)
+
+
 def heads(share: float) -> str:
     """That share of the heads keeps all, the others 4 sinks and as many further tokens as make a quarter."""
     options = f"window={QUARTER - 4} share={share} text=repeated"
@@ -118,4 +131,4 @@ PRUNED = both(
     CacheRow("0.4 of the keys' channels gone", pruned(0.4, "dtype=bf16")),
 )
 
-CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *SELECTED, *MIXED, *PRUNED)
+CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *KEPT, *SELECTED, *MIXED, *PRUNED)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.quality.caches import CACHE_ROWS, FORMATS, MIXED, PRUNED, SELECTED, SMALL, STREAMS, CacheRow
+from benchmarks.quality.caches import CACHE_ROWS, FIFTH, FORMATS, KEPT, MIXED, PRUNED, SELECTED, SMALL, STREAMS, CacheRow
 from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
 from benchmarks.quality.goals import Goal, better, within
 from benchmarks.quality.passkey import KEYS, LENGTH
@@ -116,6 +116,11 @@ def sinks_stable(size: int, prefix: str, say: str) -> Goal:
     return stable(text, f"{prefix}4 sinks + window {size - 4}", f"{prefix}window {size}, recomputed")
 
 
+def policy_better(policy: str, prefix: str, say: str) -> Goal:
+    text = f"{say}{policy} better than a window of the same size"
+    return better(text, f"{prefix}{FIFTH} by {policy}", f"{prefix}window {FIFTH}")
+
+
 FORMAT_GOALS = (
     *for_both(lambda p, say: within(f"{say}i8 within 0.1 % of bf16", f"{p}i8", 0.001, p + BASE)),
     *for_both(lambda p, say: within(f"{say}i4 within 1 % of bf16", f"{p}i4", 0.01, p + BASE)),
@@ -142,6 +147,7 @@ def finds(text: str, name: str) -> Goal:
     return Goal(text, (name,), lambda r: r[name]["right"] >= 4 / KEYS, lambda r: f"{r[name]['right']:.1%}")
 
 
+KEPT_GOALS = tuple(goal for policy in ("h2o", "snapkv") for goal in for_both(partial(policy_better, policy)))
 SELECT_GOALS = (
     *for_both(lambda p, say: within(f"{say}a quarter of pages within 2 % of bf16", f"{p}a quarter of pages of 16", 0.02,
                                     p + BASE)),
@@ -161,6 +167,12 @@ SECTIONS: tuple[Section, ...] = (
         "in nats: in either half of the text that of the same tokens in every row (each "
         f"{SAMPLE}th of the scored ones after the trained length), and that of all scored tokens by thousand.",
         ("bytes", "NLL, first half", "second half", "NLL by thousand"), STREAMS, streamed, STREAM_GOALS,
+    ),
+    Section(
+        "A budget of tokens",
+        f"After each call {FIFTH} tokens stay, a fifth of the longest text, for each head those that a policy thinks most "
+        "of; half of them are the last ones if nothing else is said. A call has at most 64 tokens.",
+        SCORED, KEPT, scored, KEPT_GOALS,
     ),
     Section(
         "Some of the pages",
