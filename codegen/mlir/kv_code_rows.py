@@ -67,7 +67,7 @@ class CodeRows(SoftRows):
         self.scores = FloatView(self.dots)  # in the place of the highest digit's
         self.p = kernel.scratch(self.rows * digits.p * self.keys, "u8")
         self.reference, self.keep, self.share = (kernel.scratch(round_up(self.rows, lanes), "f32") for _ in range(3))
-        self.zeros = kernel.scratch(self.rows, "f32")
+        self.weights, self.zeros = (kernel.scratch(self.rows * lanes, "f32") for _ in range(2))  # of a block
         self.products = kernel.scratch(self.rows * digits.p * self.out_size, "i32")
         self.scales = {name: kernel.scratch(self.keys, "f32") for name in self._scale_names()}
         self.v_logs = kernel.scratch(self.keys, "f32")
@@ -151,7 +151,11 @@ class CodeRows(SoftRows):
                     tops[r] = tops[r].max(score + log)
             loop.next(*tops)
         for row, top in zip(rows, loop.results):
-            self.reference.store(top.reduce("max"), row)
+            self._refer(row, top)
+
+    def _refer(self, row: Val, tops: Val) -> None:
+        """The reference of a row, from the largest logarithms of p in each lane."""
+        self.reference.store(tops.reduce("max") - math.log2(_FULL * _DIGIT ** (self.digits.p - 1)), row)
 
     def _facts(self, row: Val, plain: bool) -> tuple[Val, Val, list[Val]]:
         """The factor of a row's scores, the sum of its query, and what to take from the products of each digit."""
@@ -179,17 +183,16 @@ class CodeRows(SoftRows):
                     score = self.scores.load(row * self.keys + start, self.lanes)
                     top = top.max(score + self.v_logs.load(start, self.lanes))
                 loop.next(top)
-            self.reference.store(loop.results[0].reduce("max"), row)
+            self._refer(row, loop.results[0])
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def _settle(self, rows: Val) -> None:
-        """References of the block, those of the rows after it, and what is to be multiplied with which."""
-        lanes, top_digit = self.lanes, math.log2(_FULL * _DIGIT ** (self.digits.p - 1))
+        """References of the rows after this block, and what is to be multiplied with which."""
+        lanes = self.lanes
         with self.kernel.loop(0, rows, lanes) as loop:
-            block, old = self.reference.load(loop.index, lanes) - top_digit, self.top.load(loop.index, lanes)
+            block, old = self.reference.load(loop.index, lanes), self.top.load(loop.index, lanes)
             new = old.max(block)
-            self.reference.store(block, loop.index)
             self.top.store(new, loop.index)
             self.keep.store(exp2_of_negative(old - new), loop.index)
             self.share.store(exp2_of_negative(block - new), loop.index)
@@ -212,19 +215,18 @@ class CodeRows(SoftRows):
                 for i, digit in enumerate(digits):
                     self.p.store(digit.to("u8"), (row + i * self.rows) * self.keys + start)
             loop.next(total, zeros)
-        total, zeros = loop.results
-        kept = self.weight.load(row * lanes, lanes) * self.keep.load(row)
-        self.weight.store(total.fma(self.share.load(row), kept), row * lanes)
-        if self.cache.has_zeros:
-            self.zeros.store(zeros.reduce("sum"), row)
+        for memory, value in zip((self.weights, self.zeros), loop.results):
+            memory.store(value, row * lanes)
 
     def _clear_products(self) -> None:
         with self.kernel.loop(0, self.digits.p * self.rows * self.out_size, self.lanes) as loop:
             self.products.store(constant(0, "i32", self.lanes), loop.index)
 
     def _flush(self, row: Val) -> None:
-        """The block's products join the row's sums."""
-        keep, share, zero = (memory.load(row).splat(self.lanes) for memory in (self.keep, self.share, self.zeros))
+        """The block's weights and products join those of the row."""
+        at, keep, share = row * self.lanes, self.keep.load(row), self.share.load(row)
+        self.weight.store(self.weights.load(at, self.lanes).fma(share, self.weight.load(at, self.lanes) * keep), at)
+        zero = self.zeros.load(at, self.lanes).reduce("sum")
         for start in range(0, self.out_size, self.lanes):
             places = [(row + i * self.rows) * self.out_size + start for i in range(self.digits.p)]
             high, *low = (self.products.load(place, self.lanes).to("f32") for place in places)

@@ -16,7 +16,7 @@ from tilewright.codegen.cache import value_panels
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
-from tilewright.codegen.mlir.kv_code_channels import ChannelKeys
+from tilewright.codegen.mlir.kv_code_channels import ChannelKeys, TableFeed
 from tilewright.codegen.mlir.kv_code_feeds import ValueFeed
 from tilewright.codegen.mlir.kv_code_rows import ONE_DIGIT as ONE_DIGIT
 from tilewright.codegen.mlir.kv_code_rows import CodeRows, Digits
@@ -58,12 +58,17 @@ class CodeFlash(CodeRows):
 
     def _build_micro_kernels(self, prefetch: int) -> None:
         cache, (k, v), vnni = self.cache, self.memory, self.kernel.target.has_vnni
-        k = self.channels.block if self.channels else k
-        self.key_feed = DotFeed("i8" if self.channels else cache.dtype, cache.key_panel, self.lanes, cache.key_size, vnni)
+        self.looks_up = self._looks_up()
+        k = self.channels.block if self.channels and not self.looks_up else k
+        sizes = cache.key_panel, self.lanes, cache.key_size, vnni
+        self.key_feed = DotFeed("i8" if self.channels else cache.dtype, *sizes)
+        if self.looks_up:
+            self.key_feed = TableFeed(cache.dtype, *sizes)
         self.score_kernels, self.value_kernels = {}, {}
         for height in sorted(set(self.q_heights)):
             tile = self._tile(height, self._score_width(height), (self.q_stride, self.keys), prefetch, fresh=True)
-            self.score_kernels[height] = self._micro_kernel("scores", self.key_feed, tile, (self.q, k, self.dots))
+            buffers = self.q, k, self.dots, *self._tables()
+            self.score_kernels[height] = self._micro_kernel("scores", self.key_feed, tile, buffers)
         for height in sorted(set(self.p_heights)):
             for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
                 tile = self._tile(height, width, (self.keys, self.out_size), prefetch, fresh=self.one_run)
@@ -73,7 +78,17 @@ class CodeFlash(CodeRows):
 
     def _micro_kernel(self, name: str, feed: AnyFeed, tile: Tile, buffers: Sequence[Buffer]):
         name = f"coded_{name}{tile.rows}x{tile.vectors}of{feed.panel}"
-        return emit_micro_kernel(self.kernel, name, feed, tile, feed.step, buffers)
+        opened = feed.opened if isinstance(feed, TableFeed) else None
+        return emit_micro_kernel(self.kernel, name, feed, tile, feed.step, buffers, opened)
+
+    def _looks_up(self) -> bool:
+        """Whether products look up their keys: where these take part in those of one tile only, and in whole groups."""
+        if self.channels is None or not self.kernel.target.has_vnni or not self.exact or len(self.q_heights) > 1:
+            return False
+        return self.cache.group % (self._score_width(self.q_heights[0]) * self.lanes) == 0
+
+    def _tables(self) -> tuple[Buffer, ...]:
+        return (*self.channels.tables, self.channels.at) if self.channels and self.looks_up else ()
 
     def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False) -> Tile:
         columns = tuple(vector * self.lanes * 4 for vector in range(width))
@@ -104,7 +119,9 @@ class CodeFlash(CodeRows):
             k, v = runs(loop.index)
             self._load_scales(loop.index * run, k, v)
             if self.channels:
-                self.channels.expand(self.memory[0].at(k), self.scales["k"].at(loop.index * run))
+                self.channels.prepare(self.memory[0].at(k), self.scales["k"].at(loop.index * run))
+                if not self.looks_up:
+                    self.channels.expand(self.memory[0].at(k))
             self._score(loop.index * run, k, runs(loop.index + number)[0], rows)
         step = 4 * self.lanes
         keys = (count + (step - 1)) // step * step
@@ -113,11 +130,11 @@ class CodeFlash(CodeRows):
             seen = visible(queries.index)
             with self.kernel.loop(0, self.shape.group) as heads:
                 self._mask(queries.index * self.shape.group + heads.index, key, keys, seen, adjust)
-        self._settle(rows)
         with self.kernel.loop(0, rows) as loop:
             if self.exact:
                 self._fetch_share(loop.index, runs, number)
             self._weigh(loop.index, keys)
+        self._settle(rows)
         if not self.one_run:
             self._clear_products()
         with self.kernel.loop(0, number) as loop:
@@ -158,9 +175,10 @@ class CodeFlash(CodeRows):
 
     def _score(self, first: Val, place: Val, following: Val, rows: Val) -> None:
         cache, feed = self.cache, self.key_feed
-        memory, bits = (self.channels.block, 8) if self.channels else (self.memory[0], cache.bits)
+        expanded = self.channels if not self.looks_up else None
+        memory, bits = (expanded.block, 8) if expanded else (self.memory[0], cache.bits)
         panel_size = cache.key_panel * cache.key_size * bits // 8
-        place = constant(0) if self.channels else place
+        place = constant(0) if expanded else place
 
         calls = sum(cache.run // self.lanes // self._score_width(height) for height in self.q_heights)
         shares = iter(_shares(0, self.k_early, calls))
@@ -173,7 +191,10 @@ class CodeFlash(CodeRows):
                     at = place + (panel * panel_size + vector * self.lanes * 4)
                     to = row * self.keys + first + (panel * cache.key_panel + vector * self.lanes)
                     numbers = (row * self.q_stride, at, to, cache.key_size // feed.step, 0)
-                    self.score_kernels[height]((self.q, memory, self.dots), numbers)
+                    if self.channels:
+                        group = (panel * cache.key_panel + vector * self.lanes) // cache.group
+                        self.channels.at.store(constant(group * self.channels.size, "i64"), 0)
+                    self.score_kernels[height]((self.q, memory, self.dots, *self._tables()), numbers)
 
         self._walk_digits(self.q_heights, self.digits.q, rows, call)
 
