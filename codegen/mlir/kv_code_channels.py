@@ -1,8 +1,9 @@
-"""Keys under scales of channels, made into keys of 8 bits under one scale a group, a run at a time in the nearest memory.
+"""Keys under scales of channels, made into keys of 8 bits under one scale a group.
 
 A code of two bits picks one of four numbers of its channel. Sixteen bytes hold those of four channels, which vpshufb looks
 up for four components of every key at once. A code of four bits is two of two: what its upper and what its lower half
-stand for add up. The numbers are rounded to 8 bits under the largest of their group.
+stand for add up. The numbers are rounded to 8 bits under the largest of their group. Products of few rows look keys up on
+their way, those of many find them in a block.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ class LookedUp:
         return self.codes.load(constant(0) + self.step * self.stride + place, lanes)
 
     def prefetch(self, ahead: Val | int, masks: bool) -> None:
-        """Blocks of keys are fetched ahead elsewhere."""
+        """Lines of a step, of all its panel."""
+        for line in range(0, self.stride, 64):
+            self.codes.prefetch(constant(line) + self.step * self.stride + ahead, locality=2)
 
 
 @dataclass(frozen=True)

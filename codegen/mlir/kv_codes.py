@@ -51,6 +51,7 @@ class CodeFlash(CodeRows):
         self.k_lines, self.v_lines = -(-cache.k_run // LINE), -(-cache.v_run // LINE)
         self.k_early, self.v_late = self.k_lines * 2 // 3, self.v_lines // 3
         self.led = self.rows * max(digits.q, digits.p) * 8 <= _FEW_PRODUCTS * cache.bits
+        self.told = self.exact and not self.led  # micro-kernels how far to fetch ahead
         self.one_run = self.keys <= cache.run  # in a block: then products start from zero by themselves
         self._build_micro_kernels(schedule.prefetch)
 
@@ -59,19 +60,22 @@ class CodeFlash(CodeRows):
     def _build_micro_kernels(self, prefetch: int) -> None:
         cache, (k, v), vnni = self.cache, self.memory, self.kernel.target.has_vnni
         self.looks_up = self._looks_up()
-        k = self.channels.block if self.channels and not self.looks_up else k
+        self.expands = self.channels is not None and not self.looks_up
+        self.k_told = self.told and not self.expands
+        k = self.channels.block if self.channels and self.expands else k
         sizes = cache.key_panel, self.lanes, cache.key_size, vnni
         self.key_feed = DotFeed("i8" if self.channels else cache.dtype, *sizes)
         if self.looks_up:
             self.key_feed = TableFeed(cache.dtype, *sizes)
         self.score_kernels, self.value_kernels = {}, {}
         for height in sorted(set(self.q_heights)):
-            tile = self._tile(height, self._score_width(height), (self.q_stride, self.keys), prefetch, fresh=True)
+            strides = self.q_stride, self.keys
+            tile = self._tile(height, self._score_width(height), strides, prefetch, True, self.k_told)
             buffers = self.q, k, self.dots, *self._tables()
             self.score_kernels[height] = self._micro_kernel("scores", self.key_feed, tile, buffers)
         for height in sorted(set(self.p_heights)):
             for panel, width in sorted({(p, w) for _, p in self.value_panels for w in self._widths(height, p)}):
-                tile = self._tile(height, width, (self.keys, self.out_size), prefetch, fresh=self.one_run)
+                tile = self._tile(height, width, (self.keys, self.out_size), prefetch, self.one_run, self.told)
                 feed = ValueFeed(cache.dtype, panel, self.lanes, cache.run, vnni)
                 made = self._micro_kernel("values", feed, tile, (self.p, v, self.products))
                 self.value_kernels[height, panel, width] = made
@@ -90,9 +94,10 @@ class CodeFlash(CodeRows):
     def _tables(self) -> tuple[Buffer, ...]:
         return (*self.channels.tables, self.channels.at) if self.channels and self.looks_up else ()
 
-    def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False) -> Tile:
+    def _tile(self, height: int, width: int, strides: tuple[int, int], prefetch: int, fresh: bool = False,
+              told: bool = False) -> Tile:
         columns = tuple(vector * self.lanes * 4 for vector in range(width))
-        return Tile(height, columns, *strides, max(1, 4 // height), prefetch if self.exact else 0, fresh)
+        return Tile(height, columns, *strides, max(1, 4 // height), prefetch if self.exact else 0, fresh, told)
 
     def _score_width(self, height: int) -> int:
         """Vectors of keys of a tile: a whole part of a panel."""
@@ -145,15 +150,20 @@ class CodeFlash(CodeRows):
             self._flush(loop.index)
 
     def _fetch_share(self, row: Val, runs: Callable[[Val], tuple[Val, Val]], number: Val) -> None:
-        """A row's share of the lines that no products ask for: the last of the keys, the first of the values."""
-        share = -(-(self.k_lines - self.k_early) // self.rows), -(-self.v_late // self.rows)
-        first = self.k_early, 0
+        """A row's share of the lines that are not asked for beside products: the last of the keys, the first of the values.
+
+        Micro-kernels that are told where to ask do so for all codes; scales and zeros are left.
+        """
+        cache = self.cache
+        k = (cache.k_codes // LINE if self.k_told else self.k_early, self.k_lines)
+        v = (cache.v_codes // LINE, self.v_lines) if self.told else (0, self.v_late)
         with self.kernel.loop(number, number * 2) as loop:
-            for memory, place, start, lines in zip(self.memory, runs(loop.index), first, share):
+            for memory, place, (start, end) in zip(self.memory, runs(loop.index), (k, v)):
+                lines = -(-(end - start) // self.rows)
                 self._fetch(memory, place + row * (lines * LINE), start, lines)
 
     def _fetch(self, memory: Buffer, place: Val, first: int, lines: int) -> None:
-        """Ask for lines of the next block: few at a time all along, so that memory is busy all the time.
+        """Ask for lines of the next block, some at a time, so that memory is busy all the time.
 
         Where memory can never be fast enough the hardware is better at it, once it knows where to go on.
         """
@@ -175,7 +185,7 @@ class CodeFlash(CodeRows):
 
     def _score(self, first: Val, place: Val, following: Val, rows: Val) -> None:
         cache, feed = self.cache, self.key_feed
-        expanded = self.channels if not self.looks_up else None
+        expanded = self.channels if self.expands else None
         memory, bits = (expanded.block, 8) if expanded else (self.memory[0], cache.bits)
         panel_size = cache.key_panel * cache.key_size * bits // 8
         place = constant(0) if expanded else place
@@ -186,11 +196,13 @@ class CodeFlash(CodeRows):
         def call(height: int, row: Val) -> None:
             for panel in range(cache.run // cache.key_panel):
                 for vector in range(0, cache.key_panel // self.lanes, self._score_width(height)):
-                    if self.exact:
+                    if self.exact and not self.k_told:
                         self._fetch(self.memory[0], following, *next(shares))
                     at = place + (panel * panel_size + vector * self.lanes * 4)
                     to = row * self.keys + first + (panel * cache.key_panel + vector * self.lanes)
                     numbers = (row * self.q_stride, at, to, cache.key_size // feed.step, 0)
+                    if self.k_told:
+                        numbers = (*numbers, following - place)
                     if self.channels:
                         group = (panel * cache.key_panel + vector * self.lanes) // cache.group
                         self.channels.at.store(constant(group * self.channels.size, "i64"), 0)
@@ -207,10 +219,12 @@ class CodeFlash(CodeRows):
             for start, panel in self.value_panels:
                 column = 0
                 for width in self._widths(height, panel):
-                    if self.exact:
+                    if self.exact and not self.told:
                         self._fetch(self.memory[1], following, *next(shares))
                     at = place + (start * self.cache.run * self.cache.bits // 8 + column * 4)
                     numbers = (row * self.keys + first, at, row * self.out_size + (start + column), steps, 0)
+                    if self.told:
+                        numbers = (*numbers, following - place)
                     self.value_kernels[height, panel, width]((self.p, self.memory[1], self.products), numbers)
                     column += width * self.lanes
 
