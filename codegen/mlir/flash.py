@@ -18,7 +18,7 @@ from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import SIZES, Val, constant
 from tilewright.codegen.schedule import AttentionSchedule, registers
 
-_TRANSLATED = 4096  # bytes for which a processor translates addresses at once, as far as can be counted on
+_TRANSLATED = 4096  # bytes with one address to translate, as far as can be counted on; before, nothing there is fetched
 _BLOCKS = 3  # whose runs are known: one at work, one fetched, one touched
 
 
@@ -169,10 +169,9 @@ class Flash(SoftRows):
         if self.shape.together == 1:
             self._attend(source, key, count, rows, visible, adjust)
             return
-        group = self.shape.group
-        with self.kernel.loop(0, rows // group) as sequences:
-            self.first = sequences.index * group
-            self._attend(source, key, count, constant(group), lambda query: visible(sequences.index + query),
+        with self.kernel.loop(0, rows // self.shape.group) as sequences:
+            self.first, group = sequences.index * self.shape.group, constant(self.shape.group)
+            self._attend(source, key, count, group, lambda query: visible(sequences.index + query),
                          adjust and (lambda score, row, *place: adjust(score, self.first + row, *place)))
         self.first = constant(0)
 
@@ -184,13 +183,15 @@ class Flash(SoftRows):
     def weigh(self, source: Source, key: Val, count: Val, rows: Val,
               visible: Callable[[Val], Visible], adjust: Adjust | None = None) -> None:
         """The weights of a block in one piece, and the rows' statistics, without the values."""
-        runs = (count + (SLOT_STEP - 1)) // SLOT_STEP
+        keys, group = (count + (SLOT_STEP - 1)) // SLOT_STEP * SLOT_STEP, self.shape.group
         self._score(source, count, rows)
-        with self.kernel.loop(0, rows // self.shape.group) as queries:
-            seen = visible(queries.index)
-            with self.kernel.loop(0, self.shape.group) as heads:
-                row = queries.index * self.shape.group + heads.index
-                self._soften(row, key, runs * SLOT_STEP, seen, adjust)
+        with self.kernel.loop(0, rows // group) as queries:
+            seen, first = visible(queries.index), queries.index * group
+            # Two loops: a row waits for its top, and others hide that.
+            with self.kernel.loop(0, group) as heads:
+                self._lift(first + heads.index, key, keys, seen, adjust)
+            with self.kernel.loop(0, group) as heads:
+                self._soften(first + heads.index, key, keys, self._factor(adjust))
 
     def score(self, source: Source, count: Val, rows: Val) -> None:
         """Only the products of the rows with ``count`` keys, in ``scores``."""
@@ -204,15 +205,13 @@ class Flash(SoftRows):
         runs = constant(_BLOCKS * self.ahead) if self.fetches else (count + (run - 1)) // run
         with self.kernel.loop(0, runs) as loop:
             self.runs.store(source.run_of(loop.index * run).to("i64"), loop.index)
-        if self.fetches:
-            with self.kernel.loop((_BLOCKS - 1) * self.ahead, runs) as loop:
-                self._touch(source, self.runs.load(loop.index).to("index"))
-
-    def _touch(self, source: Scattered | Picked, run: Val) -> None:
-        """Have the addresses of a run translated: until they are, nothing behind its first line is fetched."""
-        for memory, size in ((source.k, self.shape.key_run), (source.v, self.shape.run * self.out_size)):
-            for place in range(0, size, _TRANSLATED // SIZES[memory.dtype]):
-                memory.prefetch(run * size + place, locality=2)
+        if not self.fetches:
+            return
+        with self.kernel.loop((_BLOCKS - 1) * self.ahead, runs) as loop:
+            number = self.runs.load(loop.index).to("index")
+            for memory, size in ((source.k, self.shape.key_run), (source.v, self.shape.run * self.out_size)):
+                for place in range(0, size, _TRANSLATED // SIZES[memory.dtype]):
+                    memory.prefetch(number * size + place, locality=2)
 
     def _score(self, source: Source, count: Val, rows: Val) -> None:
         steps, run = self.q_size // self.step, self.shape.run or SLOT_STEP
@@ -265,17 +264,20 @@ class Flash(SoftRows):
             return constant(start * self.shape.run)
         return source.lane * (source.slots * (self.out_size - panel)) + start * source.slots
 
-    def _soften(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
-        """One row of scores becomes one row of p; the row's statistics follow."""
-        kept = self.first + row
+    def _factor(self, adjust: Adjust | None) -> float:
+        """What scores only want to be multiplied with, which may follow their top; or else 1, when they are final."""
         plain = not self.shape.softcap and adjust is None and self.shape.scale > 0
-        factor = constant(self.shape.scale * LOG2E if plain else 1.0, "f32")
+        return self.shape.scale * LOG2E if plain else 1.0
+
+    def _lift(self, row: Val, key: Val, keys: Val, seen: Visible, adjust: Adjust | None) -> None:
+        """Mask one row of scores; its top follows."""
+        kept, at, factor = self.first + row, row * self.keys, self._factor(adjust)
+        plain, lowest = factor != 1.0, constant(float("-inf"), "f32", self.lanes)
         partly = seen.high < key + keys
         if seen.low is not None:
             partly = partly | (seen.low > key)
         with self.kernel.when(partly if plain else constant(True, "bool")):
             self._adjust(row, key, keys, seen, adjust, plain)
-        at, lowest = row * self.keys, constant(float("-inf"), "f32", self.lanes)
         with self._vectors(keys, lowest) as (loop, starts):
             (top,) = loop.values
             for start in starts:
@@ -285,6 +287,10 @@ class Flash(SoftRows):
         new = old.max(loop.results[0].reduce("max") * factor)
         with self.kernel.when(new > old):
             self._rescale(kept, old, new)
+
+    def _soften(self, row: Val, key: Val, keys: Val, factor: float) -> None:
+        """One row of scores becomes one row of p; its weight follows."""
+        kept, at, new = self.first + row, row * self.keys, self.top.load(self.first + row)
         if self.watch is not None:
             self.watch.top(new, row, key, keys)
         with self._vectors(keys, self.weight.load(kept * self.lanes, self.lanes)) as (loop, starts):
