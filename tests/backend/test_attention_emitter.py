@@ -59,3 +59,11 @@ def test_rotated_keys_of_a_tensor_are_refused() -> None:
     kernel.append(Return(kernel.append(ops.Attention(q, rope.result, k)).results))
     reason = AttentionEmitter().match(kernel, parse_target("x86-64-v3"))
     assert reason == "a rotation of keys or values that are not appended"
+
+
+def test_first_tokens_beside_a_window_need_a_cache() -> None:
+    kernel = Function("k", kind="kernel")
+    q = kernel.arg("q", TensorType(("B", "S", 2, 32), DType.f32))
+    kernel.append(Return(kernel.append(ops.Attention(q, q, q, causal=True, window=8, first=4)).results))
+    reason = AttentionEmitter().match(kernel, parse_target("x86-64-v3"))
+    assert reason == "no kernel for the first 4 tokens beside a window, but over a cache of kind=ring"

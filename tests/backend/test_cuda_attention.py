@@ -365,6 +365,10 @@ def test_refusals() -> None:
     ):
         assert matched(KVType(1, 8, 8, 8, **more)).endswith(f">: {why}")
     assert reason(attention("f64", 1, 1, 8, 8)) == "no attention of f64"
+    function = Function("k", kind="kernel")
+    q = function.arg("q", TensorType((1, 9, 1, 8), DType.f32))
+    function.append(Return(function.append(ops.Attention(q, q, q, causal=True, window=4, first=2)).results))
+    assert reason(function) == "no kernel for the first 2 tokens beside a window"
     assert "bytes of shared memory" in reason(attention("f32", 1, 1, 4096, 512))
     function = attention("f32", 1, 1, 8, 8)
     function.body.pop()
