@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.gpu.plan import ATTENTION, PRODUCT, ROUNDS, TOOLS, Plan
+from benchmarks.gpu.plan import PRODUCT, ROUNDS, TOOLS, Plan, attention_folder
 from tilewright.runtime import load
 from tilewright.runtime.cuda import Device, Memory, Modules, Parameters, Stream, Timer
 from tilewright.runtime.dlpack import DeviceArray
@@ -121,14 +121,16 @@ def model(folder: Path, plan: Plan, device: Device, say: Say, name: str) -> None
         say({"decode": rounds(decode, sizes.steps), "memory": session.memory})
 
 
-def attention(folder: Path, plan: Plan, device: Device, say: Say) -> None:
+def attention(folder: Path, plan: Plan, device: Device, say: Say, cache: str) -> None:
     """One token's attention to many keys: seconds for each of the caches that it visits in turn."""
     sizes, heads, tools = plan.sizes, plan.heads, Tools(folder, device)
     keys, start = tools.array(1, sizes.attention, heads.keys, heads.dim), np.zeros(1, np.int64)
-    with load(folder / ATTENTION, device=device.ordinal).session() as session:
-        session("fill", k=keys, v=keys, start=start)
+    with load(folder / attention_folder(cache), device=device.ordinal).session() as session:
+        pages = range(session.pages.end - session.pages.count, session.pages.end) if session.pages else ()
+        given = {"table": np.array([pages], np.int32)} if pages else {}
+        session("fill", k=keys, v=keys, start=start, **given)
         q = tools.array(1, 1, heads.queries, heads.dim)
-        step = session.bind("step", q=q, start=start + sizes.attention - 1)
+        step = session.bind("step", q=q, start=start + sizes.attention - 1, **given)
         step.copies = False
         say({"attention": rounds(step, sizes.caches)})
 

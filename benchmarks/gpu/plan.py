@@ -16,6 +16,14 @@ FORMATS = {
     "w4a16": f"{_HEAD}quantize{{scheme=w4a16 group=128 layers=body}},cache,kernels",
 }
 """Pipelines by the name of the format; four bits have 128 weights a scale, and leave eight to the head."""
+CACHES = {
+    "": "dtype=bf16, layout=contiguous",
+    " paged": "dtype=bf16, layout=paged<64>",
+    " i8": "dtype=i8, layout=contiguous",
+    " i4": "dtype=i4, layout=contiguous",
+    " i4 paged": "dtype=i4, layout=paged<64>",
+}
+"""Caches that attention alone visits, by what stands behind its name."""
 ROUNDS = 7
 
 
@@ -91,6 +99,11 @@ def decode_bytes(model: Model, format: str, sizes: Sizes) -> int:
     """That a step reads: weights, and the keys and values so far."""
     filled = sizes.context + sizes.steps // 2
     return model.formats[format] + model.config["num_hidden_layers"] * attention_bytes(heads_of(model.config), filled)
+
+
+def attention_folder(cache: str) -> str:
+    """The artifact of attention over one of ``CACHES``."""
+    return (ATTENTION + cache).replace(" ", "-")
 
 
 def heads_of(config: Mapping[str, Any]) -> Heads:

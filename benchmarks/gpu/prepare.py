@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tilewright
-from benchmarks.gpu.plan import ATTENTION, FORMATS, PRODUCT, TOOLS, Heads, Model, Plan, Sizes, heads_of
+from benchmarks.gpu.plan import CACHES, FORMATS, PRODUCT, TOOLS, Heads, Model, Plan, Sizes, attention_folder, heads_of
 from benchmarks.peers.environment import commit
 from benchmarks.peers.shapes import Shape
 from tilewright.codegen.cuda.compile import compile_source
@@ -36,7 +37,9 @@ def prepare(out: Path, shapes: Sequence[Shape], formats: Sequence[str], target: 
             sparse_checkpoint(shape, Path(work))
             models.append(compiled(Path(work), shape, formats, sizes, out, how))
     plan = Plan(target, commit(), sizes, heads_of(shapes[-1].config), tuple(models))
-    tilewright.compile(parse_module(attention(plan.heads, sizes)), passes="kernels", out=out / ATTENTION, **how)
+    for name, cache in CACHES.items():
+        module = parse_module(attention(plan.heads, sizes, cache))
+        tilewright.compile(module, passes="kernels", out=out / attention_folder(name), **how)
     tilewright.compile(parse_module(product(sizes.product)), passes="kernels", out=out / PRODUCT, **how)
     gpu = parse_target(target)
     assert isinstance(gpu, CudaTarget)
@@ -88,19 +91,29 @@ def sparse_checkpoint(shape: Shape, folder: Path) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def attention(heads: Heads, sizes: Sizes) -> str:
+def attention(heads: Heads, sizes: Sizes, stored: str = CACHES[""]) -> str:
     """A module whose entry ``step`` attends to several caches in turn, which ``fill`` writes."""
     length, dim = sizes.attention, heads.dim
-    cache = f"kv<heads={heads.keys}, dim={dim}, vdim={dim}, length={length}, dtype=bf16, layout=contiguous>"
+    cache = f"kv<heads={heads.keys}, dim={dim}, vdim={dim}, length={length}, {stored}>"
+    table, given = "", ""
+    if pages := pages_of(stored, length):
+        table, given = ", %table", f", %table: tensor<1x{pages}xi32>"
     new, row, scale = f"tensor<1x{length}x{heads.keys}x{dim}xbf16>", f"tensor<1x1x{heads.queries}x{dim}xbf16>", dim**-0.5
     each = range(sizes.caches)
     lines = [f"  state @kv.{i} : {cache}" for i in each]
-    lines += [f"  func @fill(%k: {new}, %v: {new}, %start: tensor<1xi64>) {{"]
-    lines += [f"    %{i} = kv.append(@kv.{i}, %k, %v, %start) : {cache}" for i in each]
-    lines += ["    return([%start])", "  }", f"  func @step(%q: {row}, %start: tensor<1xi64>) {{"]
-    lines += [f"    %{i} = kv.attend(%q, @kv.{i}, %start) {{scale={scale}}} : {row}" for i in each]
+    lines += [f"  func @fill(%k: {new}, %v: {new}, %start: tensor<1xi64>{given}) {{"]
+    lines += [f"    %{i} = kv.append(@kv.{i}, %k, %v, %start{table}) : {cache}" for i in each]
+    lines += ["    return([%start])", "  }", f"  func @step(%q: {row}, %start: tensor<1xi64>{given}) {{"]
+    more = table and f", none, none{table}"
+    lines += [f"    %{i} = kv.attend(%q, @kv.{i}, %start{more}) {{scale={scale}}} : {row}" for i in each]
     lines += [f"    return([{', '.join(f'%{i}' for i in each)}])", "  }"]
     return "\n".join(["module @attention {", *lines, "}"])
+
+
+def pages_of(stored: str, length: int) -> int:
+    """Pages of a sequence in a cache of ``CACHES``, 0 if it has none."""
+    found = re.search(r"paged<(\d+)>", stored)
+    return -(-length // int(found[1])) if found else 0
 
 
 def product(size: int) -> str:

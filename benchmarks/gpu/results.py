@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu.plan import GOALS, Plan, attention_bytes, decode_bytes, prefill_flops
+from benchmarks.gpu.plan import CACHES, GOALS, Plan, attention_bytes, decode_bytes, prefill_flops
 
 Samples = Mapping[str, Mapping[str, Any]]
 
@@ -90,6 +90,10 @@ def attention_rows(plan: Plan, found: Samples) -> Iterator[tuple[str, Row]]:
         yield "attention, of the bandwidth", Row.of([size / s / read for s in ours])
     if peer := typical(found, "torch attention", "attention"):
         yield "attention, times PyTorch", Row.of([peer / s for s in ours])
+    for cache in filter(None, CACHES):
+        if other := found.get(f"attention{cache}", {}).get("attention"):
+            yield f"attention{cache}", Row.of([1e6 * s for s in other], "us")
+            yield f"attention{cache}, times that of contiguous bf16", Row.of([median(ours) / s for s in other])
 
 
 def typical(found: Samples, at: str, key: str) -> float | None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.plan import CACHES, Plan
 from benchmarks.gpu.results import page, rows_of
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,8 @@ def parts(plan: Plan) -> Iterator[Part]:
     for model in reversed(plan.models):
         for format in model.formats:
             yield Part(f"{model.name} {format}", own, {"part": "model", "name": model.folder(format)})
-    yield Part("attention", own, {"part": "attention"})
+    for cache in CACHES:
+        yield Part(f"attention{cache}", own, {"part": "attention", "cache": cache})
     yield Part("product", own, {"part": "product"})
     yield Part("limits", own, {"part": "limits"})
     yield Part("torch products", peer, {"part": "products"})

@@ -152,9 +152,8 @@ def test_tokens_without_a_page_are_not_written() -> None:
 # --- attending ---------------------------------------------------------------------------------------------------------
 
 ATTENDING = [
-    ("bf16", DType.bf16, 16), ("bf16", DType.bf16, 32), ("bf16", DType.bf16, 64), ("f32", DType.f32, 16),
-    ("bf16", DType.i8, 16), ("bf16", DType.i8, 64), ("bf16", DType.i4, 16), ("bf16", DType.i4, 32),
-    ("f32", DType.i8, 32), ("f16", DType.i4, 64),
+    ("bf16", DType.bf16, 16), ("bf16", DType.bf16, 64), ("f32", DType.f32, 32), ("bf16", DType.i8, 16),
+    ("bf16", DType.i4, 32), ("f32", DType.i8, 64), ("f16", DType.i4, 16),
 ]  # fmt: skip
 
 
@@ -264,7 +263,7 @@ def test_bytes_are_those_of_the_type(stored: DType, layout: Layout) -> None:
     assert found.k_bytes + found.v_bytes == kind.bytes_of(kind.page or 1024)
 
 
-@pytest.mark.parametrize(("stored", "s"), [(DType.i8, 1), (DType.i4, 1), (DType.i4, "S"), (DType.bf16, "S")], ids=str)
+@pytest.mark.parametrize(("stored", "s"), [(DType.i8, 1), (DType.i4, 1), (DType.i4, "S")], ids=str)
 def test_kernels_of_an_8b_model_keep_to_registers(stored: DType, s: int | str, compiler: Any, monkeypatch: Any) -> None:
     """32 heads of 128 in 8 groups over pages: nothing spills, and two blocks fit a multiprocessor."""
     kernel = Cached("bf16", stored, Paged(32), s, 32, (128, 128), 4096, kv_heads=8).attend()

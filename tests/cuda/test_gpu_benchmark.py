@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu import running
 from benchmarks.gpu.__main__ import main, parser
-from benchmarks.gpu.plan import FORMATS, Heads, Model, Plan, Sizes, attention_bytes, decode_bytes, prefill_flops
+from benchmarks.gpu.plan import CACHES, FORMATS, Heads, Model, Plan, Sizes, attention_bytes, decode_bytes, prefill_flops
 from benchmarks.gpu.prepare import SOURCE, attention, prepare, product, sparse_checkpoint
 from benchmarks.gpu.results import goals, page, rows_of
 from benchmarks.gpu.torch_peer import layer_products, made
@@ -79,7 +79,7 @@ def test_a_sparse_checkpoint_takes_no_room(tmp_path) -> None:
 
 
 def test_the_modules_are_well_formed() -> None:
-    for text in (attention(PLAN.heads, Sizes()), product(8192)):
+    for text in (*(attention(PLAN.heads, Sizes(), cache) for cache in CACHES.values()), product(8192)):
         verify(parse_module(text))
     for passes in FORMATS.values():
         Pipeline.parse(passes)
@@ -105,7 +105,8 @@ def test_a_run_on_the_emulated_device(folder, driver, tmp_path, monkeypatch, cap
     assert found["rows"].keys() >= {
         "memory, copied", "memory, read", "bf16 product of 16, tilewright", "8B bf16 decode", "8B bf16 prefill",
         "8B bf16 decode, of the bandwidth", "8B bf16 prefill, of the time by cuBLAS", "attention",
-        "attention, of the bandwidth",
+        "attention, of the bandwidth", *(f"attention{cache}" for cache in CACHES),
+        "attention i4 paged, times that of contiguous bf16",
     }  # fmt: skip
     assert all(row["least"] <= row["median"] <= row["greatest"] for row in found["rows"].values())
     text = out.with_suffix(".md").read_text()
