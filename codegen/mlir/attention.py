@@ -11,8 +11,9 @@ from typing import Any
 from tilewright.codegen.attention_pattern import DENSE, Slice
 from tilewright.codegen.cache import VALUE_STEP, panel_for, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Flash, Straight
+from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
+from tilewright.codegen.mlir.flash_sources import Straight
 from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant

@@ -6,12 +6,12 @@ scores = q k^T (micro-kernels on registers), softmax with the statistics kept pe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from tilewright.codegen.cache import SLOT_STEP, round_up, value_panels
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
+from tilewright.codegen.mlir.flash_sources import Picked, Scattered, Source, Straight
 from tilewright.codegen.mlir.kv_runs import Runs, emit_runs_kernel
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.rows import Row
@@ -20,44 +20,6 @@ from tilewright.codegen.schedule import AttentionSchedule, registers
 
 _TRANSLATED = 4096  # bytes with one address to translate, as far as can be counted on; before, nothing there is fetched
 _BLOCKS = 3  # whose runs are known: one at work, one fetched, one touched
-
-
-@dataclass(frozen=True)
-class Straight:
-    """A block in one piece: keys start at ``keys``; a head's ``slots`` values at ``values``, the block with ``first``."""
-
-    k: Buffer
-    v: Buffer
-    keys: Val
-    values: Val
-    slots: int
-    first: Val
-
-
-@dataclass(frozen=True)
-class Scattered:
-    """A block in runs: ``run_of(n)`` is the number of that with the block's n-th key and value, see `Places`.
-
-    It is asked for those of the next block too, and gives any number for those behind the last key.
-    """
-
-    k: Buffer
-    v: Buffer
-    run_of: Callable[[Val], Val]
-
-
-@dataclass(frozen=True)
-class Picked:
-    """Blocks of a head's ``slots`` that lie in one piece, in runs as `Scattered`; the head is number ``lane`` in memory."""
-
-    k: Buffer
-    v: Buffer
-    run_of: Callable[[Val], Val]
-    lane: Val
-    slots: int
-
-
-Source = Straight | Scattered | Picked
 
 
 class Watch(Protocol):

@@ -14,8 +14,9 @@ from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.attention import for_rows, load_broadcast
 from tilewright.codegen.mlir.builder import Kernel
-from tilewright.codegen.mlir.flash import Flash, Picked, Scattered, Straight
+from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible
+from tilewright.codegen.mlir.flash_sources import Picked, Scattered, Straight
 from tilewright.codegen.mlir.kv_chosen import Listed
 from tilewright.codegen.mlir.kv_codes import CodeFlash
 from tilewright.codegen.mlir.kv_codes_recent import RecentRows, Windows

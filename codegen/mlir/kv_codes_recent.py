@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from tilewright.codegen.cache_codes import RUN, CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Flash, Straight
+from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, SoftRows, Visible
+from tilewright.codegen.mlir.flash_sources import Straight
 from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
 from tilewright.codegen.mlir.kv_codes_write import CodeWriter, Scale, make_scale
 from tilewright.codegen.mlir.value import SIZES, Val, constant, iota

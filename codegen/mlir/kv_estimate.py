@@ -13,8 +13,9 @@ from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.attention import for_rows
 from tilewright.codegen.mlir.builder import Buffer, Kernel
-from tilewright.codegen.mlir.flash import Flash, Scattered, Source, Straight
+from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import LOG2E, LOWEST, Shape, power_of_two
+from tilewright.codegen.mlir.flash_sources import Scattered, Source, Straight
 from tilewright.codegen.mlir.kv_choose_spec import ChooseBuffers, ChooseSpec
 from tilewright.codegen.mlir.kv_places import Places
 from tilewright.codegen.mlir.rows import Row
