@@ -6,7 +6,7 @@ panels, ``[run / panel][dim / pair][panel][pair]``, so that vectors hold one com
 components, ``[vdim / panel][run / pair][panel][pair]``, so that vectors hold components of one value (or of two neighbours,
 side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. ``panel`` is what a tile of registers takes
 at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
-A page with a summary has, behind the keys of each head, the least and then the greatest of each component.
+A page with a summary has, behind the keys of all heads, the least and then the greatest of each component, head by head.
 Behind the keys of a region stand the notes on kept tokens, f32 ``[heads][NOTES][slots]``.
 
 ``codegen/cuda/cache.py`` has the form for GPUs.
@@ -137,14 +137,19 @@ class CacheLayout:
         return round_up(self.dim, VALUE_STEP)
 
     @property
-    def key_run(self) -> int:
-        """Elements of a run of keys, with its summary."""
-        return self.run * self.key_size + 2 * self.summary_row * self.summary
+    def k_run(self) -> int:
+        """Elements of a run of keys."""
+        return self.run * self.key_size
+
+    @property
+    def k_summaries(self) -> int:
+        """Elements of the summaries of a page, behind its keys."""
+        return self.heads * 2 * self.summary_row * self.summary
 
     @property
     def k_shape(self) -> tuple[int, ...]:
-        """Of one region: heads, runs, then all panels."""
-        return self.heads, self.slots // self.run, self.key_run
+        """Of one region: the keys of all heads, then their summaries, or notes."""
+        return (self.keys_size + self.k_summaries + self.notes_size,)
 
     @property
     def v_shape(self) -> tuple[int, ...]:
@@ -154,7 +159,7 @@ class CacheLayout:
     @property
     def keys_size(self) -> int:
         """Elements of all keys of a region."""
-        return self.heads * (self.slots // self.run) * self.key_run
+        return self.heads * self.slots * self.key_size
 
     @property
     def notes_size(self) -> int:
@@ -163,8 +168,8 @@ class CacheLayout:
 
     @property
     def k_bytes(self) -> int:
-        """Bytes of K of one region, notes included."""
-        return (self.keys_size + self.notes_size) * _STORED[self.dtype].itemsize
+        """Bytes of K of one region, summaries and notes included."""
+        return self.k_shape[0] * _STORED[self.dtype].itemsize
 
     @property
     def v_bytes(self) -> int:
@@ -172,18 +177,16 @@ class CacheLayout:
         return self.heads * self.slots * self.value_size * _STORED[self.dtype].itemsize
 
     def empty(self, regions: int) -> tuple[np.ndarray, np.ndarray]:
-        """A fresh cache, zero: K ``[regions, *k_shape]``, flat with notes behind it, and V ``[regions, *v_shape]``."""
+        """A fresh cache, zero: K ``[regions, *k_shape]`` and V ``[regions, *v_shape]``."""
         kind = _STORED[self.dtype]
-        of_k = (self.keys_size + self.notes_size,) if self.budget else self.k_shape
-        return np.zeros((regions, *of_k), kind), np.zeros((regions, *self.v_shape), kind)
+        return np.zeros((regions, *self.k_shape), kind), np.zeros((regions, *self.v_shape), kind)
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
         """Plain copies: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``, and of kept tokens the
         notes f32 ``[regions, heads, NOTES, held]``."""
-        whole = k.reshape(-1, self.keys_size + self.notes_size)
+        whole = k.reshape(-1, *self.k_shape)
         notes = [self._notes(whole).copy()] if self.budget else []
-        panels = whole[:, :self.keys_size].reshape(-1, *self.k_shape)[..., :self.run * self.key_size]
-        keys = panels.reshape(len(panels), *self._panels).transpose(0, 2, 4, 1, 3, 5)
+        keys = whole[:, :self.keys_size].reshape(-1, *self._panels).transpose(0, 2, 4, 1, 3, 5)
         keys = keys.reshape(len(keys), self.slots, self.heads, self.key_size)
         values = np.zeros((len(keys), self.slots, self.heads, self.value_size), v.dtype)
         for view, start, width in self._value_views(v):
@@ -201,13 +204,11 @@ class CacheLayout:
         wide = np.zeros((regions, self.slots, self.heads, self.key_size), k.dtype)
         wide[:, places, :, :self.dim] = keys
         panels = wide.reshape(regions, -1, self.key_panel, self.heads, self.key_size // self.pair, self.pair)
-        runs = panels.transpose(0, 3, 1, 4, 2, 5).reshape(regions, self.heads, self.slots // self.run, -1)
-        of_keys = k.reshape(regions, -1)[:, :self.keys_size].reshape(regions, *self.k_shape)
-        of_keys[..., :runs.shape[-1]] = runs
+        k[:, :self.keys_size] = panels.transpose(0, 3, 1, 4, 2, 5).reshape(regions, -1)
         if self.summary:
-            halves = k[..., runs.shape[-1]:].reshape(regions, self.heads, 2, self.summary_row)
-            halves[..., :self.key_size] = np.stack([wide.min(1), wide.max(1)], 2)
-            k[:, :, 0, runs.shape[-1]:] = halves.reshape(regions, self.heads, -1)
+            halves = np.stack([wide.min(1), wide.max(1)], 2)
+            padded = np.pad(halves, [(0, 0)] * 3 + [(0, self.summary_row - self.key_size)])
+            k[:, self.keys_size:] = padded.reshape(regions, -1)
         if notes is not None:
             self._notes(k)[...] = notes
         wide = np.zeros((regions, self.slots, self.heads, self.value_size), v.dtype)

@@ -5,8 +5,8 @@ fit, in the order of `Packing`: the first four in the lowest bits of the bytes, 
 has panels of components, ``[vdim / panel][run / pair][panel][4 bytes]``; the bytes hold neighbouring tokens in the same
 order. So four 8-bit integers that belong together lie side by side, as vpdpbusd wants them, and of narrower codes a shift
 and a mask give four. Keys are stored unsigned (i8 plus 128), values signed. Scales and zeros of tokens are vectors
-``[run]``; those of channels are ``[run / group][dim]``. A page of keys may end with a summary of what they decode to: the
-least and then the greatest of each component, in the dtype ``full``.
+``[run]``; those of channels are ``[run / group][dim]``. Behind the keys of a page may be summaries of what they decode to:
+head by head the least and then the greatest of each component, in the dtype ``full``.
 """
 
 from __future__ import annotations
@@ -155,14 +155,14 @@ class CodeLayout:
         return _round_up(self.dim, _VALUE_STEP)
 
     @property
-    def k_coded(self) -> int:
-        """Bytes of a run of keys without its summary."""
-        return self.k_codes + self.k_scales * self.scale_size * (1 + self.has_zeros)
+    def k_summaries(self) -> int:
+        """Bytes of the summaries of a page, behind its keys."""
+        return self.heads * 2 * self.summary_row * self.full_size * self.summary
 
     @property
     def k_run(self) -> int:
         """Bytes of a run of keys."""
-        return self.k_coded + 2 * self.summary_row * self.full_size * self.summary
+        return self.k_codes + self.k_scales * self.scale_size * (1 + self.has_zeros)
 
     @property
     def v_codes(self) -> int:
@@ -207,7 +207,7 @@ class CodeLayout:
     @property
     def k_bytes(self) -> int:
         """Bytes of K of one region."""
-        return self.heads * self.runs * self.k_run + self.k_beside
+        return self.heads * self.runs * self.k_run + self.k_beside + self.k_summaries
 
     @property
     def v_bytes(self) -> int:
@@ -235,9 +235,9 @@ class CodeLayout:
         k, v = self.empty(len(keys))
         codes, scales = self._encode(keys, self.channels, self.key_size)
         packed = np.concatenate([pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
-        self._runs_of(k, self.k_run)[..., :self.k_coded] = packed
+        self._runs_of(k, self.k_run)[...] = packed
         if self.summary:
-            self._runs_of(k, self.k_run)[..., self.k_coded:] = self._summaries(self.read(k, v)[0])
+            k[:, -self.k_summaries:] = self._summaries(self.read(k, v)[0])
         codes, scales = self._encode(values, False, self.value_size)
         self._runs_of(v, self.v_run)[...] = np.concatenate([pack_values(codes, self.bits, self.panel), *scales], -1)
         return k, v
@@ -246,16 +246,16 @@ class CodeLayout:
         """What the slots decode to, f32: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
         k, v = self._runs_of(k, self.k_run), self._runs_of(v, self.v_run)
         codes = unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.run) - np.uint8(self.bias)
-        keys = self._decode(codes, k[..., self.k_codes:self.k_coded], self.channels)[..., :self.dim]
+        keys = self._decode(codes, k[..., self.k_codes:], self.channels)[..., :self.dim]
         codes = unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.run)
         values = self._decode(codes, v[..., self.v_codes:], False)[..., :self.vdim]
         return self._rows(keys), self._rows(values)
 
     def _summaries(self, keys: np.ndarray) -> np.ndarray:
-        """The bytes of the summaries of pages ``[pages, page, heads, dim]``: ``[pages, heads, 1, bytes]``."""
+        """The bytes of the summaries of pages ``[pages, page, heads, dim]``: ``[pages, bytes]``."""
         halves = np.stack([keys.min(1), keys.max(1)], 2)
         wide = np.pad(halves, [(0, 0)] * 3 + [(0, self.summary_row - self.dim)]).astype(_FULL[self.full])
-        return wide.reshape(len(keys), self.heads, 1, -1).view(np.uint8)
+        return wide.reshape(len(keys), -1).view(np.uint8)
 
     def read_recent(self, k: np.ndarray, v: np.ndarray, region: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Of a region with so many tokens, those that are no codes yet: K ``[T, heads, dim]``, V ``[T, heads, vdim]``."""

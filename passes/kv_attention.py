@@ -42,6 +42,7 @@ class Attentions:
     """Makes the queries of an attention as they would be at a position, where they stand behind it."""
     sights: list[Sight] = field(default_factory=list)
     """What each attention sees, in order; for the report."""
+    _whole: int = 0
     _known: dict[tuple[Any, ...], Sight] = field(default_factory=dict)
 
     def cache(self, op: ops.Attention, axes: Mapping[Value, Axes]) -> Value:
@@ -98,5 +99,7 @@ class Attentions:
             raise refuse(op, f"has heads of symbolic size: {op.k.type}")
         plain = KVType(int(heads), int(dim), int(vdim), self.length, op.k.dtype)
         kind = self.options.type(plain, sight)
+        if kind.has_summary and self._whole < self.options.whole_layers:
+            kind, self._whole = replace(kind, summary="none"), self._whole + 1
         by_position = op.bias is not None and self.shapes.varies(op.bias)
         return replace(kind, layout=CONTIGUOUS) if by_position and isinstance(kind.layout, Ring) else kind

@@ -113,8 +113,8 @@ class KvLayout(KvOptions):
     def _check_kind_found(self, types: list[KVType]) -> None:
         if self.select is not None and types and not any(t.has_summary for t in types):
             raise PassError(
-                "kv-layout: select is for attention that sees all tokens, and every attention of this model has a window; "
-                "leave out select"
+                "kv-layout: select is for attention that sees all tokens, behind the first of them; this model has none; "
+                "give whole=0, or leave out select"
             )
         if self.kind == "ring" and types and not any(isinstance(t.layout, Ring) for t in types):
             raise PassError(

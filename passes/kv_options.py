@@ -14,7 +14,7 @@ from tilewright.passes.kv_mask import Sight
 ENDLESS = 1 << 24
 """Positions of a sequence whose cache is a ring or kept: beyond, models' f32 angles do not tell them apart."""
 _OF_KIND = {
-    "page": ("paged", "ring"), "select": ("paged",), "least": ("paged",),
+    "page": ("paged", "ring"), "select": ("paged", "ring"),
     "window": ("ring",), "sinks": ("ring", "kept"), "chunk": ("ring", "kept"),
     **dict.fromkeys(("budget", "policy", "observe", "pool", "temperature"), ("kept",)),
 }  # fmt: skip
@@ -39,7 +39,7 @@ class KvOptions(Pass):
     ``token`` or for each ``channel`` of ``group`` tokens; ``recent`` tokens stay in ``full``. ``scales`` are f16 or f32.
 
     ``select``: the share of a sequence's pages that decoding reads, but at least ``least`` of them (none is 4), in layers
-    that see all of them. Prefill reads all.
+    that see all of them; the first ``whole`` of these (none is 1) read all, as prefill does.
     """
 
     kind: Literal["contiguous", "paged", "ring", "kept"] = "contiguous"
@@ -56,6 +56,7 @@ class KvOptions(Pass):
     full: Literal["auto", "bf16", "f32"] = "auto"
     select: float | None = None
     least: int | None = None
+    whole: int | None = None
     budget: int | None = None
     policy: Literal["h2o", "snapkv", "scissorhands", "keyformer"] | None = None
     observe: int | None = None
@@ -95,9 +96,13 @@ class KvOptions(Pass):
 
     def _check_select(self) -> None:
         if self.select is None:
-            if self.least is not None:
-                raise ValueError("least is of the pages that are selected: give select, their share")
+            if self.least is not None or self.whole is not None:
+                raise ValueError("least and whole are for pages that are selected: give select, their share")
             return
+        if self.pages is None:
+            raise ValueError("select is of pages: give page, or kind=paged")
+        if self.whole is not None and self.whole < 0:
+            raise ValueError(f"whole is not negative, got {self.whole}")
         if not 0 < self.select <= 1:
             raise ValueError(f"select is a share, above 0 and at most 1, got {self.select}")
         if self.keys == "channel" or self.recent:
@@ -127,6 +132,11 @@ class KvOptions(Pass):
             "pool": policy.pool if self.pool is None else self.pool,
             "temperature": policy.temperature if self.temperature is None else self.temperature,
         }
+
+    @property
+    def whole_layers(self) -> int:
+        """Layers that read all pages though others choose."""
+        return 1 if self.whole is None else self.whole
 
     @property
     def is_coded(self) -> bool:

@@ -276,7 +276,7 @@ def _append(op: ops.Append, k: Kernel, place: Places, schedule: AttentionSchedul
 
 def _select(op: ops.Select, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     kv, heads, q = op.cache.cache, int(op.q.shape[2]), _view(op.q)
-    spec = SelectSpec(heads, cache_layout(kv, target), kv.pages, op.share, op.least, op.most, q.place)
+    spec = SelectSpec(heads, cache_layout(kv, target), kv.pages, op.share, op.least, op.spread, op.most, q.place)
     table, width = _pages(k, place, op.table)
     keys, _ = place[op.cache]
     sources = place[q.source], keys, _at(place, op.start), table, place["out"], place["temporaries"]["parts"]

@@ -169,11 +169,12 @@ class Flash(SoftRows):
             self.runs.store(source.run_of(loop.index * run).to("i64"), loop.index)
         if not self.fetches:
             return
+        keys, values = run * self.q_size, run * self.out_size
         with self.kernel.loop((_BLOCKS - 1) * self.ahead, runs) as loop:
             number = self.runs.load(loop.index).to("index")
-            for memory, size in ((source.k, self.shape.key_run), (source.v, self.shape.run * self.out_size)):
+            for memory, start, size in ((source.k, source.keys_of(number), keys), (source.v, number * values, values)):
                 for place in range(0, size, _TRANSLATED // SIZES[memory.dtype]):
-                    memory.prefetch(number * size + place, locality=2)
+                    memory.prefetch(start + place, locality=2)
 
     def _score(self, source: Source, count: Val, rows: Val) -> None:
         steps, run = self.q_size // self.step, self.shape.run or SLOT_STEP
@@ -192,14 +193,13 @@ class Flash(SoftRows):
 
     def _start_of_keys(self, source: Source, number: Val) -> tuple[Val, list[Val]]:
         """Where a run of the block starts, and how many bytes on from there to fetch ahead."""
-        size = self.shape.key_run
         if isinstance(source, Straight):
             return source.keys + number * (SLOT_STEP * self.q_size), []
-        run = self.runs.load(number).to("index")
+        start = source.keys_of(self.runs.load(number).to("index"))
         if not self.fetches:
-            return run * size, []
-        following = self.runs.load(number + self.ahead).to("index")
-        return run * size, [(following - run) * (size * SIZES[source.k.dtype])]
+            return start, []
+        following = source.keys_of(self.runs.load(number + self.ahead).to("index"))
+        return start, [(following - start) * SIZES[source.k.dtype]]
 
     def _add_values(self, source: Source, count: Val, rows: Val) -> None:
         steps = (count + (self.step - 1)) // self.step

@@ -26,10 +26,9 @@ _UNROLL = 4  # vectors of scores at a time
 class Shape:
     """Static facts: ``group`` heads share keys; sizes of a head; ``dtype`` and ``panel`` of the blocks.
 
-    ``run`` keys lie together, and so many values; 0 when all of a block do. Runs of keys begin ``key_run`` elements apart,
-    ``picked`` ones are parts of one piece. Where ``queries`` is 1, rows of up to ``together`` sequences meet a block one
-    after the other. With ``dot`` the queries and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and
-    blocks only.
+    ``run`` keys lie together, and so many values; 0 when all of a block do. With ``picked`` runs are parts of one piece.
+    Where ``queries`` is 1, rows of up to ``together`` sequences meet a block one after the other. With ``dot`` the queries
+    and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
     """
 
     group: int
@@ -42,7 +41,6 @@ class Shape:
     softcap: float
     queries: int | None = None  # of a sequence in one call, when known
     run: int = 0
-    key_run: int = 0
     together: int = 1
     picked: bool = False
 

@@ -23,12 +23,14 @@ class Straight:
 class Scattered:
     """A block in runs: ``run_of(n)`` is the number of that with the block's n-th key and value, see `Places`.
 
-    It is asked for those of the next block too, and gives any number for those behind the last key.
+    It is asked for those of the next block too, and gives any number for those behind the last key. ``keys_of(run)`` is
+    where the keys of a run begin.
     """
 
     k: Buffer
     v: Buffer
     run_of: Callable[[Val], Val]
+    keys_of: Callable[[Val], Val]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Picked:
     k: Buffer
     v: Buffer
     run_of: Callable[[Val], Val]
+    keys_of: Callable[[Val], Val]
     lane: Val
     slots: int
 

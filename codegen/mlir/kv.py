@@ -21,7 +21,7 @@ from tilewright.codegen.mlir.kv_chosen import Listed
 from tilewright.codegen.mlir.kv_codes import CodeFlash
 from tilewright.codegen.mlir.kv_codes_recent import RecentRows, Windows
 from tilewright.codegen.mlir.kv_parts import Parts, part_size
-from tilewright.codegen.mlir.kv_places import Chosen, Places
+from tilewright.codegen.mlir.kv_places import Chosen, Places, key_place
 from tilewright.codegen.mlir.kv_sharing import Sharing
 from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.rows import Angles, Row
@@ -77,12 +77,11 @@ class Attending:
     def _floats(self) -> Flash:
         kernel, spec, cache, memory = self.kernel, self.spec, self.spec.cache, (self.buffers.k, self.buffers.v)
         dot = kernel.target.has_bf16_dot and spec.dtype == cache.dtype == "bf16"
-        run, picked = (cache.run, cache.key_run), spec.blocks is not None and cache.layout == CONTIGUOUS
+        run, picked = cache.run, spec.blocks is not None and cache.layout == CONTIGUOUS
         if cache.layout == CONTIGUOUS or cache.budget:
-            size = spec.blocks.run if spec.blocks else 0
-            run = size, size * cache.key_size
+            run = spec.blocks.run if spec.blocks else 0
         sizes = spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel
-        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, *run, spec.together(self.schedule), picked)
+        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, run, spec.together(self.schedule), picked)
         return Flash(kernel, shape, self.schedule, memory)
 
     def _codes(self, cache: CodeLayout) -> CodeFlash:
@@ -265,15 +264,15 @@ class Attending:
             return find(batch, head, self._position(batch, head, (key + n).min(high - 1)))
 
         if isinstance(cache, CodeLayout):
-            sizes = (cache.k_run, cache.k_beside), (cache.v_run, cache.v_beside)
-            return lambda i: tuple(run_of(i * cache.run) * size + batch * beside for size, beside in sizes)
+            return lambda i: (key_place(cache, run_of(i * cache.run)) + batch * cache.k_beside,
+                              run_of(i * cache.run) * cache.v_run + batch * cache.v_beside)
         if cache.layout != CONTIGUOUS and not cache.budget:
-            return Scattered(k, v, run_of)
+            return Scattered(k, v, run_of, lambda run: key_place(cache, run))
         lane = (batch * cache.heads + head) * cache.slots
         if self.listed is not None:
             size = self.flash.shape.run
             return Picked(k, v, lambda n: (lane + self._position(batch, head, (key + n).min(high - 1))) // size,
-                          lane // cache.slots, cache.slots)
+                          lambda run: run * (size * cache.key_size), lane // cache.slots, cache.slots)
         keys = (lane + key) * cache.key_size + batch * cache.notes_size
         return Straight(k, v, keys, lane * cache.value_size, cache.slots, key)
 

@@ -9,7 +9,7 @@ from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.kv_codes_recent import RecentWriter, Windows
 from tilewright.codegen.mlir.kv_codes_write import CodeWriter
-from tilewright.codegen.mlir.kv_places import Places
+from tilewright.codegen.mlir.kv_places import Places, key_place
 from tilewright.codegen.mlir.kv_summary import summarize
 from tilewright.codegen.mlir.rows import Angles, Rope, Row
 from tilewright.codegen.mlir.value import Val, constant
@@ -148,10 +148,10 @@ class _Append:
         key, value = self._rows(batch, head, token)
         run, slot = self.places.of(batch, head, position)
         if isinstance(cache, CodeLayout):
-            self.codes.key(key.load, buffers.cache_k.at(run * cache.k_run), slot)
+            self.codes.key(key.load, buffers.cache_k.at(key_place(cache, run)), slot)
             self.codes.value(value.load, buffers.cache_v.at(run * cache.v_run), slot)
         else:
-            self._key(key, buffers.cache_k.at(run * cache.key_run + batch * cache.notes_size), slot)
+            self._key(key, buffers.cache_k.at(key_place(cache, run) + batch * cache.notes_size), slot)
             self._value(value, buffers.cache_v.at(run * (cache.run * cache.value_size)), slot)
         if cache.summary:
             with self.kernel.when(slot.eq(cache.run - 1)):

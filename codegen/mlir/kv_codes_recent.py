@@ -34,8 +34,8 @@ class Typed:
     def store(self, value: Val, index: Val | int) -> None:
         self.memory.store(value.to(self.dtype).bitcast("u8"), index * SIZES[self.dtype])
 
-    def prefetch(self, index: int) -> None:
-        self.memory.prefetch(index * SIZES[self.dtype])
+    def prefetch(self, index: int, locality: int) -> None:
+        self.memory.prefetch(index * SIZES[self.dtype], locality)
 
 
 @dataclass(frozen=True)

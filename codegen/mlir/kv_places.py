@@ -14,7 +14,7 @@ from tilewright.ir import Layout, Ring
 
 
 class Regions(Protocol):
-    """What places need to know of a layout in memory: slots of a region, and of a run."""
+    """What places need to know of a layout in memory: slots of a region, and of a run; elements of a run of keys."""
 
     @property
     def heads(self) -> int: ...
@@ -27,6 +27,18 @@ class Regions(Protocol):
 
     @property
     def run(self) -> int: ...
+
+    @property
+    def k_run(self) -> int: ...
+
+    @property
+    def k_summaries(self) -> int: ...
+
+
+def key_place(cache: Regions, run: Val) -> Val:
+    """Where run number ``run`` of keys begins in memory: behind those of each page are the summaries of its heads."""
+    place = run * cache.k_run
+    return place + run // cache.heads * cache.k_summaries if cache.k_summaries else place
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Choose the pages that one query is to see by each head of keys: ``ops.Select`` (Quest, arXiv:2406.10774).
 
-A page's bound is a product of vectors: sum_d max(q_d * min_d, q_d * max_d) = q+ . max + q- . min, with q+ and q- what is
-positive and what is negative of q; these are added up over the query heads of a group before. Tasks are parts of the pages
-of a head; those that run last choose among all of them, by bisection of the bits of a bound.
+What a page promises is a product of vectors, up . max + down . min, with up and down (q + spread * |q|) / 2 and
+(q - spread * |q|) / 2, which are added up over the query heads of a group before. Tasks are parts of the pages of a
+sequence, for all heads; those that run last choose among the pages of a head, by bisection of the bits of these numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import SIZES, Val, constant
 from tilewright.ir.ops.kv_select import FORCED
 
-_FEW_PAGES = 64  # parts of a head's pages are no shorter, if there are so many
-_MOST_PARTS = 8
-_AHEAD = 8  # pages on, whose summaries are asked for: no hardware can guess where they lie
+_FEW_PAGES = 32  # parts of a sequence's pages are no shorter, if there are so many
+_MOST_PARTS = 16
+_AHEAD = 8192  # bytes of summaries that are asked for: no hardware can guess where they lie
 _LINE = 64
 _LOWEST = -(1 << 31)
 
@@ -36,6 +36,7 @@ class SelectSpec:
     pages: int
     share: float
     least: int
+    spread: float
     most: int
     q: Slice = DENSE
 
@@ -51,12 +52,12 @@ class SelectSpec:
 
     @property
     def parts(self) -> int:
-        """Parts of the pages of one head, at most."""
+        """Parts of the pages of one sequence, at most."""
         return max(min(_MOST_PARTS, self.pages // _FEW_PAGES), 1)
 
     def tasks(self, b: Any) -> Any:
         """Number of tasks."""
-        return b * self.cache.heads * self.parts
+        return b * self.parts
 
     def last(self, b: Any) -> Any:
         """Number of tasks that choose."""
@@ -91,65 +92,75 @@ class _Select:
         self.kernel, self.spec, self.b, self.buffers, self.lanes = kernel, spec, b, buffers, kernel.lanes
         self.places = Places(spec.cache, buffers.table, width)
         self.size = 2 * spec.cache.summary_row
+        self.weights = kernel.scratch(spec.cache.heads * self.size, "f32")
+        self.kind = spec.cache.full if isinstance(spec.cache, CodeLayout) else spec.cache.dtype
 
     def emit(self) -> None:
-        kernel, parts = self.kernel, self.spec.parts
-        work = self.b * (self.spec.cache.heads * parts)
+        kernel, heads, parts = self.kernel, self.spec.cache.heads, self.spec.parts
+        work = self.b * parts
         with kernel.loop(kernel.begin, kernel.end.min(work)) as tasks:
-            lane, part = tasks.index // parts, tasks.index % parts
-            used, wanted = self._counts(lane)
+            batch, part = tasks.index // parts, tasks.index % parts
+            used, wanted = self._counts(batch)
             size = (used + (parts - 1)) // parts
             first = part * size
             with kernel.when((wanted < used) & (first < used)):
-                self._score(lane, first, (first + size).min(used - 1))
+                self._score(batch, first, (first + size).min(used - 1))
         with kernel.loop(kernel.begin.max(work), kernel.end) as tasks:
             lane = tasks.index - work
-            used, wanted = self._counts(lane)
+            used, wanted = self._counts(lane // heads)
             kernel.branch(wanted < used, lambda: self._choose(lane, used, wanted), lambda: self._take_all(lane, used))
             with kernel.loop(wanted, self.spec.most) as rest:
                 self._put(lane, rest.index, constant(-1, "i32"))
 
-    def _counts(self, lane: Val) -> tuple[Val, Val]:
+    def _counts(self, batch: Val) -> tuple[Val, Val]:
         """The pages of the sequence, and how many are to be chosen."""
-        start = self.buffers.start.load(lane // self.spec.cache.heads).to("index")
+        start = self.buffers.start.load(batch).to("index")
         used = start // self.spec.cache.run + 1
         share = (used.to("i64").to("f32") * self.spec.share).ceil().to("i64").to("index")
         return used, share.max(max(self.spec.least, FORCED)).min(used)
 
     # --- bounds -------------------------------------------------------------------------------------------------------
 
-    def _score(self, lane: Val, first: Val, end: Val) -> None:
-        """The bounds of pages ``first <= page < end`` of one head, all full."""
-        weights = self._weights(lane)
-        batch, head = lane // self.spec.cache.heads, lane % self.spec.cache.heads
-        with self.kernel.loop(first, end) as pages:
-            self._fetch(self._summary(batch, head, (pages.index + _AHEAD).min(end - 1)))
-            memory = self._summary(batch, head, pages.index)
-            total = constant(0.0, "f32", self.lanes)
-            for start, weight in zip(range(0, self.size, self.lanes), weights):
-                total = memory.load(start, self.lanes).to("f32").fma(weight, total)
-            self.buffers.bounds.store(_ordered(total.reduce("sum")), lane * self.spec.row + pages.index)
+    def _score(self, batch: Val, first: Val, end: Val) -> None:
+        """The bounds of pages ``first <= page < end`` of one sequence, all full."""
+        heads, kernel, none = self.spec.cache.heads, self.kernel, constant(0.0, "f32", self.lanes)
+        with kernel.loop(0, heads) as every:
+            self._weigh(batch, every.index)
+        ahead = max(_AHEAD // (heads * self.size * SIZES[self.kind]), 1)
+        with kernel.loop(first, end) as pages:
+            self._fetch(self._summary(batch, (pages.index + ahead).min(end - 1)))
+            memory = self._summary(batch, pages.index)
+            with kernel.loop(0, heads) as every:
+                total, at = none, every.index * self.size
+                for start in range(0, self.size, self.lanes):
+                    weight = self.weights.load(at + start, self.lanes)
+                    total = memory.load(at + start, self.lanes).to("f32").fma(weight, total)
+                row = (batch * heads + every.index) * self.spec.row
+                self.buffers.bounds.store(_ordered(total.reduce("sum")), row + pages.index)
 
-    def _summary(self, batch: Val, head: Val, page: Val) -> Halves:
-        run = self.places.run_of(batch, head, page * self.spec.cache.run)
+    def _summary(self, batch: Val, page: Val) -> Halves:
+        """The summaries of all heads of a page."""
+        run = self.places.run_of(batch, constant(0), page * self.spec.cache.run)
         return halves(self.spec.cache, self.buffers.k, run)
 
     def _fetch(self, memory: Halves) -> None:
-        step = _LINE // SIZES[memory.dtype]
-        for start in range(0, self.size, step):
-            memory.prefetch(start)
+        step = _LINE // SIZES[self.kind]
+        for start in range(0, self.spec.cache.heads * self.size, step):
+            memory.prefetch(start, locality=2)
 
-    def _weights(self, lane: Val) -> list[Val]:
-        """What the least, then what the greatest components are multiplied with: f32 vectors."""
+    def _weigh(self, batch: Val, head: Val) -> None:
+        """What the least, then what the greatest components of a head are multiplied with."""
         cache, spec, starts = self.spec.cache, self.spec, range(0, self.spec.cache.summary_row, self.lanes)
-        batch, head, none = lane // cache.heads, lane % cache.heads, constant(0.0, "f32", self.lanes)
+        none = constant(0.0, "f32", self.lanes)
         with self.kernel.loop(0, spec.group, carry=[none] * (2 * len(starts))) as members:
             first = batch * (spec.q.stride or spec.heads * cache.dim) + spec.q.offset
             query = Row(self.kernel, self.buffers.q, first + (head * spec.group + members.index) * cache.dim, cache.dim)
             parts = [query.load(start) for start in starts]
-            parts = [x.min(none) for x in parts] + [x.max(none) for x in parts]
+            some = [x.abs() * spec.spread for x in parts]
+            parts = [(x - y) * 0.5 for x, y in zip(parts, some)] + [(x + y) * 0.5 for x, y in zip(parts, some)]
             members.next(*[total + x for total, x in zip(members.values, parts)])
-        return members.results
+        for start, total in zip(range(0, self.size, self.lanes), members.results):
+            self.weights.store(total, head * self.size + start)
 
     # --- choice -------------------------------------------------------------------------------------------------------
 

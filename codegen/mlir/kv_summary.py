@@ -11,6 +11,7 @@ from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.kv_codes_recent import Typed
+from tilewright.codegen.mlir.kv_places import key_place
 from tilewright.codegen.mlir.value import Val
 
 Halves = Buffer | Typed
@@ -19,18 +20,19 @@ Halves = Buffer | Typed
 
 def halves(cache: CacheLayout | CodeLayout, k: Buffer, run: Val) -> Halves:
     """The summary of a run of keys in memory."""
-    if isinstance(cache, CodeLayout):
-        return Typed(k, cache.full).at(run * cache.k_run + cache.k_coded)
-    return k.at(run * cache.key_run + cache.run * cache.key_size)
+    page, head = run // cache.heads, run % cache.heads
+    keys, each = cache.heads * cache.k_run, cache.k_summaries // cache.heads
+    place = page * (keys + cache.k_summaries) + (head * each + keys)
+    return Typed(k, cache.full).at(place) if isinstance(cache, CodeLayout) else k.at(place)
 
 
 def summarize(kernel: Kernel, cache: CacheLayout | CodeLayout, k: Buffer, run: Val) -> None:
     """Write the summary of a page of one head, all of whose keys are there."""
-    into = halves(cache, k, run)
+    into, keys = halves(cache, k, run), k.at(key_place(cache, run))
     if isinstance(cache, CodeLayout):
-        _of_codes(kernel, cache, k.at(run * cache.k_run), into)
+        _of_codes(kernel, cache, keys, into)
     else:
-        _of_floats(kernel, cache, k.at(run * cache.key_run), into)
+        _of_floats(kernel, cache, keys, into)
 
 
 def _of_floats(kernel: Kernel, cache: CacheLayout, k: Buffer, into: Halves) -> None:

@@ -29,13 +29,14 @@ def summary(keys: Array, dtype: DType) -> tuple[Array, Array]:
     return keys.min(-3).astype(dtype.np), keys.max(-3).astype(dtype.np)
 
 
-def bounds(q: Array, low: Array, high: Array) -> Array:
-    """What the products of queries ``[Hq, D]`` with the keys between ``low`` and ``high`` ``[P, H, D]`` cannot exceed.
+def worth(q: Array, low: Array, high: Array, spread: float) -> Array:
+    """What is expected of the products of queries ``[Hq, D]`` with keys between ``low`` and ``high`` ``[P, H, D]``.
 
     Summed over the queries of each head of keys: f32 ``[H, P]``.
     """
     groups = num.wide(q).reshape(low.shape[1], -1, low.shape[2])
-    up, down = np.maximum(groups, 0).sum(1), np.minimum(groups, 0).sum(1)
+    some = np.float32(spread) * np.abs(groups)
+    up, down = ((groups + some) / 2).sum(1), ((groups - some) / 2).sum(1)
     return np.asarray(np.einsum("hd,phd->hp", up, num.wide(high)) + np.einsum("hd,phd->hp", down, num.wide(low)))
 
 
@@ -43,8 +44,11 @@ class Select(Op):
     """The pages that q ``[B, 1, Hq, D]``, at ``start[b]``, is to see by each head of keys: i32 ``[B, H, N]``.
 
     Of the pages of a sequence, ``ceil(share * pages)`` but at least ``least``: the first, the last, and those whose summary
-    promises the most, that is sum_d max(q_d * min_d, q_d * max_d), added up over the query heads that share a key head
-    (of two alike, the earlier page). They are numbered in the sequence and come in order; behind them is -1.
+    promises the most (of two alike, the earlier). They are numbered in the sequence and come in order; behind them is -1.
+
+    A page promises sum_d (q_d * (max_d + min_d) + spread * |q_d| * (max_d - min_d)) / 2, added up over the query heads that
+    share a key head. With ``spread=1`` that is what no product with its keys exceeds, sum_d max(q_d * min_d, q_d * max_d);
+    none comes near it in all components at once, so less tells pages apart better.
     """
 
     name = "kv.select"
@@ -54,6 +58,7 @@ class Select(Op):
     table: Value
     share: float = 0.25
     least: int = 4
+    spread: float = 0.5
 
     def infer(self) -> tuple[Type, ...]:
         kv: KVType = self.cache.cache
@@ -66,6 +71,7 @@ class Select(Op):
         self.expect(kv.has_summary, f"pages are chosen by their summaries; give the cache summary=minmax: {kv}")
         self.expect(0 < self.share <= 1, f"share is above 0 and at most 1, got {self.share}")
         self.expect(self.least >= 1, f"least is at least 1, got {self.least}")
+        self.expect(0 <= self.spread <= 1, f"spread is between 0 and 1, got {self.spread}")
         return (TensorType((self.q.shape[0], kv.heads, self.most), DType.i32),)
 
     @property
@@ -81,7 +87,7 @@ class Select(Op):
             self.expect(used <= table.shape[1], f"a query at {at}, the tables hold {table.shape[1]} pages")
             wanted = int(count(used, self.share, self.least))
             full = cache[0][expect_pages(self, table[b, : used - 1], cache[0])]
-            scores = bounds(q[b, 0], *summary(full, kv.summaries))
+            scores = worth(q[b, 0], *summary(full, kv.summaries), self.spread)
             scores[:, :1] = np.inf
             best = np.argsort(-scores, axis=1, kind="stable")[:, : wanted - 1]
             out[b, :, : wanted - 1] = np.sort(best, axis=1)

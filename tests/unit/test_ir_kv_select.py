@@ -32,19 +32,21 @@ def step_module(most: int, select: str, kv: str = KV):
     return module
 
 
-def worth(queries: np.ndarray, keys: np.ndarray) -> float:
-    """The bound of one page: of two query heads, over its keys, by loops."""
+def worth(queries: np.ndarray, keys: np.ndarray, spread: float) -> float:
+    """What one page promises two query heads, by loops: between the middle and the bound of their products."""
     total = 0.0
     for query in queries:
         for d, x in enumerate(query):
-            total += max(float(x) * float(key[d]) for key in keys)
+            products = [float(x) * float(key[d]) for key in keys]
+            middle = (max(products) + min(products)) / 2
+            total += middle + spread * (max(products) - middle)
     return total
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0.5, 1, 3), (0.2, 4, 4), (1.0, 1, 6)])
 def test_steps(share: float, least: int, most: int) -> None:
     """The first page, the last and the best of the others; attention as if there were no other tokens."""
-    module, (q, _, k, v) = step_module(most, f"share={share} least={least}"), tokens(2, 90)
+    module, (q, _, k, v) = step_module(most, f"share={share} least={least} spread={share}"), tokens(2, 90)
     states, table = empty_states(module, 2), tables(2, 6)
     for at in range(90):
         inputs = [x[:, at : at + 1] for x in (q, k, v)]
@@ -54,7 +56,8 @@ def test_steps(share: float, least: int, most: int) -> None:
             continue
         for b, head in np.ndindex(2, 2):
             chosen = [page for page in pages[b, head] if page >= 0]
-            bounds = {p: worth(q[b, at, 2 * head : 2 * head + 2], k[b, 16 * p : 16 * p + 16, head]) for p in range(1, last)}
+            mine = q[b, at, 2 * head : 2 * head + 2]
+            bounds = {p: worth(mine, k[b, 16 * p : 16 * p + 16, head], share) for p in range(1, last)}
             count = min(last + 1, max(int(np.ceil(share * (last + 1))), least, 2))
             best = sorted(bounds, key=lambda p: -bounds[p])[: count - 2]
             assert chosen == sorted({0, last, *best})
@@ -92,6 +95,7 @@ def test_bytes() -> None:
         (KV.replace(", summary=minmax", ""), "share=0.5", "give the cache summary=minmax"),
         (KV, "share=1.5", "share is above 0 and at most 1"),
         (KV, "share=0.5 least=0", "least is at least 1"),
+        (KV, "share=0.5 spread=2.0", "spread is between 0 and 1"),
     ],
 )
 def test_refused(kv: str, select: str, message: str) -> None:
