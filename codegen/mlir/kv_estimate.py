@@ -17,7 +17,7 @@ from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import LOG2E, LOWEST, Shape, power_of_two
 from tilewright.codegen.mlir.flash_sources import Scattered, Source, Straight
 from tilewright.codegen.mlir.kv_choose_spec import ChooseBuffers, ChooseSpec
-from tilewright.codegen.mlir.kv_places import Places
+from tilewright.codegen.mlir.kv_places import Places, key_place
 from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import Val, constant, iota
 from tilewright.codegen.schedule import AttentionSchedule
@@ -64,8 +64,8 @@ class Estimate:
         self.lanes, self.queries = kernel.lanes, spec.rows // spec.group
         schedule = replace(schedule, keys=max(schedule.keys, op.block))
         dot = kernel.target.has_bf16_dot and op.q.dtype.value == cache.dtype == "bf16"
-        run = (0, 0) if cache.layout == CONTIGUOUS else (cache.run, cache.key_run)
-        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, dot, op.scale, 0.0, None, *run)
+        run = 0 if cache.layout == CONTIGUOUS else cache.run
+        shape = Shape(spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel, dot, op.scale, 0.0, None, run)
         self.flash, self.keys = Flash(kernel, shape, schedule, (buffers.k, buffers.v)), schedule.keys
         self.places = Places(cache, buffers.table, buffers.width)
         self.factor = op.scale * LOG2E
@@ -157,7 +157,8 @@ class Estimate:
     def _source(self, key: Val, high: Val) -> Source:
         cache, k, v = self.cache, self.buffers.k, self.buffers.v
         if cache.layout != CONTIGUOUS:
-            return Scattered(k, v, lambda n: self.places.run_of(self.batch, self.head, (key + n).min(high - 1)))
+            return Scattered(k, v, lambda n: self.places.run_of(self.batch, self.head, (key + n).min(high - 1)),
+                             lambda run: key_place(cache, run))
         lane = (self.batch * cache.heads + self.head) * cache.slots
         return Straight(k, v, (lane + key) * cache.key_size, lane * cache.value_size, cache.slots, key)
 
