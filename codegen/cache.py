@@ -19,21 +19,14 @@ import ml_dtypes
 import numpy as np
 
 from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.cache_slots import SLOT_STEP, Slots
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.cuda.target import CudaTarget
 from tilewright.codegen.target import CpuTarget, Target
-from tilewright.ir import CONTIGUOUS, Kept, KVType, Layout, Paged, Ring
+from tilewright.ir import CONTIGUOUS, Kept, KVType, Layout, Ring
 from tilewright.ir.kv_kept import NOTES
 
-SLOT_STEP = 64
-"""Keys are scored in runs of this many; the slots of a cache are rounded up to a multiple."""
-VALUE_STEP = 16
-"""A value's size is rounded up to a multiple of this."""
 _STORED = {"f32": np.dtype("f4"), "f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
-
-
-def round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
 
 
 def value_panels(size: int, panel: int) -> list[tuple[int, int]]:
@@ -42,7 +35,7 @@ def value_panels(size: int, panel: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class CacheLayout:
+class CacheLayout(Slots):
     """Layout of one layer's cache for up to ``length`` tokens, K of size ``dim`` and V of size ``vdim`` in every head."""
 
     heads: int
@@ -68,73 +61,14 @@ class CacheLayout:
         return 2 if self.dtype == "bf16" else 1
 
     @property
-    def held(self) -> int:
-        """Slots of a region that hold tokens."""
-        match self.layout:
-            case Paged(page):
-                return page
-            case Ring() as ring:
-                return ring.sinks + ring.size
-            case Kept() as kept:
-                return kept.size
-        return self.length
-
-    @property
     def budget(self) -> int:
         """Tokens that stay from call to call, 0 when all do."""
         return self.layout.budget if isinstance(self.layout, Kept) else 0
 
     @property
-    def sink_slots(self) -> int:
-        """Slots in memory before those of a ring that are written again and again."""
-        return round_up(self.layout.sinks, SLOT_STEP) if isinstance(self.layout, Ring) else 0
-
-    @property
-    def slots(self) -> int:
-        """Slots of a region in memory."""
-        match self.layout:
-            case Paged(page):
-                return page
-            case Ring() as ring:
-                return self.sink_slots + ring.size
-            case Kept() as kept:
-                return kept.size
-        return round_up(self.length, SLOT_STEP)
-
-    @property
     def run(self) -> int:
         """Slots of a run."""
         return SLOT_STEP if isinstance(self.layout, Ring) else self.slots
-
-    @property
-    def most(self) -> int:
-        """The most slots of a sequence in memory."""
-        return round_up(self.length, SLOT_STEP) if isinstance(self.layout, Paged) else self.slots
-
-    @property
-    def key_panel(self) -> int:
-        """Keys of a panel."""
-        return min(self.panel, self.run)
-
-    def places(self) -> np.ndarray:
-        """Where the slots that hold tokens are among those in memory."""
-        at = np.arange(self.held)
-        return at if not isinstance(self.layout, Ring) else at + (at >= self.layout.sinks) * (self.slots - self.held)
-
-    @property
-    def key_size(self) -> int:
-        """Components of a key in memory."""
-        return round_up(self.dim, self.pair)
-
-    @property
-    def value_size(self) -> int:
-        """Components of a value in memory."""
-        return round_up(self.vdim, VALUE_STEP)
-
-    @property
-    def summary_row(self) -> int:
-        """Elements of each half of a summary, zeros behind the last component."""
-        return round_up(self.dim, VALUE_STEP)
 
     @property
     def k_run(self) -> int:

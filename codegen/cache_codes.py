@@ -18,24 +18,18 @@ import ml_dtypes
 import numpy as np
 
 from tilewright.codegen.cache_code_bytes import pack_keys, pack_values, unpack_keys, unpack_values
+from tilewright.codegen.cache_slots import SLOT_STEP, Slots, round_up
 from tilewright.codegen.packing import code_pair
 from tilewright.ir import CONTIGUOUS, DType, Layout, Paged, Ring
 from tilewright.ir.ops.kv_codes import encode
 
-RUN = 64
-"""Slots of a run where no page says otherwise."""
-_VALUE_STEP = 16
 _SCALES = {"f16": np.dtype("f2"), "f32": np.dtype("f4")}
 _FULL = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype("f4")}
 _BITS = {"i8": 8, "i4": 4, "i2": 2}
 
 
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
 @dataclass(frozen=True)
-class CodeLayout:
+class CodeLayout(Slots):
     """Layout of one layer's cache of codes (``dtype`` i8, i4, i2) for up to ``length`` tokens; see `KVType`."""
 
     heads: int
@@ -86,53 +80,17 @@ class CodeLayout:
         """Slots of a run."""
         if isinstance(self.layout, Paged):
             return self.layout.page
-        run = RUN if isinstance(self.layout, Ring) or self.length <= RUN else 2 * RUN
+        run = SLOT_STEP if isinstance(self.layout, Ring) or self.length <= SLOT_STEP else 2 * SLOT_STEP
         return max(run, self.group) if self.channels else run
 
     @property
-    def held(self) -> int:
-        """Slots of a region that hold tokens."""
-        match self.layout:
-            case Paged(page):
-                return page
-            case Ring() as ring:
-                return ring.sinks + ring.size
-        return self.length
-
-    @property
-    def slots(self) -> int:
-        """Slots of a region in memory."""
-        match self.layout:
-            case Paged(page):
-                return page
-            case Ring() as ring:
-                return _round_up(ring.sinks, RUN) + ring.size
-        return _round_up(self.length, self.run)
-
-    @property
-    def most(self) -> int:
-        """The most slots of a sequence in memory."""
-        return _round_up(self.length, RUN) if isinstance(self.layout, Paged) else self.slots
+    def step(self) -> int:
+        return self.run
 
     @property
     def runs(self) -> int:
         """Runs of one head in a region."""
         return self.slots // self.run
-
-    @property
-    def key_panel(self) -> int:
-        """Tokens of a panel of keys."""
-        return min(self.panel, self.run)
-
-    @property
-    def key_size(self) -> int:
-        """Components of a key in memory."""
-        return _round_up(self.dim, self.pair)
-
-    @property
-    def value_size(self) -> int:
-        """Components of a value in memory."""
-        return _round_up(self.vdim, _VALUE_STEP)
 
     @property
     def scale_size(self) -> int:
@@ -148,11 +106,6 @@ class CodeLayout:
     def k_scales(self) -> int:
         """Scales of a run of keys."""
         return self.run // self.group * self.key_size if self.channels else self.run
-
-    @property
-    def summary_row(self) -> int:
-        """Elements of each half of a summary, zeros behind the last component."""
-        return _round_up(self.dim, _VALUE_STEP)
 
     @property
     def k_summaries(self) -> int:
@@ -182,12 +135,12 @@ class CodeLayout:
     @property
     def window(self) -> int:
         """Rows for those tokens: position p is in row ``p % window``."""
-        return _round_up(self.recent + self.group - 1, RUN) + RUN if self.keeps_recent else 0
+        return round_up(self.recent + self.group - 1, SLOT_STEP) + SLOT_STEP if self.keeps_recent else 0
 
     @property
     def key_row(self) -> int:
         """Elements of a row of the window of keys, zeros behind the last component."""
-        return _round_up(self.dim, 32)
+        return round_up(self.dim, 32)
 
     @property
     def full_size(self) -> int:
@@ -220,11 +173,6 @@ class CodeLayout:
             return tokens
         old = max(tokens - self.recent, 0) if isinstance(tokens, int) else (tokens - self.recent).max(0)
         return old // self.group * self.group
-
-    def places(self) -> np.ndarray:
-        """Where the slots that hold tokens are among those in memory."""
-        at = np.arange(self.held)
-        return at if not isinstance(self.layout, Ring) else at + (at >= self.layout.sinks) * (self.slots - self.held)
 
     def empty(self, regions: int) -> tuple[np.ndarray, np.ndarray]:
         """A fresh cache, zero: bytes ``[regions, k_bytes]`` and ``[regions, v_bytes]``."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
-from tilewright.codegen.cache import VALUE_STEP, panel_for, round_up
+from tilewright.codegen.cache import panel_for
+from tilewright.codegen.cache_slots import VALUE_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, Visible

@@ -8,7 +8,8 @@ scores = q k^T (micro-kernels on registers), softmax with the statistics kept pe
 from collections.abc import Callable
 from typing import Protocol
 
-from tilewright.codegen.cache import SLOT_STEP, round_up, value_panels
+from tilewright.codegen.cache import value_panels
+from tilewright.codegen.cache_slots import SLOT_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
 from tilewright.codegen.mlir.flash_sources import Picked, Scattered, Source, Straight

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import VALUE_STEP, round_up
+from tilewright.codegen.cache_slots import VALUE_STEP, round_up
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer, Kernel, Loop
 from tilewright.codegen.mlir.value import Val, constant, intrinsic, iota

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
-from tilewright.codegen.cache import SLOT_STEP, CacheLayout, value_panels
+from tilewright.codegen.cache import CacheLayout, value_panels
 from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.cache_slots import SLOT_STEP
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.kv_codes_recent import RecentWriter, Windows
 from tilewright.codegen.mlir.kv_codes_write import CodeWriter

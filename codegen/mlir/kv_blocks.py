@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import VALUE_STEP, round_up, value_panels
+from tilewright.codegen.cache import value_panels
+from tilewright.codegen.cache_slots import VALUE_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.value import Val, constant, shuffle
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
-from tilewright.codegen.cache import CacheLayout, round_up
+from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.cache_slots import round_up
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.value import Val
 from tilewright.codegen.schedule import AttentionSchedule

@@ -6,7 +6,7 @@ query's on, are all there: a key that a query does not see yet is as far behind 
 
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import SLOT_STEP
+from tilewright.codegen.cache_slots import SLOT_STEP
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.value import Val
 

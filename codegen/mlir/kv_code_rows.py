@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import round_up
 from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.cache_slots import round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, LOWEST, Adjust, Shape, SoftRows, Visible
 from tilewright.codegen.mlir.math import exp2_in_bits, exp2_of_negative

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tilewright.codegen.cache_codes import RUN, CodeLayout
+from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.cache_slots import SLOT_STEP
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, SoftRows, Visible
@@ -163,10 +164,10 @@ class RecentRows:
         dot = kernel.target.has_bf16_dot and dtype == cache.full == "bf16"
         stored = "bf16" if dot else "f32"
         self.kernel, self.windows, self.panel = kernel, windows, shape.panel
-        self.keys = kernel.scratch(RUN * cache.key_row, stored)
-        self.values = kernel.scratch(RUN * cache.value_size, stored)
+        self.keys = kernel.scratch(SLOT_STEP * cache.key_row, stored)
+        self.values = kernel.scratch(SLOT_STEP * cache.value_size, stored)
         rows = replace(shape, dim=cache.key_row, dtype=stored, dot=dot)
-        self.flash = Flash(kernel, rows, replace(schedule, keys=RUN, prefetch=0), (self.keys, self.values), shared)
+        self.flash = Flash(kernel, rows, replace(schedule, keys=SLOT_STEP, prefetch=0), (self.keys, self.values), shared)
 
     def attend(self, batch: Val, head: Val, begin: Val, high: Val, rows: Val, visible: Callable[[Val], Visible],
                adjust: Adjust | None) -> None:
@@ -178,11 +179,11 @@ class RecentRows:
             low, high = visible(query).low, visible(query).high
             return Visible(begin if low is None else low.max(begin), high)
 
-        with self.kernel.loop(begin // RUN * RUN, high, RUN) as blocks:
+        with self.kernel.loop(begin // SLOT_STEP * SLOT_STEP, high, SLOT_STEP) as blocks:
             key = blocks.index
-            count, slot = (high - key).min(constant(RUN)), key % cache.window
+            count, slot = (high - key).min(constant(SLOT_STEP)), key % cache.window
             of_keys = Rows(k, slot * cache.key_row, cache.key_row, cache.key_row)
             pack_keys(self.kernel, of_keys, count, self.panel, self.keys)
             of_values = Rows(v, slot * cache.value_size, cache.value_size, cache.value_size)
-            pack_values(self.kernel, of_values, count, self.panel, RUN, self.values)
-            self.flash.block(Straight(self.keys, self.values, none, none, RUN, none), key, count, rows, seen, adjust)
+            pack_values(self.kernel, of_values, count, self.panel, SLOT_STEP, self.values)
+            self.flash.block(Straight(self.keys, self.values, none, none, SLOT_STEP, none), key, count, rows, seen, adjust)

@@ -6,7 +6,7 @@ relative to that top. The order of the parts is fixed, so the result does not de
 
 from dataclasses import dataclass
 
-from tilewright.codegen.cache import VALUE_STEP, round_up
+from tilewright.codegen.cache_slots import VALUE_STEP, round_up
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, LOWEST

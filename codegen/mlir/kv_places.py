@@ -7,7 +7,7 @@ position is in one of them; kernels walk along positions and ask for each run wh
 from dataclasses import dataclass
 from typing import Protocol
 
-from tilewright.codegen.cache import SLOT_STEP, round_up
+from tilewright.codegen.cache_slots import SLOT_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.value import Val, constant
 from tilewright.ir import Layout, Ring

@@ -7,7 +7,8 @@ to do for a head.
 
 from collections.abc import Callable
 
-from tilewright.codegen.cache import SLOT_STEP, CacheLayout
+from tilewright.codegen.cache import CacheLayout
+from tilewright.codegen.cache_slots import SLOT_STEP
 from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
-from tilewright.codegen.cache import CacheLayout, round_up
+from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.cache_slots import round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.kv_places import Places
 from tilewright.codegen.mlir.kv_summary import Halves, halves

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.attention_pattern import DENSE, Slice
-from tilewright.codegen.cache import SLOT_STEP, CacheLayout, round_up
+from tilewright.codegen.cache import CacheLayout
 from tilewright.codegen.cache_codes import CodeLayout
+from tilewright.codegen.cache_slots import SLOT_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer
 from tilewright.codegen.mlir.kv_chosen import Blocks
 from tilewright.codegen.mlir.kv_codes import ONE_DIGIT, Digits
