@@ -16,7 +16,7 @@ ENDLESS = 1 << 24
 _OF_KIND = {
     "page": ("paged", "ring"), "select": ("paged", "ring"),
     "window": ("ring",), "sinks": ("ring", "kept"), "chunk": ("ring", "kept"),
-    **dict.fromkeys(("budget", "policy", "observe", "pool", "temperature"), ("kept",)),
+    **dict.fromkeys(("budget", "policy", "observe", "pool", "temperature", "merge"), ("kept",)),
 }  # fmt: skip
 _OF_CODES = ("keys", "group", "recent", "scales", "full")
 _RECENT = 128
@@ -32,8 +32,8 @@ class KvOptions(Pass):
     ``window`` is for attention that is windowed in the model, and changes nothing; others are contiguous, or in pages where
     ``page`` is given. ``kept``: the ``budget`` tokens of each head that are worth most by ``policy``, the first ``sinks``
     and the last ``recent`` among them (none given: half of the budget, snapkv's ``observe`` at most); where attention has a
-    window, a ring; ``observe``, ``pool`` and ``temperature`` as ``kv.retain`` takes them, none given as the policy's
-    paper has them.
+    window, a ring; ``observe``, ``pool``, ``temperature`` and ``merge`` as ``kv.retain`` takes them, none given as the
+    policy's paper has them.
 
     ``dtype``: what is stored, auto for the keys' own floats; i8, i4, i2 are codes, whose ``keys`` have scales for each
     ``token`` or for each ``channel`` of ``group`` tokens; ``recent`` tokens stay in ``full``. ``scales`` are f16 or f32.
@@ -62,6 +62,7 @@ class KvOptions(Pass):
     observe: int | None = None
     pool: int | None = None
     temperature: float | None = None
+    merge: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("length", "page", "window", "chunk", "group", "least", "budget"):
@@ -131,6 +132,7 @@ class KvOptions(Pass):
             "observe": observe,
             "pool": policy.pool if self.pool is None else self.pool,
             "temperature": policy.temperature if self.temperature is None else self.temperature,
+            "merge": bool(self.merge),
         }
 
     @property

@@ -1,8 +1,10 @@
 """The slots of one head that are worth least are given up, and those that stay moved to the front."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilewright.codegen.mlir.builder import Buffer, Kernel
+from tilewright.codegen.mlir.kv_merge import Merging
 from tilewright.codegen.mlir.kv_notes import POSITION, WORTH, Head
 from tilewright.codegen.mlir.kv_spec import POOL_SPACE
 from tilewright.codegen.mlir.value import Val, constant, iota
@@ -22,6 +24,7 @@ class Choice:
     space: Buffer
     length: Val
     slots: Val
+    merging: Merging | None = None
 
     def drop_one(self) -> None:
         """The least worthy, the oldest of equals; the last slot takes its place."""
@@ -39,8 +42,12 @@ class Choice:
         oldest = of_least.select(oldest, most)
         found = of_least & oldest.eq(oldest.reduce("min").splat(lanes))
         slot = found.select(place, constant(1 << 30, "i32", lanes)).reduce("min").to("index")
+        if self.merging is not None:
+            self.merging.one(slot, self.slots)
         with kernel.when(slot.ne(self.slots - 1)):
             self.head.move(self.slots - 1, slot)
+        if self.merging is not None:
+            self.merging.end()
 
     def drop(self, count: Val) -> None:
         """The ``count`` least worthy, each as worthy as the most of its pool; the others move up in order."""
@@ -50,13 +57,34 @@ class Choice:
         rest = count - self._count(lambda at: worths.load(at, kernel.lanes) < least.splat(kernel.lanes))
         oldest = self._smallest(rest, lambda at: self.head.load(POSITION, at, kernel.lanes),
                                 lambda at: worths.load(at, kernel.lanes).eq(least.splat(kernel.lanes)))  # fmt: skip
+
+        def leaves(at: Val, lanes: int = 0) -> Val:
+            worth, position = worths.load(at, lanes), self.head.load(POSITION, at, lanes)
+            return (worth < least.splat(lanes)) | (worth.eq(least.splat(lanes)) & (position <= oldest.splat(lanes)))
+
+        if self.merging is not None:
+            self._merge(self.merging, count, leaves)
         with kernel.loop(0, self.slots, carry=[constant(0)]) as loop:
-            (to,) = loop.values
-            worth, position = worths.load(loop.index), self.head.load(POSITION, loop.index)
-            leaves = (worth < least) | (worth.eq(least) & (position <= oldest))
-            with kernel.when(~leaves & loop.index.ne(to)):
+            (to,), gone = loop.values, leaves(loop.index)
+            with kernel.when(~gone & loop.index.ne(to)):
                 self.head.move(loop.index, to)
-            loop.next(leaves.select(to, to + 1))
+            loop.next(gone.select(to, to + 1))
+        if self.merging is not None:
+            self.merging.end()
+
+    def _merge(self, merging: Merging, count: Val, leaves: Callable[[Val, int], Val]) -> None:
+        """Merge what leaves into what stays; of the space, only the worths are still wanted."""
+        lanes = self.kernel.lanes
+        weights, _, likes, places = (self._part(n) for n in range(4))
+        with self.kernel.loop(0, self.slots, lanes) as loop:
+            weights.store(leaves(loop.index, lanes).select(constant(0.0, "f32", lanes), 1.0), loop.index)
+        merging.many(weights, count, self.slots, likes, places)
+
+    def _part(self, number: int) -> Buffer:
+        """Memory for one number a slot."""
+        size = self.head.cache.slots + 2 * POOL_SPACE
+        parts = 2 if self.merging is None else 4
+        return self.space.at(self.head.lane * (parts * size) + (number * size + POOL_SPACE))
 
     def _fixed(self, worth: Val, position: Val, slots: Val) -> Val:
         """Worths, without end for slots that are not to go."""
@@ -68,9 +96,7 @@ class Choice:
 
     def _worths(self) -> Buffer:
         """The worths that are compared, in memory of their own."""
-        lanes, size = self.kernel.lanes, self.head.cache.slots + 2 * POOL_SPACE
-        plain = self.space.at(self.head.lane * (2 * size) + POOL_SPACE)
-        out = plain.at(size)
+        lanes, plain, out = self.kernel.lanes, self._part(0), self._part(1)
         lowest = constant(-_INFINITE, "f32", lanes)
         for start in range(-POOL_SPACE, 0, lanes):
             plain.store(lowest, start)

@@ -13,6 +13,7 @@ from tilewright.codegen.mlir import math
 from tilewright.codegen.mlir.builder import Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E
 from tilewright.codegen.mlir.kv_choice import Choice
+from tilewright.codegen.mlir.kv_merge import Merging
 from tilewright.codegen.mlir.kv_notes import POSITION, WORTH, Head
 from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.value import Val, constant, iota
@@ -36,6 +37,7 @@ class Chooser:
         self.weights, self.tops = buffers.weights, buffers.tops
         self.first = constant(0)
         """The first row of the task at hand."""
+        self.merging = Merging(kernel, self.cache.key_size) if self.rule.merge else None
 
     # --- what attention leaves ----------------------------------------------------------------------------------------
 
@@ -54,6 +56,8 @@ class Chooser:
     def begin(self, head: Head, start: Val, live: Val, count: Val) -> None:
         """New notes on the call's tokens; what old ones are worth fades."""
         lanes, observe = self.kernel.lanes, self.rule.observe
+        if self.merging is not None:
+            self.merging.begin(head, start)
         first = constant(0) if observe else live // lanes * lanes
         left = (1.0 - count.to("i32").to("f32") / float(max(observe, 1))).max(constant(0.0, "f32"))
         with self.kernel.loop(first, live + count, lanes) as loop:
@@ -121,7 +125,7 @@ class Chooser:
     def close(self, head: Head, start: Val, live: Val, count: Val) -> None:
         """Let the least worthy go, when there are more than the budget."""
         end = live + count
-        choice = Choice(self.kernel, self.rule, head, self.buffers.choice, start + count, end)
+        choice = Choice(self.kernel, self.rule, head, self.buffers.choice, start + count, end, self.merging)
         leaving = end - self.cache.budget
         if self.spec.s == 1:
             with self.kernel.when(leaving > 0):

@@ -120,8 +120,13 @@ class AttendSpec:
             rows = self.heads if self.s == 1 else self.cache.heads * self.group * self.queries(schedule)
             found["weights"] = rows * self.cache.slots
             found["tops"] = rows * self.runs
-            found["choice"] = self.cache.heads * 2 * (2 * POOL_SPACE + self.cache.slots)
+            found["choice"] = self.cache.heads * self.spaces * (2 * POOL_SPACE + self.cache.slots)
         return found
+
+    @property
+    def spaces(self) -> int:
+        """Numbers for each slot that choosing works with; merging takes two more."""
+        return 4 if self.rule is not None and self.rule.merge else 2
 
     @property
     def runs(self) -> int:

@@ -49,13 +49,17 @@ POLICIES: dict[str, Policy] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """How worths grow, and which tokens stay: the first ``first`` positions, the last ``recent``, then the worthiest."""
+    """How worths grow, and which tokens stay: the first ``first`` positions, the last ``recent``, then the worthiest.
+
+    With ``merge`` others go on in those that stay, see `kv_merge`.
+    """
 
     policy: str
     recent: int
     first: int
     observe: int
     pool: int
+    merge: bool = False
 
     def worth(self, old: Array, weights: Array, live: int) -> Array:
         """The worths ``[H, T]`` after a call of queries that gave ``weights [H, G, n, T]``, the first seeing live + 1."""

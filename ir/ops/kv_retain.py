@@ -9,6 +9,7 @@ import numpy as np
 from tilewright.ir.core import Env, Value
 from tilewright.ir.ops.attention import mixed, weigh
 from tilewright.ir.ops.kv import Attend
+from tilewright.ir.ops.kv_merge import merged
 from tilewright.ir.ops.kv_policies import POLICIES, Rule, moves
 from tilewright.ir.ops.shapes import expect_dim, expect_rank
 from tilewright.ir.types import DType, KVType, Type
@@ -23,7 +24,9 @@ class Retain(Attend):
     What a token is worth grows as ``policy`` says (h2o, snapkv, scissorhands, keyformer) with the weights that queries gave
     it, summed over the query heads that share its key; gains of the last ``observe`` queries count (0: of all). The first
     ``first`` positions and the last ``recent`` always stay. ``pool``: when several tokens leave, each is worth the most of
-    so many slots around it. ``temperature`` divides the scores behind the weights that count.
+    so many slots around it. ``temperature`` divides the scores behind the weights that count. With ``merge`` a
+    token that leaves is merged into the one that it is most like, if it is like enough (`kv_merge`); how much is enough is
+    kept as the worth of the first slot behind the budget.
     """
 
     name = "kv.retain"
@@ -35,6 +38,7 @@ class Retain(Attend):
     observe: int = 0
     pool: int = 1
     temperature: float = 1.0
+    merge: bool = False
 
     def infer(self) -> tuple[Type, ...]:
         (out,) = super().infer()
@@ -57,7 +61,7 @@ class Retain(Attend):
     @property
     def rule(self) -> Rule:
         """Which tokens stay."""
-        return Rule(self.policy, self.recent, self.first, self.observe, self.pool)
+        return Rule(self.policy, self.recent, self.first, self.observe, self.pool, self.merge)
 
     def evaluate(self, env: Env, *args: Any) -> Any:
         q, cache, start, bias, sinks, table, q_sinks, pages, blocks, count = args
@@ -80,6 +84,7 @@ class Retain(Attend):
         keys, values, notes = cache
         budget, count = self.cache.cache.budget, weights.shape[2]
         live, end = min(start, budget), min(start, budget) + count
+        thresholds = notes[:, 0, budget].tolist() if start > budget else [None] * len(notes)
         notes[:, :, live:] = 0
         notes[:, 1, live:end] = start + np.arange(count)
         notes[:, 0] = self.rule.worth(notes[:, 0], weights, live)
@@ -87,6 +92,8 @@ class Retain(Attend):
             return
         for head, (worth, position) in enumerate(notes):
             leaving = self.rule.leaves(worth[:end], position[:end], start + count, end - budget)
+            level = merged(keys[:end, head], values[:end, head], leaving, thresholds[head]) if self.merge else 0
             to, source = moves(leaving, end)
             keys[to, head], values[to, head] = keys[source, head], values[source, head]
             notes[head][:, to] = notes[head][:, source]
+            notes[head, 0, budget] = level
