@@ -43,7 +43,8 @@ class Chooser:
 
     def put(self, weights: Val, row: Val, slot: Val) -> None:
         """The weights of some slots, relative to the top at hand."""
-        self.weights.store(weights, (self.first + row) * self.cache.slots + slot)
+        # In decoding they are read when all keys have gone by: lines fetched to be written would be gone again.
+        self.weights.store(weights, (self.first + row) * self.cache.slots + slot, stream=self.spec.s == 1)
 
     def top(self, top: Val, row: Val, slot: Val, slots: Val) -> None:
         """The top that the weights of so many slots are relative to."""
