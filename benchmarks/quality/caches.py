@@ -105,6 +105,8 @@ POLICIES = ("h2o", "snapkv", "scissorhands", "keyformer")
 KEPT = both(
     *(CacheRow(f"{FIFTH} by {policy}", kept(f"policy={policy}")) for policy in POLICIES),
     CacheRow(f"{FIFTH} by h2o, 4 recent", kept("policy=h2o recent=4")),
+    CacheRow(f"{FIFTH} by h2o, 64 observed", kept("policy=h2o observe=64")),
+    CacheRow(f"{FIFTH} by snapkv, merged", kept("policy=snapkv merge=true")),
     CacheRow(f"window {FIFTH}", layout(f"dtype=bf16 kind=ring window={FIFTH} chunk=64")),
 )
 
