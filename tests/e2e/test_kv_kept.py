@@ -21,9 +21,9 @@ def made(layout: str, **more: object) -> Compiled:
     return tilewright.compile(FOLDER, passes=passes, dtype="f32", **more)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def kept() -> Compiled:
-    return made(f"{{kind=kept budget={BUDGET} chunk={CHUNK} sinks=2}}")
+@pytest.fixture(scope="module", params=["", "policy=snapkv merge=true"])
+def kept(request: pytest.FixtureRequest) -> Compiled:
+    return made(f"{{kind=kept budget={BUDGET} chunk={CHUNK} sinks=2 {request.param}}}")
 
 
 @pytest.fixture(scope="module")
