@@ -15,9 +15,9 @@ Task = Literal["text", "stream", "recomputed", "sinks"]
 class CacheRow:
     """``passes`` make the cache, all in f32 arithmetic; ``model`` is the evaluation model or the small one.
 
-    ``text``: windows whose second half is decoded; ``stream``: one text of ``tokens``, decoded from its first token to its
-    last; ``recomputed``: some tokens of the same text, each by a model that sees the last ``window`` alone, at once;
-    ``sinks``: what attention the first token gets, without a cache.
+    ``text``: windows, of ``window`` tokens if that is not 0, whose second half is decoded; ``stream``: one text of
+    ``tokens``, decoded from its first token to its last; ``recomputed``: some tokens of the same text, each by a model that
+    sees the last ``window`` alone, at once; ``sinks``: what attention the first token gets, without a cache.
     """
 
     name: str
@@ -96,18 +96,40 @@ SELECTED = both(
 )
 
 
-def kept(options: str) -> str:
-    """A fifth of the tokens of a window stays."""
-    return layout(f"dtype=bf16 kind=kept budget={FIFTH} chunk=64 {options}")
+SHORT = WINDOW // 2
+"""Most texts of training were no longer."""
+
+
+def kept(policy: str, options: str = "", size: int = WINDOW) -> CacheRow:
+    """A fifth of the tokens of a text stays."""
+    count, end = size // 5, named(size)
+    name = f"{count} by {policy}{', ' + options if options else ''}{end}"
+    chosen = f"dtype=bf16 kind=kept budget={count} chunk=64 policy={policy}{' ' + options if options else ''}"
+    return CacheRow(name, layout(chosen), window=size % WINDOW)
+
+
+def last(size: int) -> CacheRow:
+    """The last fifth of the tokens of a text."""
+    passes = layout(f"dtype=bf16 kind=ring window={size // 5} chunk=64")
+    return CacheRow(f"window {size // 5}{named(size)}", passes, window=size % WINDOW)
+
+
+def named(size: int) -> str:
+    return "" if size == WINDOW else f", texts of {size}"
 
 
 POLICIES = ("h2o", "snapkv", "scissorhands", "keyformer")
+LATELY = "observe=64"
 KEPT = both(
-    *(CacheRow(f"{FIFTH} by {policy}", kept(f"policy={policy}")) for policy in POLICIES),
-    CacheRow(f"{FIFTH} by h2o, 4 recent", kept("policy=h2o recent=4")),
-    CacheRow(f"{FIFTH} by h2o, 64 observed", kept("policy=h2o observe=64")),
-    CacheRow(f"{FIFTH} by snapkv, merged", kept("policy=snapkv merge=true")),
-    CacheRow(f"window {FIFTH}", layout(f"dtype=bf16 kind=ring window={FIFTH} chunk=64")),
+    *map(kept, POLICIES),
+    kept("h2o", "recent=4"),
+    kept("h2o", LATELY),
+    kept("snapkv", "merge=true"),
+    last(WINDOW),
+    CacheRow(f"bf16{named(SHORT)}", layout("dtype=bf16"), window=SHORT),
+    *(kept(policy, size=SHORT) for policy in POLICIES[:2]),
+    kept("h2o", LATELY, SHORT),
+    last(SHORT),
 )
 
 

@@ -58,20 +58,23 @@ class Caches:
     def __init__(self, settings: CacheSettings, cache: Path) -> None:
         self.settings, self.cache = settings, cache
         self.ids = token_ids(settings.model / "validation.txt", settings.model)
-        self.rows = windows(self.ids, settings.window, settings.stride, settings.tokens)
         self.questions = list(questions(Tokenizer(settings.small), self.ids, int(self.ids.max()) + 1))
-        self.references: dict[str, Reference] = {}
+        self.references: dict[tuple[str, int], Reference] = {}
 
     def folder(self, row: CacheRow) -> Path:
         return self.settings.model if row.model == EVALUATION else self.settings.small
 
-    def reference(self, row: CacheRow) -> Array:
-        """What the model without a cache says, in f32."""
-        if row.model not in self.references:
-            how = self.settings
-            plain = Settings(self.folder(row), how.tokens, how.window, how.stride, 0)
-            self.references[row.model] = Reference(plain, Row("f32"), self.cache, self.rows)
-        return self.references[row.model].logits
+    def windows(self, size: int) -> Array:
+        """Texts ``[n, size]``."""
+        return windows(self.ids, size, size // 2, self.settings.tokens)
+
+    def reference(self, row: CacheRow, size: int) -> Array:
+        """What the model without a cache says of texts of ``size`` tokens, in f32."""
+        key = row.model, size
+        if key not in self.references:
+            plain = Settings(self.folder(row), self.settings.tokens, size, size // 2, 0)
+            self.references[key] = Reference(plain, Row("f32"), self.cache, self.windows(size))
+        return self.references[key].logits
 
     def measure(self, row: CacheRow) -> Figures:
         """The figures of a row."""
@@ -79,7 +82,7 @@ class Caches:
 
     def sinks(self, row: CacheRow) -> Figures:
         """On the first windows."""
-        return dict(first_token(self.folder(row), self.rows[:8]))
+        return dict(first_token(self.folder(row), self.windows(WINDOW)[:8]))
 
     def compiled(self, row: CacheRow) -> tilewright.Compiled:
         length = WINDOW if row.task == "text" else None
@@ -89,16 +92,17 @@ class Caches:
 
     def text(self, row: CacheRow) -> Figures:
         """Windows side by side; the first half is fed in chunks, the second token by token."""
-        want, first, begun = self.reference(row), self.settings.window - self.settings.stride, time.perf_counter()
+        size = row.window or self.settings.window
+        want, texts, first, begun = self.reference(row, size), self.windows(size), size - size // 2, time.perf_counter()
         done = self.compiled(row)
         made, parts = time.perf_counter(), []
         with done.program.session(1, ROWS_AT_A_TIME) as session:
-            for at in range(0, len(self.rows), session.batch):
-                batch = self.rows[at : at + session.batch]
+            for at in range(0, len(texts), session.batch):
+                batch = texts[at : at + session.batch]
                 steps = zip(follow(session, batch, first), range(first, batch.shape[1]))
                 parts += [scores(said, want[at : at + len(batch), i - first], batch[:, i]) for said, i in steps]
             retrieval = keys_found(session, self.questions)
-        found = figures(row.name, "f32", parts, self.settings.window, self.settings.stride)
+        found = figures(row.name, "f32", parts, size, size // 2)
         return {
             "bytes": done.program.cache_bytes(self.settings.window), "tokens": found.tokens,
             "perplexity": found.perplexity, "kl_mean": found.kl_mean, "kl_p99": found.kl_p99, "top1": found.top1,

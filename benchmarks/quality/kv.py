@@ -12,13 +12,19 @@ from benchmarks.quality.caches import (
     FIFTH,
     FORMATS,
     KEPT,
+    LATELY,
     MIXED,
     POLICIES,
     PRUNED,
     SELECTED,
+    SHORT,
     SMALL,
     STREAMS,
+    WINDOW,
     CacheRow,
+    kept,
+    last,
+    named,
 )
 from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
 from benchmarks.quality.goals import Goal, better, within
@@ -59,7 +65,7 @@ class Section:
 
 def scored(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
     """Cells of a row of text."""
-    base = rows.get(prefix + BASE, {}).get("perplexity")
+    base = rows.get(f"{prefix}{BASE}{named(row.get('row', {}).get('window') or WINDOW)}", {}).get("perplexity")
     change = "" if base is None else f"{row['perplexity'] / base - 1:+.2%}"
     figures = [f"{row['perplexity']:.3f}", change, f"{row['kl_mean']:.5f}", f"{row['kl_p99']:.4f}", f"{row['top1']:.2%}"]
     return [f"{row['bytes']:,}", *figures]
@@ -128,9 +134,10 @@ def sinks_stable(size: int, prefix: str, say: str) -> Goal:
     return stable(text, f"{prefix}4 sinks + window {size - 4}", f"{prefix}window {size}, recomputed")
 
 
-def policy_better(policy: str, prefix: str, say: str) -> Goal:
-    text = f"{say}{policy} better than a window of the same size"
-    return better(text, f"{prefix}{FIFTH} by {policy}", f"{prefix}window {FIFTH}")
+def policy_better(policy: str, options: str, size: int, prefix: str, say: str) -> Goal:
+    how = ", ".join(filter(None, (policy, options)))
+    text = f"{say}{how} better than a window of the same size{named(size)}"
+    return better(text, prefix + kept(policy, options, size).name, prefix + last(size).name)
 
 
 FORMAT_GOALS = (
@@ -159,13 +166,20 @@ def finds(text: str, name: str) -> Goal:
     return Goal(text, (name,), lambda r: r[name]["right"] >= 4 / KEYS, lambda r: f"{r[name]['right']:.1%}")
 
 
-KEPT_GOALS = tuple(goal for policy in POLICIES[:2] for goal in for_both(partial(policy_better, policy)))
+KEPT_GOALS = tuple(
+    goal
+    for size in (WINDOW, SHORT)
+    for policy, options in (*((p, "") for p in POLICIES[:2]), ("h2o", LATELY))
+    for goal in for_both(partial(policy_better, policy, options, size))
+)
 SELECT_GOALS = (
     *for_both(lambda p, say: within(f"{say}a quarter of pages within 2 % of bf16", f"{p}a quarter of pages of 16", 0.02,
                                     p + BASE)),
     *for_both(lambda p, say: better(f"{say}a quarter of pages better than a window of as many tokens",
                                     f"{p}a quarter of pages of 16", f"{p}window 128")),
 )  # fmt: skip
+
+
 def remembers(policy: str, prefix: str, say: str) -> Goal:
     """A gain of at least twice that of the window."""
     new, old = f"{prefix}{FIFTH} by {policy}", f"{prefix}window {FIFTH}"
@@ -197,8 +211,9 @@ SECTIONS: tuple[Section, ...] = (
     ),
     Section(
         "A budget of tokens",
-        f"After each call {FIFTH} tokens stay, a fifth of the longest text, for each head those that a policy thinks most "
-        "of; half of them are the last ones if nothing else is said. A call has at most 64 tokens.",
+        f"After each call {FIFTH} tokens stay ({SHORT // 5} of texts of {SHORT}), a fifth of the text, for each head those "
+        "that a policy thinks most of; half of them are the last ones if nothing else is said. A call has at most 64 "
+        "tokens.",
         SCORED, KEPT, scored, KEPT_GOALS,
     ),
     Section(
