@@ -204,7 +204,7 @@ class LinearSchedule(Schedule):
     name: ClassVar[str] = "linear"
     tile_m: int = knob(6, (1, 2, 4, 5, 6, 8, 12, 14))
     tile_v: int = knob(4, (1, 2, 3, 4, 6))
-    block_m: int = knob(96, (24, 48, 96, 144, 192, 240))
+    block_m: int = knob(96, (24, 48, 96, 144, 192, 240, 516))
     block_k: int = knob(1024, (128, 256, 512, 1024, 2048, 4096))
     unroll: int = knob(4, (1, 2, 4, 8))
     prefetch: int = knob(0, (0, 512, 1024, 2048, 4096, 8192))

@@ -167,7 +167,7 @@ class LinearSpec:
         if self.sparse and target.vector_bits == 512 and not grouped:
             wide = replace(wide, prefetch=8192 if self.kept > _SPARSEST else 2048)
         if self.expands or self.sparse:
-            wide = replace(wide, block_m=240)  # each block of rows expands the weights once
+            wide = replace(wide, block_m=516 if self.sparse else 240)  # each block of rows expands the weights once
         enough = _SHARED // 2 if grouped else _SHARED
         return wide if self.n >= enough * self.panel(wide, target) else replace(wide, tile_v=2)
 
