@@ -26,6 +26,5 @@ def select_pages(decode: Function, options: KvOptions) -> None:
         least = LEAST if options.least is None else options.least
         builder = Builder(decode, op, op.loc)
         pages = builder(ops.Select, op.q, op.cache, op.start, op.table, share=options.select, least=least)
-        given = {field.name: getattr(op, field.name) for field in op.fields}
-        op.result.replace_all_uses(builder(ops.Attend, **(given | {"pages": pages})))
+        op.result.replace_all_uses(builder.insert(op.clone({}, pages=pages)).result)
         op.drop()

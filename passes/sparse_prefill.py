@@ -9,10 +9,10 @@ MInference (arXiv:2407.02490), FlexPrefill (arXiv:2502.20766). Only prompts: dec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tilewright.ir import Module, PassError, Rewriter, Ring, VerifyError, ops, rewrite
-from tilewright.ir.ops.kv_choose import BLOCKS
+from tilewright.ir.ops.kv_choose import SIZES, unfit
 from tilewright.passes.base import Pass, PassContext
 
 _LOCAL = 1024
@@ -41,14 +41,14 @@ class SparsePrefill(Pass):
     sample: int = 64
 
     def __post_init__(self) -> None:
-        if self.block not in BLOCKS:
-            raise ValueError(f"block is one of {', '.join(map(str, BLOCKS))}, got {self.block}")
-        if self.queries < 1 or self.queries & (self.queries - 1):
-            raise ValueError(f"queries is a power of two, got {self.queries}")
-        if not (0 < self.share <= 1 and 0 < self.gamma <= 1 and self.tau >= 0):
-            raise ValueError("share and gamma are above 0 and at most 1, tau is at least 0")
-        if min(self.dense, self.local or 0, self.columns, self.slashes, self.sinks - 1, self.sample - 1) < 0:
-            raise ValueError("sinks and sample are at least 1; dense, local, columns and slashes are not negative")
+        if reason := unfit(**self.sizes):
+            raise ValueError(reason)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The attributes of ``kv.choose``."""
+        local = _LOCAL * (self.pattern == "a-shape") if self.local is None else self.local
+        return {name: getattr(self, name) for name in SIZES} | {"local": local}
 
     def inapplicable(self, module: Module) -> str | None:
         return None if "prefill" in module.functions else "the module has no function @prefill: give it after kv-layout"
@@ -66,18 +66,13 @@ class SparsePrefill(Pass):
         if reason := _refusal(op):
             rw.skip(op, reason)
             return
-        local = _LOCAL * (self.pattern == "a-shape") if self.local is None else self.local
-        build, sizes = rw.before(op), {"block": self.block, "queries": self.queries}
         try:
-            blocks = build(
-                ops.Choose, op.q, op.cache, op.start, op.table, patterns=(self.pattern,), sinks=self.sinks, local=local,
-                dense=self.dense, columns=self.columns, slashes=self.slashes, share=self.share, gamma=self.gamma,
-                tau=self.tau, sample=self.sample, scale=op.scale, **sizes,
-            )  # fmt: skip
+            blocks = rw.before(op)(
+                ops.Choose, op.q, op.cache, op.start, op.table, patterns=(self.pattern,), scale=op.scale, **self.sizes
+            )
         except VerifyError as error:
             raise PassError(f"sparse-prefill: {error.message}", op.loc) from error
-        given = {f.name: getattr(op, f.name) for f in op.fields}
-        rw.replace(op, build(ops.Attend, **(given | sizes | {"blocks": blocks})))
+        rw.replace(op, op.clone({}, blocks=blocks, block=self.block, queries=self.queries))
 
 
 def _refusal(op: ops.Attend) -> str | None:

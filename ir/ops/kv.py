@@ -162,8 +162,8 @@ class Attend(Op):
         wanted = (b, kv.heads, as_dim(-(-s // self.queries)), 1 + -(-kv.length // self.block))
         for axis, (found, size) in enumerate(zip(self.blocks.shape, wanted)):
             expect_dim(self, f"blocks, axis {axis}", found, size)
-        whole = not isinstance(kv.layout, Ring) and self.window <= 0 and self.chunk <= 0
-        self.expect(whole, f"blocks are chosen of all keys, not of a window, a chunk or a ring: {kv}")
+        whole = not isinstance(kv.layout, (Ring, Kept)) and self.window <= 0 and self.chunk <= 0
+        self.expect(whole, f"blocks are chosen of all keys, not of a window, a chunk, a ring or kept tokens: {kv}")
 
     def evaluate(
         self, env: Env, q: Any, cache: Any, start: Any, bias: Any, sinks: Any, table: Any, q_sinks: Any, pages: Any,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
+from tilewright.ir.kv_kept import Kept
 from tilewright.ir.kv_type import Ring
 from tilewright.ir.ops import numerics as num
 from tilewright.ir.ops.attention import expect_groups
@@ -21,6 +22,26 @@ Array = np.ndarray[Any, Any]
 PATTERNS = ("a-shape", "vertical-slash", "block-sparse", "flex")
 BLOCKS = (32, 64, 128, 256)
 """Keys of a block."""
+
+
+SIZES = ("block", "queries", "sinks", "local", "dense", "columns", "slashes", "share", "gamma", "tau", "sample")
+"""Attributes that say how much is chosen."""
+
+
+def unfit(
+    block: int, queries: int, sinks: int, local: int, dense: int, columns: int, slashes: int, share: float, gamma: float,
+    tau: float, sample: int,
+) -> str | None:  # fmt: skip
+    """Why nothing can be chosen so, or None."""
+    if block not in BLOCKS:
+        return f"block is one of {', '.join(map(str, BLOCKS))}, got {block}"
+    if queries < 1 or queries & (queries - 1):
+        return f"queries is a power of two, got {queries}"
+    if not (0 < share <= 1 and 0 < gamma <= 1 and tau >= 0):
+        return f"share and gamma are above 0 and at most 1, tau is at least 0: {share}, {gamma}, {tau}"
+    if min(local, dense, columns, slashes, sinks - 1, sample - 1) < 0:
+        return "sinks and sample are at least 1; local, dense, columns and slashes are not negative"
+    return None
 
 
 class Choose(Op):
@@ -65,7 +86,7 @@ class Choose(Op):
         expect_dim(self, "q, size of a head", self.q.shape[3], kv.dim)
         expect_groups(self, self.q.shape[2], kv.heads)
         expect_table(self, self.table, self.q)
-        self.expect(not isinstance(kv.layout, Ring), f"a ring overwrites what blocks are chosen of: {kv}")
+        self.expect(not isinstance(kv.layout, (Ring, Kept)), f"blocks are chosen of all keys, which {kv.layout} has not")
         self._check_patterns(kv.heads)
         b, s = self.q.shape[:2]
         shape = (b, kv.heads, as_dim(-(-s // self.queries)), 1 + -(-kv.length // self.block))
@@ -75,14 +96,8 @@ class Choose(Op):
         known = all(p in PATTERNS for p in self.patterns)
         self.expect(known, f"a pattern of {', '.join(self.patterns)} is none of {', '.join(PATTERNS)}")
         self.expect(len(self.patterns) in (1, heads), f"{len(self.patterns)} patterns for {heads} key heads")
-        self.expect(self.block in BLOCKS, f"block is one of {BLOCKS}, got {self.block}")
-        powers = self.queries > 0 and self.queries & (self.queries - 1) == 0
-        self.expect(powers, f"queries is a power of two, got {self.queries}")
-        least = min(self.local, self.dense, self.columns, self.slashes, self.sinks - 1, self.sample - 1)
-        self.expect(least >= 0, "sinks and sample are at least 1, local, dense, columns and slashes at least 0")
-        fits = 0 < self.share <= 1 and 0 < self.gamma <= 1 and self.tau >= 0
-        got = f"{self.share}, {self.gamma}, {self.tau}"
-        self.expect(fits, f"share and gamma are above 0 and at most 1, tau at least 0: {got}")
+        if reason := unfit(**{f.name: getattr(self, f.name) for f in self.fields if f.name in SIZES}):
+            self.fail(reason)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from tilewright.ir import (
     DType,
     Function,
     InterpreterError,
+    Kept,
     KVType,
     Module,
     Paged,
@@ -208,12 +209,15 @@ def test_refused(given: dict[str, Any], reason: str) -> None:
 def test_rings_windows_and_wrong_lists_are_refused() -> None:
     f = Function("f")
     q, start = f.arg("q", TensorType(("B", "S", 4, 8), DType.f32)), f.arg("start", TensorType(("B",), DType.i64))
-    ring = f.arg("ring", KVType(2, 8, 8, 99, DType.f32, Ring(20, 20)))
-    with pytest.raises(VerifyError, match="a ring overwrites what blocks are chosen of"):
-        ops.Choose(q, ring, start)
     cache = f.arg("cache", KVType(2, 8, 8, 99, DType.f32))
     blocks = f.append(ops.Choose(q, cache, start)).result
-    with pytest.raises(VerifyError, match="not of a window, a chunk or a ring"):
+    for layout in (Ring(20, 20), Kept(20, 20)):
+        other = f.arg("other", KVType(2, 8, 8, 99, DType.f32, layout))
+        with pytest.raises(VerifyError, match=f"blocks are chosen of all keys, which {layout} has not"):
+            ops.Choose(q, other, start)
+    with pytest.raises(VerifyError, match="not of a window, a chunk, a ring or kept tokens"):
+        ops.Attend(q, other, start, blocks=blocks)
+    with pytest.raises(VerifyError, match="not of a window, a chunk, a ring or kept tokens"):
         ops.Attend(q, cache, start, blocks=blocks, window=9)
     with pytest.raises(VerifyError, match="blocks, axis 3"):
         ops.Attend(q, cache, start, blocks=blocks, block=32)
