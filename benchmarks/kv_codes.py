@@ -6,14 +6,25 @@ For each element type: microseconds of one call of the attention kernel alone (o
 (median and best of interleaved repetitions), and the share of the read bandwidth.
 """
 
-import argparse
-
 import numpy as np
-from attention import SHAPES, Bench, Heads, call_all, filled, function, head, measure, read_run, row
+from attention_bench import (
+    SHAPES,
+    Bench,
+    Heads,
+    call_all,
+    copied,
+    filled,
+    function,
+    head,
+    measure,
+    opened,
+    parser,
+    read_run,
+    row,
+)
 
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.mlir.native import aligned
-from tilewright.codegen.target import parse_target
 from tilewright.ir import DType, KVType, TensorType, ops
 
 COLD = 96 << 20  # bytes of caches to cycle through, more than any cache here
@@ -39,10 +50,7 @@ def decode_run(bench: Bench, heads: Heads, length: int, given: dict):
     size = layout.k_bytes + layout.v_bytes
     sets = []
     for _ in range(max(COLD // size, 2)):
-        pair = []
-        for x in layout.write(*numbers):
-            pair.append(aligned(x.shape, layout.stored, fill=None))
-            pair[-1][...] = x
+        pair = copied(layout.write(*numbers), layout.stored)
         sets.append((filled((1, 1, heads.q, heads.dim), "bf16"), *pair, aligned(1, "i64", length - 1),
                      aligned((1, 1, heads.q, heads.dim), "bf16")))
     return call_all(bench, kernel, {"B": 1}, sets), size, len(sets)
@@ -62,15 +70,10 @@ def decode(bench: Bench, shapes: list[Heads], length: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--target", default="native")
-    parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    options = parser.parse_args()
-    bench = Bench(parse_target(options.target), options.threads)
-    print(f"{bench.target}, {options.threads} threads")
-    decode(bench, [SHAPES[s] for s in options.shape or SHAPES], options.length)
+    options = parser(__doc__)
+    options.add_argument("--length", type=int, default=16384)
+    given = options.parse_args()
+    decode(opened(given), [SHAPES[s] for s in given.shape or SHAPES], given.length)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ The attention kernel alone, one query a head, bf16; median and best of interleav
 go each time; beside it ``kv.attend`` over as many slots, and over ``--length`` of them.
 """
 
-import argparse
 from typing import Any
 
 import numpy as np
-from attention import SHAPES, Bench, Heads, call_all, filled, function, head, measure, row
+from attention_bench import SHAPES, Bench, Heads, call_all, copied, filled, function, head, measure, opened, parser, row
 
 from tilewright.codegen.cache import CacheLayout, cache_layout
 from tilewright.codegen.mlir.native import aligned
-from tilewright.codegen.target import parse_target
 from tilewright.ir import CONTIGUOUS, DType, Kept, KVType, TensorType, ops
 from tilewright.passes.kv_layout import KvLayout
 from tilewright.passes.kv_options import ENDLESS
@@ -35,11 +33,7 @@ def stored(memory: CacheLayout, heads: Heads, copies: int) -> list[list[np.ndarr
     rng, sizes = np.random.default_rng(0), (1, memory.held, heads.kv, heads.dim)
     notes = np.stack([rng.random((1, heads.kv, memory.slots)), np.tile(np.arange(memory.slots), (1, heads.kv, 1))], 2)
     made = memory.write(*rng.standard_normal((2, *sizes)).astype(np.float32), notes if memory.budget else None)
-    out = [[aligned(x.shape, memory.stored, fill=None) for x in made] for _ in range(copies)]
-    for pair in out:
-        for mine, x in zip(pair, made):
-            mine[...] = x
-    return out
+    return [copied(made, memory.stored) for _ in range(copies)]
 
 
 def decoding(bench: Bench, heads: Heads, slots: int, rule: dict[str, Any] | None = None):
@@ -75,18 +69,14 @@ def budgets(bench: Bench, heads: Heads, sizes: list[int], length: int, repeat: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--target", default="native")
-    parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--budget", type=int, action="append")
-    parser.add_argument("--repeat", type=int, default=21)
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    options = parser.parse_args()
-    bench = Bench(parse_target(options.target), options.threads)
-    print(f"{bench.target}, {options.threads} threads")
-    for name in options.shape or ("L", "8B"):
-        budgets(bench, SHAPES[name], options.budget or [512, 1024, 2048], options.length, options.repeat)
+    options = parser(__doc__)
+    options.add_argument("--length", type=int, default=16384)
+    options.add_argument("--budget", type=int, action="append")
+    options.add_argument("--repeat", type=int, default=21)
+    given = options.parse_args()
+    bench = opened(given)
+    for name in given.shape or ("L", "8B"):
+        budgets(bench, SHAPES[name], given.budget or [512, 1024, 2048], given.length, given.repeat)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ sharing   16 sequences of 4096 tokens that all begin with and 256 of their own: 
 cost      one sequence of 16,384 tokens in pages, taken in order or scattered over the pool, beside one piece
 """
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
-from attention import SHAPES, Bench, Heads, call_all, filled, function, head, measure, peak_run, row
+from attention_bench import SHAPES, Bench, Heads, call_all, filled, function, head, measure, opened, parser, peak_run, row
 
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.mlir.native import aligned
-from tilewright.codegen.target import parse_target
 from tilewright.ir import CONTIGUOUS, DType, KVType, Layout, Paged, TensorType, ops
 
 BATCH, COMMON, OWN, PAGE = 16, 4096, 256, 32
@@ -86,16 +84,12 @@ SECTIONS = {"sharing": sharing, "cost": cost}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--target", default="native")
-    parser.add_argument("--only", choices=SECTIONS, action="append")
-    parser.add_argument("--shape", choices=HEADS, action="append")
-    options = parser.parse_args()
-    bench = Bench(parse_target(options.target), options.threads)
-    print(f"{bench.target}, {options.threads} threads")
-    for name in options.only or SECTIONS:
-        SECTIONS[name](bench, [HEADS[s] for s in options.shape or HEADS])
+    options = parser(__doc__, HEADS)
+    options.add_argument("--only", choices=SECTIONS, action="append")
+    given = options.parse_args()
+    bench = opened(given)
+    for name in given.only or SECTIONS:
+        SECTIONS[name](bench, [HEADS[s] for s in given.shape or HEADS])
 
 
 if __name__ == "__main__":

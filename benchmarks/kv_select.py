@@ -6,14 +6,11 @@ For each size of pages: microseconds of one call over all pages (one query a hea
 with attention to what is chosen, and how many times faster these are (median and best of interleaved repetitions).
 """
 
-import argparse
-
 import numpy as np
-from attention import SHAPES, Bench, Heads, call_all, filled, function, head, measure, row
+from attention_bench import SHAPES, Bench, Heads, call_all, filled, function, head, measure, opened, parser, row
 
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.mlir.native import aligned
-from tilewright.codegen.target import parse_target
 from tilewright.ir import DType, KVType, Paged, TensorType, ops
 
 COLD = 96 << 20  # bytes of caches to cycle through, more than any cache here
@@ -63,18 +60,13 @@ def decode(bench: Bench, shapes: list[Heads], length: int, pages: list[int], sha
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--target", default="native")
-    parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--share", type=float, default=0.25)
-    parser.add_argument("--page", type=int, action="append")
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    options = parser.parse_args()
-    bench = Bench(parse_target(options.target), options.threads)
-    print(f"{bench.target}, {options.threads} threads")
-    shapes = [SHAPES[s] for s in options.shape or ("L", "8B")]
-    decode(bench, shapes, options.length, options.page or [16, 32, 64], options.share)
+    options = parser(__doc__)
+    options.add_argument("--length", type=int, default=16384)
+    options.add_argument("--share", type=float, default=0.25)
+    options.add_argument("--page", type=int, action="append")
+    given = options.parse_args()
+    shapes = [SHAPES[s] for s in given.shape or ("L", "8B")]
+    decode(opened(given), shapes, given.length, given.page or [16, 32, 64], given.share)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ chunk alone), the share of the blocks that is walked, and the share of dense att
 random with directions that stretches of the text share, so that attention has something to find.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from attention import SHAPES, Bench, Heads, call_all, function, head, measure, row
+from attention_bench import SHAPES, Bench, Heads, call_all, copied, function, head, measure, opened, parser, row
 
 from tilewright.codegen.cache import CacheLayout, cache_layout
 from tilewright.codegen.mlir.native import aligned
-from tilewright.codegen.target import parse_target
 from tilewright.ir import DType, KVType, TensorType, as_dim, ops
 
 BLOCK = QUERIES = 64
@@ -46,10 +44,7 @@ class Prompt:
         self.keys, self.queries = keys.astype(DType.bf16.np), queries.astype(DType.bf16.np)
         layout = cache_layout(self.type, bench.target)
         assert isinstance(layout, CacheLayout)
-        self.cache = []
-        for made in layout.write(self.keys, values.astype(DType.bf16.np)):
-            self.cache.append(aligned(made.shape, "bf16", fill=None))
-            self.cache[-1][...] = made
+        self.cache = copied(layout.write(self.keys, values.astype(DType.bf16.np)), "bf16")
         self.lists = aligned((1, heads.kv, chunk // QUERIES, 1 + length // BLOCK), "i32")
         self.q, self.out = (aligned((1, chunk, heads.q, heads.dim), "bf16") for _ in range(2))
         self.start = aligned(1, "i64", 0)
@@ -110,17 +105,13 @@ def compare(bench: Bench, heads: Heads, length: int, chunk: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--target", default="native")
-    parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    options = parser.parse_args()
-    bench = Bench(parse_target(options.target), options.threads)
-    print(f"{bench.target}, {options.threads} threads")
-    for name in options.shape or ("L", "8B"):
-        compare(bench, SHAPES[name], options.length, options.chunk)
+    options = parser(__doc__)
+    options.add_argument("--length", type=int, default=16384)
+    options.add_argument("--chunk", type=int, default=512)
+    given = options.parse_args()
+    bench = opened(given)
+    for name in given.shape or ("L", "8B"):
+        compare(bench, SHAPES[name], given.length, given.chunk)
 
 
 if __name__ == "__main__":
