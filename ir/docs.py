@@ -52,7 +52,8 @@ widened to f32 inside an operation and rounded once, at its result.
   sequences share), `ring<1024, 512, 4>` (the last 1024 positions and the first 4, calls of up to 512 tokens) and
   `kept<1024, 512>` (1024 tokens that `kv.retain` chooses, calls of up to 512). Besides f32, f16 and bf16 the `dtype` may
   be that of codes, i8, i4 or i2, then with `keys=token` or `keys=channel`, `group=32`, `recent=128`, `scales=f16`,
-  `full=bf16`, left out at their defaults ([kv.md](kv.md)). Pages that `kv.select` may choose among have `summary=minmax`.
+  `full=bf16`, `rank=2`, `outliers=1`, left out at their defaults ([kv.md](kv.md)). Pages that `kv.select` may choose among
+  have `summary=minmax`.
   A cache is changed in place: after `kv.append`, `kv.retain`, or a `kernel.call` that gives it, the operand is gone and
   only the result may be used.
 

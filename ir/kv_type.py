@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from tilewright.ir.dtypes import DType
 from tilewright.ir.kv_kept import NOTES, Kept
+from tilewright.ir.kv_residual import check_residual, residual_bytes
 
 PAGES = (16, 32, 64)
 """Tokens that a page may hold."""
@@ -106,6 +107,8 @@ class KVType:
     a token and head, and for its key (``keys=token``) or for a channel of ``group`` tokens (``keys=channel``, KIVI,
     arXiv:2402.02750). The last ``recent`` tokens, and those in no whole group yet, stay in ``full`` beside the codes; a
     call appends only tokens of the text to such a cache, no padding. Without ``recent``, ``keys=token`` has none of these.
+    A group has beside its codes factors of ``rank`` columns of their error, and ``outliers`` at either end of the numbers
+    that share a scale (GEAR, arXiv:2403.05527; see `ir.ops.kv_codes`).
 
     With ``summary=minmax`` each full page has, for each head, the least and the greatest of every component of its keys
     (Quest, arXiv:2406.10774), in the cache's floats, or in ``full``: what ``kv.select`` chooses pages by.
@@ -122,6 +125,8 @@ class KVType:
     recent: int = 0
     scales: DType = DType.f16
     full: DType = DType.bf16
+    rank: int = 0
+    outliers: int = 0
     summary: str = "none"
     _always: ClassVar[int] = 6  # fields that are printed whatever they are
 
@@ -148,6 +153,7 @@ class KVType:
         _expect(self.recent >= 0, f"recent is not negative, got {self.recent}")
         _expect(self.scales in (DType.f16, DType.f32), f"scales are f16 or f32, got {self.scales.value}")
         _expect(self.full in (DType.bf16, DType.f32), f"full is bf16 or f32, got {self.full.value}")
+        check_residual(self)
         if not self.keeps_recent:
             return
         ring = isinstance(self.layout, Ring)
@@ -179,6 +185,11 @@ class KVType:
     def keeps_recent(self) -> bool:
         """Whether some tokens are not codes yet."""
         return self.is_coded and (self.recent > 0 or self.keys == "channel")
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether some of the error of codes lies beside them."""
+        return self.rank > 0 or self.outliers > 0
 
     @property
     def has_summary(self) -> bool:
@@ -236,14 +247,15 @@ class KVType:
         return self.recent + self.group - 1 if self.keeps_recent else 0
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of so many tokens, as ``dtype`` says: keys, values, scales and zeros, and what their pages say of them."""
+        """Bytes of so many tokens, as ``dtype`` says: all that lies beside keys and values, and what pages say of them."""
         numbers = -(-tokens * self.heads * (self.dim + self.vdim) * self.dtype.bits // 8)
         if self.has_summary:
             numbers += -(-tokens // self.page) * self.heads * 2 * self.dim * self.summaries.size
         if not self.is_coded:
             return numbers
         of_keys = -(-tokens // self.group) * self.dim if self.keys == "channel" else tokens
-        return numbers + (of_keys + tokens) * self.heads * self.scales.size * (1 + self.has_zeros)
+        numbers += (of_keys + tokens) * self.heads * self.scales.size * (1 + self.has_zeros)
+        return numbers + residual_bytes(self, tokens)
 
     @property
     def page_bytes(self) -> int:

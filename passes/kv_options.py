@@ -18,7 +18,7 @@ _OF_KIND = {
     "window": ("ring",), "sinks": ("ring", "kept"), "chunk": ("ring", "kept"),
     **dict.fromkeys(("budget", "policy", "observe", "pool", "temperature", "merge"), ("kept",)),
 }  # fmt: skip
-_OF_CODES = ("keys", "group", "recent", "scales", "full")
+_OF_CODES = ("keys", "group", "recent", "scales", "full", "rank", "outliers")
 _RECENT = 128
 _PAGE, _CHOSEN_PAGE = 64, 32  # large ones suit memory, those that are chosen one by one say more when they are small
 
@@ -37,6 +37,8 @@ class KvOptions(Pass):
 
     ``dtype``: what is stored, auto for the keys' own floats; i8, i4, i2 are codes, whose ``keys`` have scales for each
     ``token`` or for each ``channel`` of ``group`` tokens; ``recent`` tokens stay in ``full``. ``scales`` are f16 or f32.
+    Groups of tokens keep ``rank`` columns of the error of their codes, and ``outliers`` at either end of those that share a
+    scale.
 
     ``select``: the share of a sequence's pages that decoding reads, but at least ``least`` of them (none is 4), in layers
     that see all of them; the first ``whole`` of these (none is 1) read all, as prefill does.
@@ -54,6 +56,8 @@ class KvOptions(Pass):
     recent: int | None = None
     scales: Literal["f16", "f32"] = "f16"
     full: Literal["auto", "bf16", "f32"] = "auto"
+    rank: int = 0
+    outliers: int = 0
     select: float | None = None
     least: int | None = None
     whole: int | None = None
@@ -187,7 +191,8 @@ class KvOptions(Pass):
         full = (DType.f32 if own is DType.f32 else DType.bf16) if self.full == "auto" else DType(self.full)
         unused = not recent and self.keys == "token" and self.select is None
         kept = {} if unused else {"group": group, "full": full}
-        return {"keys": self.keys, "recent": recent, "scales": DType(self.scales), **kept}
+        beside = {"rank": self.rank, "outliers": self.outliers}
+        return {"keys": self.keys, "recent": recent, "scales": DType(self.scales), **beside, **kept}
 
 
 def describe(types: list[KVType]) -> str:

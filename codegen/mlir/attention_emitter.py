@@ -69,6 +69,8 @@ class AttentionEmitter:
             if isinstance(value.type, KVType):
                 if value.cache.keeps_recent and value.cache.page:
                     return f"no kernel for recent tokens beside pages: {value.type}"
+                if value.cache.has_residual:
+                    return f"no kernel for rank and outliers beside codes: {value.type}; give rank=0 and outliers=0"
             elif isinstance(view := view_of(value), str):
                 return view
         if isinstance(found, ops.Attention) and found.first:

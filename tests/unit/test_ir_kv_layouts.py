@@ -1,5 +1,6 @@
 """Layouts and codes of caches in the interpreter: against loops over all tokens, and what is refused."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -102,7 +103,8 @@ def test_sinks_stay_and_are_seen_by_their_own_queries() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "paged<32>"])
 @pytest.mark.parametrize("codes", ["dtype=i8", "dtype=i4", "dtype=i2, scales=f32", "dtype=i4, keys=channel, group=16",
-                                   "dtype=i2, keys=channel, recent=20", "dtype=i8, recent=40, full=f32"])  # fmt: skip
+                                   "dtype=i2, keys=channel, recent=20", "dtype=i8, recent=40, full=f32",
+                                   "dtype=i2, keys=channel, group=16, rank=2, outliers=1"])  # fmt: skip
 def test_codes_decode_to_rounded_numbers(layout: str, codes: str) -> None:
     dtype, *more = codes.split(", ")
     module, inputs = step_module(", ".join([dtype, f"layout={layout}", *more])), tokens()
@@ -151,6 +153,58 @@ def test_codes_of_channels_share_scales_along_tokens() -> None:
     assert np.abs(got - keys).max(axis=(0, 1)).tolist() == pytest.approx([2.0, 200.0])
 
 
+def leading(error: np.ndarray, rank: int) -> float:
+    """How much of a matrix its greatest singular values leave, by LAPACK."""
+    return float(np.sqrt((np.linalg.svd(error, compute_uv=False)[rank:] ** 2).sum()))
+
+
+@pytest.mark.parametrize("keys", ["token", "channel"])
+def test_factors_take_nearly_as_much_of_the_error_as_any_can(keys: str) -> None:
+    rng = np.random.default_rng(0)
+    axis = -2 if keys == "channel" else -1
+    numbers = (rng.standard_normal((5, 32, 3)) @ rng.standard_normal((5, 3, 24)) + rng.standard_normal((5, 32, 24)) / 4)
+    plain = encode(numbers, DType.i2, axis, DType.f32)
+    for rank in (1, 4):
+        coded = encode(numbers, DType.i2, axis, DType.f32, rank=rank)
+        assert coded.factors is not None
+        assert np.array_equal(coded.codes, plain.codes)
+        assert np.allclose(np.swapaxes(coded.factors[0], -1, -2) @ coded.factors[0], np.eye(rank), atol=1e-5)
+        for error, left in zip(numbers - plain.decode(), numbers - coded.decode()):
+            assert np.linalg.norm(left) <= 1.08 * leading(error, rank)
+
+
+def test_factors_of_errors_that_have_fewer_columns() -> None:
+    """Further ones are zero; so are all where codes leave nothing."""
+    numbers = np.tile(np.array([[0.0, 3.0, 1.25, 0.5]]), (16, 1))
+    coded = encode(numbers, DType.i2, -1, DType.f32, rank=3)
+    assert coded.factors is not None
+    assert np.count_nonzero(np.abs(coded.factors[0]).sum(0)) == 1
+    np.testing.assert_allclose(coded.decode(), numbers, atol=1e-6)
+    nothing = encode(np.full((16, 4), 7.0), DType.i2, -1, rank=2).factors
+    assert nothing is not None
+    assert not nothing[0].any()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_outliers_are_kept_and_have_no_say_in_scales(axis: int, rank: int) -> None:
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal((2, 32, 16)).astype(np.float32)
+    at = (0, 5, 3)
+    numbers[at] = 100
+    coded = encode(numbers, DType.i4, axis, DType.f32, rank=rank, outliers=2)
+    found, lines = coded.decode(), np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis])
+    for line, scale, kept in zip(lines, np.moveaxis(coded.scale, axis, -1).ravel(),
+                                 np.moveaxis(found, axis, -1).reshape(lines.shape)):
+        order = np.argsort(line)
+        np.testing.assert_allclose(scale, (line[order[-3]] - line[order[2]]) / 15, rtol=1e-5)
+        for place in (*order[:2], *order[-2:]):
+            assert kept[place] == pytest.approx(line[place], abs=1e-5)
+    assert found[at] == pytest.approx(100, rel=1e-6)
+    alike = encode(np.full((16, 8), 7.0), DType.i4, axis, outliers=2)
+    assert alike.decode().tolist() == [[7.0] * 8] * 16
+
+
 @pytest.mark.parametrize(("start", "count", "message"), [
     (90, 7, "token 90 and 7 more do not fit the cache's 96 slots"),
     (30, 4, r"page \[77\] in a table, the pool has 6"),
@@ -195,6 +249,14 @@ def test_a_call_longer_than_the_rings_chunk_fails() -> None:
     ("dtype=i4, layout=ring<9, 4>, recent=8", "a ring overwrites tokens one by one"),
     ("dtype=i4, layout=contiguous, scales=bf16", "scales are f16 or f32, got bf16"),
     ("dtype=i4, layout=contiguous, full=f16", "full is bf16 or f32, got f16"),
+    ("dtype=i4, layout=contiguous, recent=8, rank=9", "rank is from 0 to 8, got 9"),
+    ("dtype=i4, layout=contiguous, recent=8, outliers=5", "outliers is from 0 to 4, got 5"),
+    ("dtype=f32, layout=contiguous, rank=2", "rank: only of codes, not of f32"),
+    ("dtype=i8, layout=contiguous, recent=8, rank=2", "rank and outliers make up for few bits"),
+    ("dtype=i4, layout=contiguous, rank=2", "rank and outliers are of whole groups of tokens"),
+    ("dtype=i4, layout=ring<9, 4>, outliers=1", "rank and outliers are of whole groups of tokens"),
+    ("dtype=i4, layout=contiguous, recent=8, rank=7", "rank 7 of 32 tokens of 8 and 6 components"),
+    ("dtype=i4, layout=contiguous, recent=8, outliers=3", "3 outliers at either end of 6 numbers that share a scale leave"),
     ("dtype=f32, layout=contiguous, heads=3", "a cache has no 'heads' here"),
     ("dtype=f32", "layout of a cache missing"),
     ("dtype=f32, layout=contiguous, recent=+3", "not a size: '\\+3'"),
@@ -207,6 +269,7 @@ def test_types_that_do_not_hold_together(text: str, error: str) -> None:
 @pytest.mark.parametrize("text", [
     "dtype=bf16, layout=paged<64>", "dtype=i8, layout=ring<1024, 512, 4>", "dtype=i4, layout=ring<1024, 512>, scales=f32",
     "dtype=i2, layout=contiguous, keys=channel, group=64, recent=128, scales=f32, full=f32",
+    "dtype=i2, layout=contiguous, recent=64, rank=2, outliers=1",
 ])  # fmt: skip
 def test_text_of_a_type(text: str) -> None:
     assert str(parse_kv_type(f"kv<{SIZES}, {text}>")) == f"kv<{SIZES}, {text}>"
@@ -220,6 +283,8 @@ def test_bytes() -> None:
     channel = KVType(2, 64, 64, 256, DType.i2, keys="channel", recent=128)
     assert channel.bytes_of(32) == 2 * (32 * 128 // 4 + 4 * (64 + 32))
     assert channel.sequence_bytes == channel.bytes_of(256) + (128 + 31) * 2 * 128 * 2
+    gear = replace(channel, rank=4, outliers=1)
+    assert gear.bytes_of(64) - channel.bytes_of(64) == 2 * 2 * (4 * (32 + 64) * 2 * 2 + (64 + 32) * 2 * 3)
 
 
 @pytest.mark.parametrize(("operands", "attributes", "kind", "error"), [

@@ -129,6 +129,7 @@ CODES: dict[str, tuple[dict[str, Any], float]] = {
     "i4 in pages": ({"dtype": "i4", "kind": "paged", "page": 16}, 0.4),
     "i8 in a ring": ({"dtype": "i8", "kind": "ring", "window": 48}, 0.1),
     "i4 by channel": ({"dtype": "i4", "keys": "channel", "group": 16, "recent": 8}, 0.4),
+    "i2 by channel, factors": ({"dtype": "i2", "keys": "channel", "group": 16, "recent": 8, "rank": 4, "outliers": 1}, 0.7),
     "i2 by channel, recent": ({"dtype": "i2", "keys": "channel"}, 1e-4),  # all tokens are recent
 }
 
@@ -162,6 +163,10 @@ def test_the_report_says_what_caches_take() -> None:
     ("dtype=i4 keys=channel group=24", "groups have 16, 32, 64, 128 tokens"),
     ("dtype=i4 keys=channel kind=paged page=32 group=64", "a group of 64 tokens lies in several pages of 32"),
     ("dtype=i2 keys=channel kind=ring window=64", "a ring overwrites tokens one by one"),
+    ("dtype=bf16 rank=2", "rank: only of codes; give dtype=i8, i4 or i2"),
+    ("dtype=i4 rank=2", "rank and outliers are of whole groups of tokens"),
+    ("dtype=i8 recent=32 outliers=1", "rank and outliers make up for few bits"),
+    ("kind=kept budget=9 rank=2", "rank: only of codes"),
     ("kind=ring window=0", "window must be positive, got 0"),
     ("kind=ring window=9 length=16777217", "more than the 16777216 positions that models tell apart"),
 ])  # fmt: skip
