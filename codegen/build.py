@@ -217,7 +217,8 @@ class Build:
         assert value.name is not None
         sizes = layout.k_bytes, layout.v_bytes, kind.length
         chunk = kind.layout.chunk if isinstance(kind.layout, (Ring, Kept)) else 0
-        return StateSpec(value.name, kind.dtype.value, *sizes, str(kind.layout), kind.page, chunk, kind.keeps_recent)
+        own = [part.nbytes for part in layout.own(1)]
+        return StateSpec(value.name, kind.dtype.value, *sizes, str(kind.layout), kind.page, chunk, kind.keeps_recent, *own)
 
     def entry(self, function: Function) -> EntrySpec:
         dims = tuple(DimSpec(n, *self.module.dims[n]) for n in entry_dims(self.module, function))

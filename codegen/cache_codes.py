@@ -148,24 +148,42 @@ class CodeLayout(Slots):
         return _FULL[self.full].itemsize
 
     @property
-    def k_beside(self) -> int:
-        """Bytes of a region's windows of keys, one for each head, behind all codes."""
+    def k_windows(self) -> int:
+        """Bytes of a sequence's windows of keys, one for each head."""
         return self.heads * self.window * self.key_row * self.full_size
 
     @property
-    def v_beside(self) -> int:
-        """As ``k_beside``, of values."""
+    def v_windows(self) -> int:
+        """As ``k_windows``, of values."""
         return self.heads * self.window * self.value_size * self.full_size
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        return ("kw", "vw") if self.keeps_recent and isinstance(self.layout, Paged) else ()
+
+    def own(self, sequences: int) -> tuple[np.ndarray, ...]:
+        sizes = (self.k_windows, self.v_windows) if self.windows else ()
+        return tuple(np.zeros((sequences, size), np.uint8) for size in sizes)
+
+    @property
+    def k_behind(self) -> int:
+        """Bytes of windows of keys behind the codes of a region."""
+        return 0 if self.windows else self.k_windows
+
+    @property
+    def v_behind(self) -> int:
+        """As ``k_behind``, of values."""
+        return 0 if self.windows else self.v_windows
 
     @property
     def k_bytes(self) -> int:
         """Bytes of K of one region."""
-        return self.heads * self.runs * self.k_run + self.k_beside + self.k_summaries
+        return self.heads * self.runs * self.k_run + self.k_behind + self.k_summaries
 
     @property
     def v_bytes(self) -> int:
         """Bytes of V of one region."""
-        return self.heads * self.runs * self.v_run + self.v_beside
+        return self.heads * self.runs * self.v_run + self.v_behind
 
     def coded(self, tokens: Any) -> Any:
         """How many of so many tokens are codes; ``tokens`` is a number, or one of a kernel."""
@@ -206,15 +224,22 @@ class CodeLayout(Slots):
         return wide.reshape(len(keys), -1).view(np.uint8)
 
     def read_recent(self, k: np.ndarray, v: np.ndarray, region: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of a region with so many tokens, those that are no codes yet: K ``[T, heads, dim]``, V ``[T, heads, vdim]``."""
+        """Of a region with so many tokens, those that are no codes yet: K ``[T, heads, dim]``, V ``[T, heads, vdim]``.
+
+        ``k`` and ``v`` are the memory of regions, or of windows that are memory of their own.
+        """
         rows = np.arange(self.coded(tokens), tokens) % self.window
-        found = []
-        for memory, beside, size, given in ((k, self.k_beside, self.key_row, self.dim),
-                                            (v, self.v_beside, self.value_size, self.vdim)):
-            window = np.ascontiguousarray(memory[region, -beside:]).view(_FULL[self.full])
-            window = window.reshape(self.heads, self.window, size)
-            found.append(window[:, rows, :given].transpose(1, 0, 2).astype(np.float32))
-        return found[0], found[1]
+        keys, values = (window[region, :, rows].astype(np.float32) for window in self.windows_of((k, v)))
+        return keys[..., :self.dim], values[..., :self.vdim]
+
+    def windows_of(self, memory: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        """The windows of keys and of values, views ``[sequences, heads, window, row]`` of ``full``.
+
+        ``memory`` is K and V of regions, or ends with windows that are memory of their own.
+        """
+        sizes = (self.k_windows, self.key_row), (self.v_windows, self.value_size)
+        flat = [part[:, part.shape[1] - size:].view(_FULL[self.full]) for part, (size, _) in zip(memory[-2:], sizes)]
+        return tuple(x.reshape(len(x), self.heads, self.window, row) for x, (_, row) in zip(flat, sizes))
 
     def _runs_of(self, memory: np.ndarray, run: int) -> np.ndarray:
         """The codes of regions, a view ``[regions, heads, runs, bytes]``."""

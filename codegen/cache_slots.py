@@ -82,6 +82,15 @@ class Slots(ABC):
         return at if not isinstance(self.layout, Ring) else at + (at >= self.layout.sinks) * (self.slots - self.held)
 
     @property
+    def windows(self) -> tuple[str, ...]:
+        """Names of what a sequence has of its own, keys and values, when its other slots are in pages."""
+        return ()
+
+    def own(self, sequences: int) -> tuple[np.ndarray, ...]:
+        """The memory of these, zero: bytes ``[sequences, size]`` each."""
+        return ()
+
+    @property
     def key_panel(self) -> int:
         """Keys of a panel."""
         return min(self.panel, self.run)

@@ -68,8 +68,10 @@ def device_functions(codes: Mapping[str, KernelCode]) -> list[tuple[str, str]]:
 
 
 def pointers(value: Value) -> tuple[str, ...]:
-    """What a kernel is passed for a value: one pointer, or K and V of a cache."""
-    return ("k", "v") if isinstance(value.type, KVType) else ("",)
+    """What a kernel is passed for a value: one pointer, or K and V of a cache, and their windows beside pages."""
+    if not isinstance(value.type, KVType):
+        return ("",)
+    return ("k", "v", "kw", "vw") if value.cache.beside_pages else ("k", "v")
 
 
 def entry_dims(module: Module, function: Function) -> list[str]:
@@ -84,7 +86,7 @@ class _Entry:
     def __init__(self, program: Program, function: Function) -> None:
         self.program, self.function = program, function
         self.dims = entry_dims(program.module, function)
-        self.states = {s: i for i, s in enumerate(program.module.states.values())}
+        self.states = [s for s in program.module.states.values() for _ in pointers(s)]
         self.slots: dict[int, list[Dim]] = {}
         for op in function.body:
             if isinstance(op, ops.Call):
@@ -190,8 +192,8 @@ class _Entry:
     def places(self, value: Value, packing: str) -> list[str]:
         """C expressions for the pointers of an operand."""
         if isinstance(value.type, KVType):
-            index = 2 * self.states[self.state(value)]
-            return [f"states[{index}]", f"states[{index + 1}]"]
+            state = self.state(value)
+            return [f"states[{i}]" for i, owner in enumerate(self.states) if owner is state]
         return [self.place(value, packing)]
 
     def place(self, value: Value, packing: str = "") -> str:

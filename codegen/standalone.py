@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.codegen.attention_pattern import KINDS
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.emitters import choose, pack
 from tilewright.codegen.kernel import Emitter
@@ -65,7 +66,7 @@ class StandaloneKernel:
         for i, (arg, value) in enumerate(zip(self.kernel.args, operands)):
             if isinstance(arg.type, KVType):
                 caches[arg] = tuple(map(aligned_copy, cache_layout(arg.type, self.target).write(*value)))  # type: ignore[assignment]
-                buffers += caches[arg]
+                buffers += [*caches[arg], *map(aligned_copy, self.own(arg, dims))]
             else:
                 buffers.append(aligned_copy(pack(value, self.code.packing.get(i, ""), arg.dtype)))
         outputs = {v: aligned([eval_dim(d, dims) for d in v.shape], v.dtype.np)
@@ -82,6 +83,11 @@ class StandaloneKernel:
         run = ctypes.cast(self.run, kind)
         for begin, end in ((0, tasks // 2), (tasks // 2, tasks), (tasks, tasks + last)):
             run(begin, end, *sizes, *pointers)
+
+    def own(self, cache: Value, dims: Mapping[str, int]) -> tuple[np.ndarray, ...]:
+        """What sequences have beside their pages, as long as they have no tokens."""
+        start = next(op.start for op in cache.users if isinstance(op, KINDS[1:]))
+        return cache_layout(cache.cache, self.target).own(eval_dim(start.shape[0], dims))
 
     def cache(self, value: Value, caches: Mapping[Value, tuple[np.ndarray, np.ndarray]]) -> Operand:
         """A cache that the kernel changed in place, as plain arrays."""

@@ -192,6 +192,11 @@ class KVType:
         return self.rank > 0 or self.outliers > 0
 
     @property
+    def beside_pages(self) -> bool:
+        """Whether a sequence has memory of its own beside its pages: for the tokens that are no codes yet."""
+        return self.keeps_recent and self.page > 0
+
+    @property
     def has_summary(self) -> bool:
         """Whether pages say between what their keys lie."""
         return self.summary != "none"

@@ -30,12 +30,13 @@ class CacheSizes:
 
     @staticmethod
     def of(states: Sequence[StateSpec]) -> CacheSizes:
-        paged, own = [s for s in states if s.page], [s for s in states if not s.page]
+        paged = [s for s in states if s.page]
+        own = [s.k_beside + s.v_beside if s.page else s.k_bytes + s.v_bytes for s in states]
         return CacheSizes(
             min((s.length for s in states), default=0),
             paged[0].page if paged else 0,
             sum(s.k_bytes + s.v_bytes for s in paged),
-            sum(s.k_bytes + s.v_bytes for s in own),
+            sum(own),
             min((s.chunk for s in states if s.chunk), default=0),
             any(s.unpadded for s in states),
         )

@@ -148,8 +148,8 @@ class StateSpec:
     """A KV cache: bytes of K and of V for one sequence, and how many positions a sequence may have.
 
     With ``page`` the cache is a pool of pages of so many tokens, and bytes are those of one page; entries then take a table
-    of pages. A call appends at most ``chunk`` tokens, when given; with ``unpadded`` only tokens of the text, no padding.
-    ``layout`` is for people.
+    of pages, and a sequence may have ``k_beside`` and ``v_beside`` bytes. A call appends at most ``chunk`` tokens,
+    when given; with ``unpadded`` only tokens of the text, no padding. ``layout`` is for people.
     """
 
     name: str
@@ -161,12 +161,15 @@ class StateSpec:
     page: int = 0
     chunk: int = 0
     unpadded: bool = False
+    k_beside: int = 0
+    v_beside: int = 0
 
     @staticmethod
     def read(node: Node) -> StateSpec:
         unit = "page" if "page" in node else "sequence"
         of_k, of_v = (f"{part}_shape_bytes_per_{unit}" for part in "kv")
-        node.fields("name", "dtype", of_k, of_v, "length", optional=("layout", "page", "chunk", "unpadded"))
+        optional = ("layout", "page", "chunk", "unpadded", "k_beside", "v_beside")
+        node.fields("name", "dtype", of_k, of_v, "length", optional=optional)
         return StateSpec(
             node["name"].string(),
             node["dtype"].choice(CACHED),
@@ -177,11 +180,13 @@ class StateSpec:
             node["page"].integer(1, _LARGEST) if "page" in node else 0,
             node["chunk"].integer(1, _LARGEST) if "chunk" in node else 0,
             node["unpadded"].truth() if "unpadded" in node else False,
+            *(node[part].integer(0, _LARGEST) if part in node else 0 for part in ("k_beside", "v_beside")),
         )
 
     def json(self) -> dict[str, Any]:
         unit = "page" if self.page else "sequence"
-        more = {"layout": self.layout, "page": self.page, "chunk": self.chunk, "unpadded": self.unpadded}
+        more = {"layout": self.layout, "page": self.page, "chunk": self.chunk, "unpadded": self.unpadded,
+                "k_beside": self.k_beside, "v_beside": self.v_beside}  # fmt: skip
         return {
             "name": self.name,
             "dtype": self.dtype,

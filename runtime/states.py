@@ -14,7 +14,7 @@ from tilewright.runtime.memory import address, parts_of_pages
 
 @dataclass(frozen=True)
 class Part:
-    """K or V of one state: ``count`` regions of ``size`` bytes, each a page or what a sequence has."""
+    """K or V of one state, in pages or not, or beside these: ``count`` regions of ``size`` bytes, pages or sequences."""
 
     name: str
     count: int
@@ -33,9 +33,11 @@ class States:
     """
 
     def __init__(self, specs: Sequence[StateSpec], sequences: int, pages: int) -> None:
-        counts = [(spec, pages + SPARE if spec.page else sequences) for spec in specs]
-        self.parts = [Part(spec.name, count, size, spec.page > 0) for spec, count in counts
-                      for size in (spec.k_bytes, spec.v_bytes)]  # fmt: skip
+        self.parts: list[Part] = []
+        for spec in specs:
+            count = pages + SPARE if spec.page else sequences
+            self.parts += [Part(spec.name, count, size, spec.page > 0) for size in (spec.k_bytes, spec.v_bytes)]
+            self.parts += [Part(spec.name, sequences, size, False) for size in (spec.k_beside, spec.v_beside) if size]
         self._memory: list[Any] = []
         self._pointers: dict[int, Any] = {}
 
@@ -45,7 +47,10 @@ class States:
         return sum(part.bytes for part in self.parts) if self._memory else 0
 
     def pointers(self, first: int = 0) -> Any:
-        """K and V of each state for a program, whose first row is sequence ``first``. Raises MemoryError."""
+        """K and V of each state, and what is beside its pages, for a program whose first row is sequence ``first``.
+
+        Raises MemoryError.
+        """
         if not self._memory:
             self._memory = self._allocate()
             self._pointers = {}

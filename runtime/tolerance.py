@@ -19,11 +19,11 @@ from tilewright.runtime.coded import CodedRows
 
 Array = np.ndarray[Any, Any]
 
-_LARGEST = {"f64": 1e-9, "f32": 1e-4, "f16": 4e-3, "bf16": 3e-2}
-_SQUARE = {"f64": 1e-10, "f32": 2e-5, "f16": 2e-3, "bf16": 1e-2}
-_ROUNDED_OTHERWISE = {"f64": 0.001, "f32": 0.01, "f16": 0.1, "bf16": 0.5}  # share of codes
+_LARGEST = {"f64": 1e-9, "f32": 1e-4, "f16": 4e-3, "bf16": 3e-2, "i8": 0.15}
+_SQUARE = {"f64": 1e-10, "f32": 2e-5, "f16": 2e-3, "bf16": 1e-2, "i8": 0.05}
+_ROUNDED_OTHERWISE = {"f64": 0.001, "f32": 0.01, "f16": 0.1, "bf16": 0.5, "i8": 0.5}  # share of codes
 NARROW = tuple(_LARGEST)
-"""The floats that a kernel may work in."""
+"""What a kernel may work in: floats, or products of both factors rounded to 8 bits."""
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 

@@ -137,7 +137,7 @@ class KernelFiles:
         """The names of its arrays."""
         arg = self.subject.kernel.args[index]
         if isinstance(arg.type, KVType):
-            return tuple(map(self.keep, self.subject.cache_before(index, self.inputs[index])))
+            return tuple(map(self.keep, self.subject.cache_before(index, self.inputs)))
         return (self.keep(pack(self.inputs[index], "", arg.dtype)),)
 
     def pack(self, index: int, packing: str) -> str:

@@ -162,9 +162,9 @@ class Bench:
             part[...] = arrays[i % len(arrays)].reshape(-1).view(np.uint8)
         return [tuple(parts[i : i + len(arrays)]) for i in range(0, len(parts), len(arrays))]
 
-    def cache_before(self, index: int) -> tuple[Array, Array]:
+    def cache_before(self, index: int) -> tuple[Array, ...]:
         """A cache as it is before a call."""
-        return self.subject.cache_before(index, self.inputs[index])
+        return self.subject.cache_before(index, self.inputs)
 
     def pointers(self, code: KernelCode, copy: int, changed: Mapping[int, Copies]) -> list[int]:
         """The arguments' addresses; ``changed`` has the memory of the caches that are changed, by argument."""

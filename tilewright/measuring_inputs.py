@@ -32,6 +32,7 @@ from tilewright.ir import (
 )
 from tilewright.ir.caches import origin
 from tilewright.ir.ops.kv_codes import rounded
+from tilewright.measuring_recent import Held
 from tilewright.measuring_sparse import masks, starts
 
 Array = np.ndarray[Any, Any]
@@ -95,9 +96,29 @@ class Subject:
         caches = {i: origin(self.module, v) for i, v in enumerate(kernel.returns) if isinstance(v.type, KVType)}
         return {i: next(at for at, arg in enumerate(kernel.args) if arg is value) for i, value in caches.items()}
 
-    def cache_before(self, index: int, operand: Operand) -> tuple[Array, Array]:
-        """The memory of the cache that is argument ``index``, with what ``operand`` says."""
-        return self.layout(self.kernel.args[index]).write(*operand)
+    def cache_before(self, index: int, inputs: Sequence[Operand]) -> tuple[Array, ...]:
+        """The memory of the cache that is argument ``index``, with what ``inputs`` say."""
+        cache = self.kernel.args[index]
+        layout = self.layout(cache)
+        if not cache.cache.keeps_recent:
+            return layout.write(*inputs[index])
+        return self.held(cache, inputs).written(layout, inputs[index])
+
+    def cache_after(self, index: int, inputs: Sequence[Operand], result: Operand) -> tuple[Array, ...]:
+        """The memory of the cache that is argument ``index``, changed so that it holds ``result``."""
+        cache = self.kernel.args[index]
+        layout = self.layout(cache)
+        if not cache.cache.keeps_recent:
+            return layout.write(*result)
+        return self.held(cache, inputs, after=True).written(layout, result, self.cache_before(index, inputs))
+
+    def held(self, cache: Value, inputs: Sequence[Operand], after: bool = False) -> Held:
+        """The tokens of a cache before a call; those that it appends itself are there ``after`` it."""
+        op = next(op for op in cache.users if isinstance(op, CACHED))
+        given = dict(zip(self.kernel.args, inputs))
+        new = self.shape(op.k if isinstance(op, ops.Append) else op.q)[1]
+        known = after or not isinstance(op, ops.Append)
+        return Held(cache.cache, given[op.start] + new * known, None if op.table is None else given[op.table])
 
     def bytes_moved(self) -> int:
         """Bytes of all arguments and results."""
@@ -154,6 +175,8 @@ def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
     rng = np.random.default_rng(seed)
     made = {arg: _make(subject, arg, rng) for arg in subject.kernel.args}
     for cache, op in ((op.cache, op) for op in subject.kernel.body if isinstance(op, CACHED)):
+        if cache.cache.keeps_recent:
+            made[cache] = subject.held(cache, list(made.values())).decoded(made[cache])
         if cache.cache.layout != CONTIGUOUS:
             continue
         tokens = subject.shape(op.k if isinstance(op, ops.Append) else op.q)[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from tilewright.codegen.cuda.cache import CudaCacheLayout
 from tilewright.codegen.emitters import pack
+from tilewright.codegen.target import CpuTarget
 from tilewright.ir import DType, Function, KVType, interpret, ops
 from tilewright.measuring_inputs import Operand, Subject
 from tilewright.measuring_sampled import sample
@@ -25,6 +26,13 @@ def narrowest(kernel: Function) -> DType:
     return next((d for d in _WIDEST if d in found), DType.f32)
 
 
+def precision(subject: Subject) -> str:
+    """What a result's allowance is that of: on CPUs queries meet codes of a cache, and weights values, as 8 bits."""
+    attends = [op for op in subject.kernel.body if isinstance(op, ops.Attend)]
+    rounds = isinstance(subject.target, CpuTarget) and any(op.cache.cache.is_coded for op in attends)
+    return "i8" if rounds else narrowest(subject.kernel).value
+
+
 def reference(subject: Subject, inputs: Sequence[Operand]) -> list[Operand]:
     """The kernel's results by the interpreter. Raises InterpreterError for inputs that an operation cannot take."""
     kernel = subject.kernel
@@ -38,20 +46,21 @@ def expected(subject: Subject, inputs: Sequence[Operand]) -> list[tuple[Expected
     """
     if part := sample(subject):
         (result,) = reference(part.subject, part.inputs(inputs))
-        known, shape = Expected.of(result, narrowest(subject.kernel).value), subject.shape(subject.kernel.returns[0])
+        known, shape = Expected.of(result, precision(subject)), subject.shape(subject.kernel.returns[0])
         return [(replace(known, shape=shape, features=part.features),)]
-    return _all(subject, reference(subject, inputs))
+    return _all(subject, inputs, reference(subject, inputs))
 
 
-def _all(subject: Subject, results: Sequence[Any]) -> list[tuple[Expected, ...]]:
-    kernel, narrow = subject.kernel, narrowest(subject.kernel).value
+def _all(subject: Subject, inputs: Sequence[Operand], results: Sequence[Any]) -> list[tuple[Expected, ...]]:
+    kernel, narrow = subject.kernel, precision(subject)
     codes = any(isinstance(op, ops.Quantize) for op in kernel.body)
     found: list[tuple[Expected, ...]] = []
-    for value, result in zip(kernel.returns, results):
+    changed = subject.changed()
+    for i, (value, result) in enumerate(zip(kernel.returns, results)):
         if isinstance(value.type, KVType):
-            layout = subject.layout(value)
-            coded = layout.coded if isinstance(layout, CudaCacheLayout) else (None, None)
-            found.append(tuple(Expected.of(a, narrow, coded=rows) for a, rows in zip(layout.write(*result), coded)))
+            layout, memory = subject.layout(value), subject.cache_after(changed[i], inputs, result)
+            coded = layout.coded if isinstance(layout, CudaCacheLayout) else (None,) * len(memory)
+            found.append(tuple(Expected.of(a, narrow, coded=rows) for a, rows in zip(memory, coded)))
         else:
             found.append((Expected.of(pack(result, "", value.dtype), narrow, codes and value.dtype is DType.i8),))
     return found

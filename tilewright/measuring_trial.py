@@ -62,7 +62,7 @@ class Results:
         parts = parts_of_pages([a.nbytes for a in first] * self.bench.copies)
         for part, array in zip(parts, first):
             part[...] = array.reshape(-1).view(np.uint8)
-        return list(zip(parts[::2], parts[1::2]))
+        return [tuple(parts[at : at + len(first)]) for at in range(0, len(parts), len(first))]
 
     def complaint(self) -> str | None:
         """What is wrong with the first result that is not as it should be."""

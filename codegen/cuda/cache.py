@@ -110,6 +110,10 @@ class CudaCacheLayout:
         """A fresh cache, zero."""
         return self.keys.empty(regions), self.values.empty(regions)
 
+    def own(self, sequences: int) -> tuple[np.ndarray[Any, Any], ...]:
+        """Memory that sequences have beside their pages: none."""
+        return ()
+
     def read(self, k: np.ndarray[Any, Any], v: np.ndarray[Any, Any]
              ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:  # fmt: skip
         """What the slots decode to: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""

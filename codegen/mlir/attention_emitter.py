@@ -39,6 +39,7 @@ from tilewright.codegen.mlir.kv_select import SelectBuffers, SelectSpec, emit_se
 from tilewright.codegen.mlir.kv_spec import AttendBuffers, AttendSpec
 from tilewright.codegen.mlir.lower import compile_kernel
 from tilewright.codegen.mlir.rows import Rope
+from tilewright.codegen.program import pointers
 from tilewright.codegen.schedule import AttentionSchedule, Schedule, Space
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import CONTIGUOUS, CodegenError, Function, KVType, Op, Value, as_dim, eval_dim, ops
@@ -67,8 +68,6 @@ class AttentionEmitter:
             return reason
         for value in map(unrotated, found.operands):
             if isinstance(value.type, KVType):
-                if value.cache.keeps_recent and value.cache.page:
-                    return f"no kernel for recent tokens beside pages: {value.type}"
                 if value.cache.has_residual:
                     return f"no kernel for rank and outliers beside codes: {value.type}; give rank=0 and outliers=0"
             elif isinstance(view := view_of(value), str):
@@ -124,23 +123,23 @@ class AttentionEmitter:
 
 
 def arguments(kernel: Function) -> list[tuple[str, str]]:
-    """Names and element types of the pointers: two for a cache."""
+    """Names and element types of the pointers: two for a cache, and two for its windows beside pages."""
     pairs = []
     for i, value in enumerate(kernel.args):
         if isinstance(value.type, KVType):
             stored = "u8" if value.type.is_coded else value.dtype.value
-            pairs += [(f"a{i}{part}", stored) for part in ("k", "v")]
+            pairs += [(f"a{i}{part}", stored) for part in pointers(value)]
         else:
             pairs.append((f"a{i}", value.dtype.value))
     return pairs + [("out", v.dtype.value) for v in kernel.returns if not isinstance(v.type, KVType)]
 
 
 def places(kernel: Function, buffers: Sequence[Buffer], temporaries: Sequence[str]) -> dict[Any, Any]:
-    """Buffers by argument (a pair for a cache), the result's under ``"out"``, and ``"temporaries"``, these by name."""
+    """Buffers by argument (all of a cache), the result's under ``"out"``, and ``"temporaries"``, these by name."""
     found: dict[Any, Any] = {}
     rest = iter(buffers)
     for value in kernel.args:
-        found[value] = (next(rest), next(rest)) if isinstance(value.type, KVType) else next(rest)
+        found[value] = tuple(next(rest) for _ in pointers(value)) if isinstance(value.type, KVType) else next(rest)
     found["out"] = None if all(isinstance(v.type, KVType) for v in kernel.returns) else next(rest)
     found["temporaries"] = dict(zip(temporaries, rest))
     return found
@@ -160,6 +159,12 @@ def _tables(place: dict[Any, Any], value: Value) -> tuple[Any, Any]:
     """The buffers of cos and sin of the rotation that gives ``value``."""
     rope = rope_before(value)
     return (None, None) if rope is None else (_at(place, rope.cos), _at(place, rope.sin))
+
+
+def _memory(place: dict[Any, Any], cache: Value) -> tuple[Any, Any, dict[str, Any]]:
+    """The buffers of K and V, and, by name, those of windows beside pages."""
+    k, v, *more = place[cache]
+    return k, v, dict(zip(("kw", "vw"), more))
 
 
 def _pages(k: Kernel, place: dict[Any, Any], table: Value | None) -> tuple[Any, Any]:
@@ -253,11 +258,12 @@ def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedul
     spec = _attend_spec(op, target)
     b, s = op.q.shape[:2]
     extra = (*(_at(place, v) for v in (op.bias, op.sinks)), *_tables(place, op.q))
-    found = place[_view(op.q).source], *place[op.cache], _at(place, op.start), place["out"], *extra
+    (*cache, windows) = _memory(place, op.cache)
+    found = place[_view(op.q).source], *cache, _at(place, op.start), place["out"], *extra
     table, width = _pages(k, place, op.table)
     more = {"far": _at(place, op.q_sinks), "count": _at(place, getattr(op, "count", None)), **place["temporaries"]}
     chosen = None if op.pages is None else place[op.pages]
-    more |= {"pages": chosen, "blocks": _at(place, op.blocks)}
+    more |= {"pages": chosen, "blocks": _at(place, op.blocks), **windows}
     buffers = AttendBuffers(*found, table=table, width=width, **more)
     emit = emit_retain if isinstance(op, ops.Retain) else emit_attend
     emit(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
@@ -271,7 +277,8 @@ def _append(op: ops.Append, k: Kernel, place: Places, schedule: AttentionSchedul
     layout: CacheLayout = cache_layout(op.cache.cache, target)
     spec = AppendSpec(layout, op.k.dtype.value, static(s), rotation(op.k), k=key.place, v=value.place)
     sources = place[key.source], place[value.source], _at(place, op.start)
-    buffers = AppendBuffers(*place[op.cache], *sources, *_tables(place, op.k), *_pages(k, place, op.table))
+    (*cache, windows) = _memory(place, op.cache)
+    buffers = AppendBuffers(*cache, *sources, *_tables(place, op.k), *_pages(k, place, op.table), **windows)
     emit_append(k, spec, dim_value(s, k.dims), buffers)
     return {"tasks": as_dim(spec.tasks(b, s)), "grain": _INLINE_APPENDS if s == 1 else 1}
 
@@ -290,6 +297,7 @@ def _select(op: ops.Select, k: Kernel, place: Places, schedule: AttentionSchedul
 def _choose(op: ops.Choose, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     view, b = _view(op.q), op.q.shape[0]
     spec = ChooseSpec.of(op, cache_layout(op.cache.cache, target), schedule, view.place)
-    given = place[view.source], *place[op.cache], _at(place, op.start), place["out"], place["temporaries"]["parts"]
+    cache = _memory(place, op.cache)[:2]
+    given = place[view.source], *cache, _at(place, op.start), place["out"], place["temporaries"]["parts"]
     emit_choose(k, spec, schedule, dim_value(op.q.shape[1], k.dims), ChooseBuffers(*given, *_pages(k, place, op.table)))
     return {"tasks": as_dim(spec.tasks(b)), "scratch": (as_dim(spec.scratch(b)),)}

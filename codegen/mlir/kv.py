@@ -22,13 +22,13 @@ from tilewright.ir import Paged
 
 def attend_kernel(name: str, target: CpuTarget, spec: AttendSpec, schedule: AttentionSchedule) -> Kernel:
     """The whole kernel: dims B, S, and T of a table; buffers q, cache, start, what the spec has of table, pages, far, bias,
-    sinks, cos, sin, blocks, then out, parts."""
+    sinks, cos, sin, blocks, windows, then out, parts."""
     paged = isinstance(spec.cache.layout, Paged)
     extra = {"table": "i32" if paged else None, "pages": "i32" if spec.chosen else None}
     extra |= {"far": spec.dtype if spec.far else None}
     extra |= {"bias": spec.bias and spec.bias_dtype, "sinks": spec.sinks}
     extra |= dict.fromkeys(("cos", "sin"), spec.rope.dtype if spec.rope else None)
-    extra |= {"blocks": "i32" if spec.blocks else None}
+    extra |= {"blocks": "i32" if spec.blocks else None, **dict.fromkeys(spec.cache.windows, "u8")}
     extra = {key: dtype for key, dtype in extra.items() if dtype}
     stored = spec.cache.stored
     given = [("q", spec.dtype), ("k", stored), ("v", stored), ("start", "i64"), *extra.items(), ("out", spec.out_dtype)]

@@ -48,8 +48,8 @@ class AppendSpec:
 
 @dataclass(frozen=True)
 class AppendBuffers:
-    """Arguments of the kernel: the cache, the new keys and values, ``start`` i64 [B], tables of a rotation, and that of
-    pages, i32 [B, T] with ``width`` T."""
+    """Arguments of the kernel: the cache, the new keys and values, ``start`` i64 [B], tables of a rotation, that of pages,
+    i32 [B, T] with ``width`` T, and the windows of sequences whose codes are in pages."""
 
     cache_k: Buffer
     cache_v: Buffer
@@ -60,18 +60,20 @@ class AppendBuffers:
     sin: Buffer | None = None
     table: Buffer | None = None
     width: Val | None = None
+    kw: Buffer | None = None
+    vw: Buffer | None = None
 
 
 def append_kernel(name: str, target: CpuTarget, spec: AppendSpec) -> Kernel:
     """The whole kernel: dims B, S; buffers cache k, cache v, k, v, start, and cos and sin if the spec has them.
 
-    With pages there are a dim T and a buffer table, the last ones.
+    With pages there are a dim T and a buffer table; windows apart come last.
     """
     stored = spec.cache.stored
     given = [("cache_k", stored), ("cache_v", stored), ("k", spec.dtype), ("v", spec.dtype)]
     tables = [("cos", spec.rope.dtype), ("sin", spec.rope.dtype)] if spec.rope else []
     paged = isinstance(spec.cache.layout, Paged)
-    given += [("start", "i64"), *tables, *[("table", "i32")] * paged]
+    given += [("start", "i64"), *tables, *[("table", "i32")] * paged, *[(name, "u8") for name in spec.cache.windows]]
     with Kernel(name, target, ("B", "S", *["T"] * paged), given) as kernel:
         named = {name: buffer for (name, _), buffer in zip(given, kernel.buffers)}
         emit_append(kernel, spec, kernel.dims["S"], AppendBuffers(**named, width=kernel.dims.get("T")))
@@ -120,12 +122,12 @@ class _Append:
         cache, buffers = self.cache, self.buffers
         assert isinstance(cache, CodeLayout)
         assert self.recent is not None
-        windows = Windows(cache, buffers.cache_k, buffers.cache_v)
+        windows = Windows(cache, buffers.kw or buffers.cache_k, buffers.vw or buffers.cache_v)
 
         def run(position: Val) -> tuple[Buffer, Buffer]:
             found = self.places.run_of(batch, head, position)
-            return (buffers.cache_k.at(found * cache.k_run + batch * cache.k_beside),
-                    buffers.cache_v.at(found * cache.v_run + batch * cache.v_beside))
+            return (buffers.cache_k.at(found * cache.k_run + batch * cache.k_behind),
+                    buffers.cache_v.at(found * cache.v_run + batch * cache.v_behind))
 
         new = (lambda position, column: self._rows(batch, head, position - start)[0].load(column),
                lambda position, column: self._rows(batch, head, position - start)[1].load(column))

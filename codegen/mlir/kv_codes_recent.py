@@ -41,7 +41,10 @@ class Typed:
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of a cache: ``keys`` and ``values`` of a head, and the elements of their rows."""
+    """The windows of a cache: ``keys`` and ``values`` of a head, and the elements of their rows.
+
+    They are in memory of their own, or behind the codes in that of the cache.
+    """
 
     cache: CodeLayout
     k: Buffer
@@ -50,17 +53,17 @@ class Windows:
     def keys(self, batch: Val, head: Val) -> Typed:
         """Rows of ``key_row`` elements."""
         cache = self.cache
-        return self._rows(self.k, cache.k_bytes, cache.k_beside, cache.key_row, batch, head)
+        return self._rows(self.k, cache.k_bytes - cache.k_behind, cache.k_windows, cache.key_row, batch, head)
 
     def values(self, batch: Val, head: Val) -> Typed:
         """Rows of ``value_size`` elements."""
         cache = self.cache
-        return self._rows(self.v, cache.v_bytes, cache.v_beside, cache.value_size, batch, head)
+        return self._rows(self.v, cache.v_bytes - cache.v_behind, cache.v_windows, cache.value_size, batch, head)
 
-    def _rows(self, memory: Buffer, region: int, beside: int, size: int, batch: Val, head: Val) -> Typed:
-        cache = self.cache
+    def _rows(self, memory: Buffer, codes: int, windows: int, size: int, batch: Val, head: Val) -> Typed:
+        cache, before = self.cache, 0 if self.cache.windows else codes
         window = cache.window * size * cache.full_size
-        return Typed(memory, cache.full).at(batch * region + (region - beside) + head * window)
+        return Typed(memory, cache.full).at(batch * (before + windows) + before + head * window)
 
 
 RowSource = Callable[[Val, int], Val]

@@ -57,7 +57,8 @@ class Operands:
         self.schedule = replace(self.schedule, keys=spec.keys(self.schedule))
         flash = CodeFlash(self.kernel, shape, self.schedule, cache, memory, spec.digits)
         if cache.keeps_recent:
-            self.recent = RecentRows(self.kernel, shape, self.schedule, Windows(cache, *memory), spec.dtype, flash)
+            windows = Windows(cache, self.buffers.kw or memory[0], self.buffers.vw or memory[1])
+            self.recent = RecentRows(self.kernel, shape, self.schedule, windows, spec.dtype, flash)
         return flash
 
     def _start(self, batch: Val, head: Val) -> Val:
@@ -93,8 +94,8 @@ class Operands:
             return find(batch, head, self._position(batch, head, (key + n).min(high - 1)))
 
         if isinstance(cache, CodeLayout):
-            return lambda i: (key_place(cache, run_of(i * cache.run)) + batch * cache.k_beside,
-                              run_of(i * cache.run) * cache.v_run + batch * cache.v_beside)
+            return lambda i: (key_place(cache, run_of(i * cache.run)) + batch * cache.k_behind,
+                              run_of(i * cache.run) * cache.v_run + batch * cache.v_behind)
         if cache.layout != CONTIGUOUS and not cache.budget:
             return Scattered(k, v, run_of, lambda run: key_place(cache, run))
         lane = (batch * cache.heads + head) * cache.slots

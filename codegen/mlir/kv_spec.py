@@ -144,7 +144,8 @@ class AttendBuffers:
 
     Pages have a ``table`` i32 [B, T], whose ``width`` is T; ``pages`` i32 [B, heads, chosen] are those to see, numbered in
     the sequence. ``far`` are the queries that meet a ring's sinks, ``blocks`` the lists of those chosen. ``count`` i64 [B]
-    are the tokens of the text, where some are chosen to stay. ``parts`` and what follows ``count`` are temporaries.
+    are the tokens of the text, where some are chosen to stay. ``parts`` and what follows ``count`` are temporaries, but for
+    the windows ``kw`` and ``vw`` of sequences whose codes are in pages.
     """
 
     q: Buffer
@@ -166,3 +167,5 @@ class AttendBuffers:
     weights: Buffer | None = None
     tops: Buffer | None = None
     choice: Buffer | None = None
+    kw: Buffer | None = None
+    vw: Buffer | None = None

@@ -227,6 +227,8 @@ def test_a_processor_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- kernels of each family -------------------------------------------------------------------------------------------
 
 KV = "kv<heads=2, dim=16, vdim=16, length=96, dtype={}, layout=contiguous>"
+CODES = "kv<heads=2, dim=16, vdim=16, length=96, dtype=i4, layout=contiguous, keys=channel>"
+PAGES = CODES.replace("contiguous", "paged<32>")
 FAMILIES = {
     "linear": LINEAR,
     "linear bf16": workload("""(%x: tensor<Bx1x96xbf16>, %w: tensor<80x96xbf16>, %b: tensor<80xbf16>,
@@ -294,6 +296,27 @@ FAMILIES = {
       %0 = kv.attend(%q, %c, %at) {{scale=0.25}} : tensor<Bx1x4x16xf32>
       return([%0])
     }}""", B=1),
+    "append codes": workload(f"""(%k: tensor<BxSx2x16xf32>, %v: tensor<BxSx2x16xf32>, %c: {CODES}, %at: tensor<Bxi64>) {{
+      %0 = kv.append(%c, %k, %v, %at) : {CODES}
+      return([%0])
+    }}""", B=2, S=40),
+    "attend to codes": workload(f"""(%q: tensor<BxSx4x16xbf16>, %c: {CODES}, %at: tensor<Bxi64>) {{
+      %0 = kv.attend(%q, %c, %at) {{scale=0.25}} : tensor<BxSx4x16xbf16>
+      return([%0])
+    }}""", B=2, S=3),
+    "attend to i8": workload(f"""(%q: tensor<Bx1x4x16xf32>, %c: {KV.format("i8")}, %at: tensor<Bxi64>) {{
+      %0 = kv.attend(%q, %c, %at) {{scale=0.25}} : tensor<Bx1x4x16xf32>
+      return([%0])
+    }}""", B=2),
+    "append to pages": workload(f"""(%k: tensor<BxSx2x16xf32>, %v: tensor<BxSx2x16xf32>, %c: {PAGES}, %at: tensor<Bxi64>,
+        %t: tensor<BxTxi32>) {{
+      %0 = kv.append(%c, %k, %v, %at, %t) : {PAGES}
+      return([%0])
+    }}""", B=2, S=40, T=3),
+    "attend to pages": workload(f"""(%q: tensor<BxSx4x16xbf16>, %c: {PAGES}, %at: tensor<Bxi64>, %t: tensor<BxTxi32>) {{
+      %0 = kv.attend(%q, %c, %at, none, none, %t) {{scale=0.25}} : tensor<BxSx4x16xbf16>
+      return([%0])
+    }}""", B=2, S=3, T=3),
     "norm and codes": workload("""(%x: tensor<BxSx48xbf16>, %w: tensor<48xbf16>) {
       %0 = nn.rms_norm(%x, %w) : tensor<BxSx48xbf16>
       %1, %2 = quant.quantize(%0) : tensor<BxSx48xi8>, tensor<BxSx1xf32>

@@ -52,7 +52,12 @@ class Text:
         self.layout = cache_layout(cache, self.target)
         self.keys, self.parts, self.given = keys, parts, {"scale": cache.dim**-0.5, **given}
         self.rng, self.position = np.random.default_rng(0), 0
-        self.memory = tuple(aligned(x.shape, "u8") for x in self.layout.empty(2))
+        self.memory = tuple(aligned(x.shape, "u8") for x in self.layout.empty(2 * max(cache.pages, 1)))
+        self.windows = tuple(aligned(x.shape, "u8") for x in self.layout.own(2))
+        self.tables = [aligned((2, cache.pages), "i32")] if cache.page else []
+        for table in self.tables:
+            table[...] = self.rng.permutation(2 * cache.pages).reshape(2, -1)
+        self.dims = (cache.pages,) if cache.page else ()
         self.append_spec = AppendSpec(self.layout, "f32")
         self.append_kernel = NativeKernel(append_kernel("k", self.target, self.append_spec))
         self.attend_kernels: dict[bool, tuple[AttendSpec, AttentionSchedule, NativeKernel]] = {}
@@ -72,7 +77,8 @@ class Text:
         """New tokens, by the kernel and by definition; both then hold the same, to the bit."""
         cache, first, end = self.cache, self.position, self.position + tokens
         new = [self.normal(2, tokens, cache.heads, n) for n in (cache.dim, cache.vdim)]
-        self.append_kernel(0, self.append_spec.tasks(2, tokens), (2, tokens), (*self.memory, *new, self.starts()))
+        given = *self.memory, *new, self.starts(), *self.tables, *self.windows
+        self.append_kernel(0, self.append_spec.tasks(2, tokens), (2, tokens, *self.dims), given)
         for held, x in zip(self.held, appended(cache, *new)):
             held[:, first:end] = x
         old, coded = cache.coded(first), cache.coded(end)
@@ -80,10 +86,12 @@ class Text:
             for held, x in zip(self.held, rounded(cache, *(held[:, old:coded] for held in self.held))):
                 held[:, old:coded] = x
         for held, x in zip(self.held, self.layout.read(*self.memory)):
+            if self.tables:
+                x = x[self.tables[0]].reshape(2, -1, *x.shape[2:])
             assert np.array_equal(x[:, :coded], held[:, :coded])
         if cache.keeps_recent:
             for region in range(2):
-                for held, x in zip(self.held, self.layout.read_recent(*self.memory, region, end)):
+                for held, x in zip(self.held, self.layout.read_recent(*(self.windows or self.memory), region, end)):
                     assert np.array_equal(x, held[region, coded:end])
 
     def attend(self, tokens: int) -> tuple[Array, Array]:
@@ -99,7 +107,8 @@ class Text:
         scratch = [aligned(size, "u8", fill=255) for size in spec.scratch(schedule, 2)]
         tasks, last = spec.tasks(schedule, 2, tokens), spec.last(schedule, 2)
         for begin, end in ((0, tasks // 2), (tasks // 2, tasks), (tasks, tasks + last)):
-            kernel(begin, end, (2, tokens), (q, *self.memory, self.starts(), *more.values(), out, *scratch))
+            given = q, *self.memory, self.starts(), *self.tables, *more.values(), *self.windows, out, *scratch
+            kernel(begin, end, (2, tokens, *self.dims), given)
         where = self.starts()[:, None] + np.arange(tokens)
         keep = visible(where, np.arange(self.cache.length), True, spec.window, -1, spec.chunk)[:, None]
         return out, attend(q, *self.held, keep, more.get("bias"), more.get("sinks"), spec.scale, spec.softcap)
@@ -142,10 +151,13 @@ CACHES = {
     "i4, channels, odd sizes": kind("i4", 33, 20, keys="channel", group=16, recent=20, full="f32", scales="f32"),
     "i2, channels, recent": kind("i2", keys="channel", recent=30),
     "i2, long groups": kind("i2", keys="channel", group=128),
+    "i8, recent, pages": kind("i8", recent=40, layout=Paged(32)),
+    "i4, channels, pages, odd sizes": kind("i4", 33, 20, keys="channel", group=16, recent=20, layout=Paged(16)),
+    "i2, channels, recent, pages": kind("i2", keys="channel", recent=30, layout=Paged(64)),
 }
 
 
-SOME = ("i8", "i4, odd sizes", "i2, channels, recent", "i4, channels, odd sizes")
+SOME = ("i8", "i4, odd sizes", "i2, channels, recent", "i4, channels, odd sizes", "i4, channels, pages, odd sizes")
 
 
 @pytest.mark.parametrize(("name", "what"), [*((VNNI, what) for what in CACHES), *((V3, what) for what in SOME),

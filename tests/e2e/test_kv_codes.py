@@ -30,6 +30,18 @@ def test_greedy_tokens_of_i8(plain: Compiled) -> None:
     assert made("{dtype=i8}").generate(prompts, 32) == plain.generate(prompts, 32)
 
 
+def test_recent_tokens_beside_pages() -> None:
+    """What contiguous caches give, to the last token: prompts side by side, and sequences that part in the middle of a page
+    and of a group, and whose tokens become codes later, in pages that they share."""
+    codes = "dtype=i2 keys=channel group=16 recent=40"
+    plain, paged = made(f"{{{codes}}}"), made(f"{{kind=paged page=32 {codes}}}")
+    tokens = Tokenizer(FOLDER).encode(HELD_OUT.read_text())
+    prompts = [tokens[150 * i:150 * i + count] for i, count in enumerate((8, 41, 100))]
+    assert paged.generate(prompts, 60) == plain.generate(prompts, 60)
+    draws = {"n": 3, "temperature": 1.0, "seed": 1}
+    assert paged.generate(prompts[2:], 70, **draws) == plain.generate(prompts[2:], 70, **draws)
+
+
 def test_two_bits_of_channels_and_recent_tokens(plain: Compiled) -> None:
     """Perplexity within 2 % of the float cache's, where codes of tokens alone are 20 % off."""
     codes = made("{dtype=i2 keys=channel recent=32}")
