@@ -262,8 +262,7 @@ def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedul
     found = place[_view(op.q).source], *cache, _at(place, op.start), place["out"], *extra
     table, width = _pages(k, place, op.table)
     more = {"far": _at(place, op.q_sinks), "count": _at(place, getattr(op, "count", None)), **place["temporaries"]}
-    chosen = None if op.pages is None else place[op.pages]
-    more |= {"pages": chosen, "blocks": _at(place, op.blocks), **windows}
+    more |= {"pages": op.pages and place[op.pages], "blocks": _at(place, op.blocks), **windows}
     buffers = AttendBuffers(*found, table=table, width=width, **more)
     emit = emit_retain if isinstance(op, ops.Retain) else emit_attend
     emit(k, spec, schedule, dim_value(b, k.dims), dim_value(s, k.dims), buffers)
@@ -272,8 +271,7 @@ def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedul
 
 
 def _append(op: ops.Append, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
-    key, value = _view(op.k), _view(op.v)
-    b, s = op.k.shape[:2]
+    key, value, (b, s) = _view(op.k), _view(op.v), op.k.shape[:2]
     layout: CacheLayout = cache_layout(op.cache.cache, target)
     spec = AppendSpec(layout, op.k.dtype.value, static(s), rotation(op.k), k=key.place, v=value.place)
     sources = place[key.source], place[value.source], _at(place, op.start)
@@ -297,7 +295,6 @@ def _select(op: ops.Select, k: Kernel, place: Places, schedule: AttentionSchedul
 def _choose(op: ops.Choose, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
     view, b = _view(op.q), op.q.shape[0]
     spec = ChooseSpec.of(op, cache_layout(op.cache.cache, target), schedule, view.place)
-    cache = _memory(place, op.cache)[:2]
-    given = place[view.source], *cache, _at(place, op.start), place["out"], place["temporaries"]["parts"]
+    given = place[view.source], *place[op.cache][:2], _at(place, op.start), place["out"], place["temporaries"]["parts"]
     emit_choose(k, spec, schedule, dim_value(op.q.shape[1], k.dims), ChooseBuffers(*given, *_pages(k, place, op.table)))
     return {"tasks": as_dim(spec.tasks(b)), "scratch": (as_dim(spec.scratch(b)),)}
