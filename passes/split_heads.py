@@ -12,13 +12,15 @@ Weights are put in order beforehand, so that each part is a run of heads: nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from tilewright.ir import Function, Module, Op, PassError, Rewriter, Value, dim_symbols, ops
+from tilewright.ir import Env, Function, Module, Op, PassError, Rewriter, Value, dim_symbols, ops
+from tilewright.ir.interpreter import evaluate
 from tilewright.passes.base import Pass, PassContext
-from tilewright.passes.calibration.data import calibration, runnable
+from tilewright.passes.calibration.data import Array, Batch, calibration, runnable
+from tilewright.passes.calibration.stream import Stream
 from tilewright.passes.head_order import reorder, unfit
 from tilewright.passes.head_parts import HEADS, heads_of
 from tilewright.passes.head_profile import errors, repeated
@@ -96,11 +98,14 @@ class SplitHeads(Pass):
         if not fit:
             return set()
         assert self.window is not None
+        batches: list[Batch]
         if self.text == "repeated":
-            batches = repeated(module, function, self.window)
+            [ids] = function.args
+            batches = [{ids.name or "": text} for text in repeated(module, ids, self.window)]
         else:
             function, batches = calibration(module, ctx, f"{self.name} with text=calibration")
-        lost = errors(function, batches, list(fit.values()), self._streaming)
+        found = errors(Stream(function, batches, fit.values()), fit.values(), self._streamed)
+        lost = {op: losses[0] for op, losses in found.items()}
         ranked = sorted(((float(e), i, h) for i, op in fit.items() for h, e in enumerate(lost[op])), reverse=True)
         if not ranked[0][0]:
             raise PassError(f"{self.name}: no text is longer than sinks and window, {self.sinks + self.window} tokens: "
@@ -114,6 +119,14 @@ class SplitHeads(Pass):
 
     def _streaming(self, op: ops.Attention, operands: Mapping[Value, Value] | None = None) -> Op:
         return op.clone(operands or {}, window=self.window, first=self.sinks)
+
+    def _streamed(self, op: Op, env: Env, args: Sequence[Any]) -> list[Array]:
+        """What ``op`` gives where all its heads stream."""
+        assert isinstance(op, ops.Attention)
+        less = self._streaming(op)
+        found = evaluate(less, env, args)
+        less.drop()
+        return found
 
     def _split(self, rw: Rewriter, op: ops.Attention, full: list[int], group: Group | None, ctx: PassContext) -> None:
         count = int(op.k.shape[HEADS])

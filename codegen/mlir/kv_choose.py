@@ -62,7 +62,7 @@ class _Choose:
 
     def _head(self, kind: str) -> None:
         if kind == "a-shape":
-            self._each(lambda span: None)
+            self._each(self._fill)
             return
         self.kernel.branch(self.end <= self.op.dense, lambda: self._each(lambda span: None), lambda: self._estimated(kind))
 
@@ -110,6 +110,8 @@ class _Choose:
             with self.kernel.loop(first, last + 1) as rows, self._vectors(rows.index + 1) as j:
                 on = taken[1].load(j + (count - 1 - rows.index), self.lanes)
                 self.keep.store(self.keep.load(j, self.lanes).max(on), j)
+            if not gamma:
+                self._fill(span)
 
         self._each(add)
 
@@ -125,9 +127,15 @@ class _Choose:
                 self._always(span)
                 blocks, weights = self._own(span)[1] + 1, self._array(3)
                 self.estimate.mean_of_group(each.index, blocks, weights)
-                limit = constant(_MANY, "f32") if gamma else (blocks.to("i64").to("f32") * self.op.share).ceil()
+                limit = constant(_MANY, "f32") if gamma else self._room(blocks)
                 self._best(weights, self.keep, blocks, limit, self.op.gamma if gamma else _MANY)
                 self._write(span)
+
+    def _room(self, blocks: Val) -> Val:
+        """How many blocks of the best by products are taken, f32."""
+        if self.op.tokens:
+            return constant(float(-(-self.op.tokens // self.op.block)), "f32")
+        return (blocks.to("i64").to("f32") * self.op.share).ceil()
 
     def _own(self, span: Span) -> tuple[Val, Val]:
         """The first and the last block in which queries stand."""
@@ -151,6 +159,22 @@ class _Choose:
             number = iota(lanes) + j.to("i32").splat(lanes)
             there = (number >= local.to("i32").splat(lanes)) | (number < -(-op.sinks // op.block))
             self.keep.store(there.select(constant(1.0, "f32", lanes), 0.0), j)
+
+    def _fill(self, span: Span) -> None:
+        """Mark the nearest blocks that are not yet, as many as ``tokens`` has room for."""
+        if not self.op.tokens:
+            return
+        last, zero = self._own(span)[1], constant(0.0, "f32", self.lanes)
+        self.keep.store(zero, last + 1)
+        with self.kernel.loop(0, last + 1, self.lanes, [zero]) as loop:
+            loop.next(loop.values[0] + self.keep.load(loop.index, self.lanes))
+        room = float(-(-self.op.tokens // self.op.block)) - loop.results[0].reduce("sum")
+        with self.kernel.loop(0, last + 1, carry=[room]) as loop:
+            place = last - loop.index
+            on = self.keep.load(place)
+            free = (on.eq(0.0)) & (loop.values[0] > 0.0)
+            self.keep.store(free.select(constant(1.0, "f32"), on), place)
+            loop.next(free.select(loop.values[0] - 1.0, loop.values[0]))
 
     def _best(self, weights: Buffer, keep: Buffer, count: Val, limit: Val, gamma: float) -> None:
         """Mark the greatest weights, after those marked, until so many are or their sum is ``gamma``; spoils weights."""

@@ -181,7 +181,8 @@ class Attend(Op):
         where = first[:, None] + np.arange(q.shape[1])
         if kv.page:
             cache = gathered(self, cache, table, where)
-            bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., : cache[0].shape[1]]
+        if bias is not None and bias.shape[-1:] not in ((), (1,)):
+            bias = bias[..., : cache[0].shape[1]]
         keys = ring_positions(kv.layout, where) if isinstance(kv.layout, Ring) else np.arange(cache[0].shape[1])
         keep = visible(where, keys, True, self.window, -1, self.chunk)
         if isinstance(kv.layout, Ring):

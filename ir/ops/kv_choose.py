@@ -24,13 +24,13 @@ BLOCKS = (32, 64, 128, 256)
 """Keys of a block."""
 
 
-SIZES = ("block", "queries", "sinks", "local", "dense", "columns", "slashes", "share", "gamma", "tau", "sample")
+SIZES = ("block", "queries", "sinks", "local", "dense", "tokens", "columns", "slashes", "share", "gamma", "tau", "sample")
 """Attributes that say how much is chosen."""
 
 
 def unfit(
-    block: int, queries: int, sinks: int, local: int, dense: int, columns: int, slashes: int, share: float, gamma: float,
-    tau: float, sample: int,
+    block: int, queries: int, sinks: int, local: int, dense: int, tokens: int, columns: int, slashes: int, share: float,
+    gamma: float, tau: float, sample: int,
 ) -> str | None:  # fmt: skip
     """Why nothing can be chosen so, or None."""
     if block not in BLOCKS:
@@ -39,8 +39,8 @@ def unfit(
         return f"queries is a power of two, got {queries}"
     if not (0 < share <= 1 and 0 < gamma <= 1 and tau >= 0):
         return f"share and gamma are above 0 and at most 1, tau is at least 0: {share}, {gamma}, {tau}"
-    if min(local, dense, columns, slashes, sinks - 1, sample - 1) < 0:
-        return "sinks and sample are at least 1; local, dense, columns and slashes are not negative"
+    if min(local, dense, tokens, columns, slashes, sinks - 1, sample - 1) < 0:
+        return "sinks and sample are at least 1; local, dense, tokens, columns and slashes are not negative"
     return None
 
 
@@ -59,6 +59,9 @@ class Choose(Op):
     mean query's products with mean keys. ``flex`` takes the best until their sum is ``gamma``: of those products if they
     tell the sample's attention (Jensen-Shannon distance below ``tau``), else of columns, and of diagonals. What a key head
     chooses is for all its query heads: weights are the means of theirs.
+
+    With ``tokens`` the lists of all but ``flex`` are of one length, as many blocks as hold so many tokens: of
+    ``block-sparse`` whatever ``share`` says, and where others have chosen fewer the nearest are added.
     """
 
     name = "kv.choose"
@@ -72,6 +75,7 @@ class Choose(Op):
     sinks: int = 1
     local: int = 0
     dense: int = 0
+    tokens: int = 0
     columns: int = 1024
     slashes: int = 1024
     share: float = 0.25
@@ -135,12 +139,12 @@ class Chooser:
         op = self.op
         spans = [(i, min(i + op.queries, self.q.shape[1])) for i in range(0, self.q.shape[1], op.queries)]
         if self.end <= op.dense or kind == "a-shape":
-            return [self._listed(self._always(span)) for span in spans]
+            return [self._listed(self._filled(self._always(span), kind)) for span in spans]
         gamma = kind == "flex"
         if kind == "block-sparse" or (gamma and self.distance() < op.tau):
             return [self._best_of_products(span, gamma) for span in spans]
         columns, slashes = self.lines(gamma)
-        return [self._on_lines(span, columns, slashes) for span in spans]
+        return [self._listed(self._filled(self._on_lines(span, columns, slashes), kind)) for span in spans]
 
     def _rows(self, span: tuple[int, int]) -> range:
         """The blocks in which some queries stand."""
@@ -197,12 +201,19 @@ class Chooser:
             return best(columns, gamma=op.gamma), best(slashes, gamma=op.gamma)
         return best(columns, -(-op.columns // op.block)), best(slashes, -(-op.slashes // op.block))
 
-    def _on_lines(self, span: tuple[int, int], columns: Array, slashes: Array) -> list[int]:
+    def _filled(self, keep: Array, kind: str) -> Array:
+        """With the nearest of the others, as many as ``tokens`` has room for."""
+        room = -(-self.op.tokens // self.op.block) - int(keep.sum())
+        if room > 0 and kind != "flex":
+            keep[np.flatnonzero(~keep)[-room:]] = True
+        return keep
+
+    def _on_lines(self, span: tuple[int, int], columns: Array, slashes: Array) -> Array:
         keep = self._always(span)
         keep |= columns[: len(keep)]
         for row in self._rows(span):
             keep[: row + 1] |= slashes[row::-1]
-        return self._listed(keep)
+        return keep
 
     def _best_of_products(self, span: tuple[int, int], gamma: bool) -> list[int]:
         op, keep = self.op, self._always(span)
@@ -211,7 +222,8 @@ class Chooser:
         weights = self.products(span)
         if gamma:
             return self._listed(best(weights, gamma=op.gamma, keep=keep))
-        return self._listed(best(weights, int(np.ceil(np.float32(op.share) * np.float32(len(keep)))), keep=keep))
+        share = int(np.ceil(np.float32(op.share) * np.float32(len(keep))))
+        return self._listed(best(weights, -(-op.tokens // op.block) or share, keep=keep))
 
 
 def best(weights: Array, count: int | None = None, gamma: float = 2.0, keep: Array | None = None) -> Array:

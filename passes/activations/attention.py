@@ -15,6 +15,7 @@ from tilewright.passes.calibration.stream import Layer
 from tilewright.passes.match import replace
 from tilewright.passes.stored import cut, cut_bias
 
+AnyAttention = ops.Attention | ops.Attend
 _PASSED = (ops.Reshape, ops.Transpose, ops.Rope, ops.RmsNorm, ops.LayerNorm, ops.Mul, ops.Cast)
 """What may stand between a projection and attention."""
 
@@ -41,7 +42,7 @@ def maker(value: Value) -> tuple[Op | None, ops.Slice | None]:
     return op, part
 
 
-def joined_heads(attention: ops.Attention) -> Value:
+def joined_heads(attention: AnyAttention) -> Value:
     """The result of ``attention``, or its heads joined."""
     users = list(attention.result.users)
     return users[0].results[0] if len(users) == 1 and isinstance(users[0], ops.Reshape) else attention.result

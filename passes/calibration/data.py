@@ -24,20 +24,26 @@ def calibration(module: Module, ctx: PassContext, why: str) -> tuple[Function, l
     ``why`` says what asks for them. Raises PassError when there are none, when they do not fit the function, or when they
     are fewer than 128 tokens.
     """
-    given = ctx.options.get(OPTION)
-    if given is None:
-        raise PassError(f"{why} needs calibration data; give them with {REMEDY}")
-    batches = _listed(given)
+    batches = listed(ctx, why)
     function = runnable(module, why)
+    check(function, module, batches, why)
+    return function, batches
+
+
+def check(function: Function, module: Module, batches: Sequence[Batch], why: str) -> None:
+    """Raise PassError when ``batches`` are not what ``function`` takes, or fewer than 128 tokens."""
     for i, batch in enumerate(batches):
         _check(function, module, batch, f"calibration data, entry {i}")
     tokens = sum(map(rows, batches))
     if tokens < FEWEST:
         raise PassError(f"the calibration data are {tokens} tokens; {why} needs {FEWEST} or more, better thousands")
-    return function, batches
 
 
-def _listed(given: Any) -> list[Batch]:
+def listed(ctx: PassContext, why: str) -> list[Batch]:
+    """What was given, not checked yet."""
+    given = ctx.options.get(OPTION)
+    if given is None:
+        raise PassError(f"{why} needs calibration data; give them with {REMEDY}")
     if isinstance(given, Mapping) or not isinstance(given, Sequence) or not all(isinstance(b, Mapping) for b in given):
         raise PassError(f"calibration data are a list of mappings from names to arrays, got {type(given).__name__}")
     if not given:

@@ -144,11 +144,12 @@ def _constants(body: Sequence[Op]) -> set[Op]:
     """Operations whose results are the same for every micro-batch: they depend on weights and known sizes alone."""
     found: set[Op] = set()
     for op in body:
-        given = all(isinstance(v, Weight) or v.owner in found for v in op.operands)
+        if not all(isinstance(v, Weight) or v.owner in found for v in op.operands):
+            continue
         dims = [d for r in op.results for d in r.shape] + [
             d for a in op.attrs.values() for d in (a if isinstance(a, tuple) else (a,)) if hasattr(d, "free_symbols")
         ]
-        if given and not dim_symbols(dims):
+        if not dim_symbols(dims):
             found.add(op)
     return found
 

@@ -48,6 +48,10 @@ CASES: dict[str, dict[str, Any]] = {
     "block-sparse": {"dtype": "bf16", "patterns": ("block-sparse",), "share": 0.4, "block": 64, "queries": 8, "heads": 14},
     "flex by products": {"dtype": "f32", "patterns": ("flex",), "gamma": 0.6, "tau": 1.0, "layout": Paged(16), "block": 32},
     "flex by lines": {"dtype": "f32", "patterns": ("flex",), "gamma": 0.6, "tau": 0.0, "dense": 80, "sample": 9},
+    "one length": {"dtype": "f32", "patterns": ("a-shape", "vertical-slash"), "tokens": 200, "columns": 32, "slashes": 64,
+                   "sinks": 70, "block": 32, "queries": 16},
+    "the best of one length": {"dtype": "f32", "patterns": ("block-sparse", "vertical-slash"), "tokens": 180, "columns": 64,
+                               "slashes": 64, "layout": Paged(32), "dense": 90},
     "each its own": {"dtype": "f32", "patterns": ("flex", "block-sparse"), "gamma": 0.5, "queries": 32, "block": 128},
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tilewright
@@ -17,9 +18,9 @@ TOKENS = Tokenizer(FOLDER).encode(HELD_OUT.read_text())
 PROMPTS = [TOKENS[:300], TOKENS[300:430], TOKENS[500:510]]
 
 
-def made(sparse: str, layout: str = "") -> Compiled:
+def made(sparse: str, layout: str = "", calibration: np.ndarray | None = None) -> Compiled:
     passes = f"clean,fusions,kv-layout{layout},{sparse}canonicalize,cse,dce,kernels"
-    return tilewright.compile(FOLDER, passes=passes, max_length=512, dtype="f32")
+    return tilewright.compile(FOLDER, passes=passes, max_length=512, dtype="f32", calibration=calibration)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,18 @@ def test_some_blocks_of_long_prompts(plain: list[list[int]]) -> None:
     found = made("sparse-prefill{pattern=a-shape local=32 dense=128 block=32 queries=32},").generate(PROMPTS, 8)
     assert found[2] == plain[2]
     assert found != plain
+
+
+def test_heads_that_differ(plain: list[list[int]]) -> None:
+    """Each head of keys has the pattern that suits it; the report says which."""
+    options = "pattern=auto tokens=128 block=32 queries=32 dense=160"
+    found = made(f"sparse-prefill{{{options}}},", calibration=np.array(TOKENS[:450])[None])
+    last = next(note for note in reversed(found.report.notes) if "all heads of keys" in note)
+    assert "a-shape" in last
+    assert "block-sparse" in last
+    results = found.generate(PROMPTS, 8)
+    assert results[2] == plain[2]
+    assert results != plain
 
 
 def test_codes_are_refused_by_name() -> None:

@@ -39,6 +39,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "block-sparse": {"patterns": ("block-sparse",), "share": 0.4},
     "flex by products": {"patterns": ("flex",), "tau": 1.0, "gamma": 0.5},
     "flex by lines": {"patterns": ("flex",), "tau": 0.0, "gamma": 0.5, "sample": 7},
+    "lines of one length": {"patterns": ("vertical-slash",), "columns": 32, "slashes": 32, "sample": 20, "tokens": 150},
+    "flex of any length": {"patterns": ("flex",), "gamma": 0.3, "tokens": 200},
+    "one length": {"patterns": ("a-shape", "block-sparse"), "tokens": 130, "local": 20, "sinks": 40},
     "each its own": {"patterns": ("a-shape", "block-sparse"), "share": 0.3, "local": 20, "dense": 60},
 }
 
@@ -115,8 +118,8 @@ def distance(p: list[float], q: list[float]) -> float:
 
 
 def wanted(q: np.ndarray, k: np.ndarray, start: int, kind: str, local: int = 0, sinks: int = 1, dense: int = 0,
-           columns: int = 1024, slashes: int = 1024, share: float = 0.25, gamma: float = 0.9, tau: float = 0.1,
-           sample: int = 64, **_: Any) -> list[list[int]]:  # fmt: skip
+           tokens: int = 0, columns: int = 1024, slashes: int = 1024, share: float = 0.25, gamma: float = 0.9,
+           tau: float = 0.1, sample: int = 64, **_: Any) -> list[list[int]]:  # fmt: skip
     """The lists of one key head."""
     q, k, size, out = q.astype(float), k.astype(float), q.shape[1], []
     rows = sampled(q, k, start, sample)
@@ -134,13 +137,17 @@ def wanted(q: np.ndarray, k: np.ndarray, start: int, kind: str, local: int = 0, 
         count, own = -(-end // BLOCK), range(first // BLOCK, (end - 1) // BLOCK + 1)
         keep = {j for j in range(count) if j * BLOCK < sinks or (j + 1) * BLOCK > first - local or end <= dense}
         if "products" in kind or kind == "block-sparse":
-            enough = (math.ceil(share * count), 9.0) if kind == "block-sparse" else (count, gamma)
+            most = math.ceil(tokens / BLOCK) if tokens else math.ceil(share * count)
+            enough = (most, 9.0) if kind == "block-sparse" else (count, gamma)
             keep = greatest(by_products(q, k, low, low + QUERIES, end), *enough, keep)
         elif kind != "a-shape":
             lines = kind == "flex lines"
             best = [greatest(w, n / BLOCK if not lines else 999, gamma if lines else 9.0, set())
                     for w, n in ((column, columns), (slash, slashes))]  # fmt: skip
             keep |= {j for j in range(count) if j in best[0] or any(i - j in best[1] for i in own)}
+        if "flex" not in kind:
+            for j in range(count - 1, -1, -1):
+                keep |= {j} if len(keep) * BLOCK < tokens else set()
         out.append(sorted(keep))
     return out
 

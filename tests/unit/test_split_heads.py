@@ -12,6 +12,7 @@ from tests.unit.test_kv_layout import LENGTH, forward, prompts
 from tests.unit.test_kv_layout_kinds import Run, last_logits
 from tilewright.ir import DType, Function, Module, PassError, Return, Ring, TensorType, UnsupportedError, Value, ops
 from tilewright.passes import PassContext, Pipeline
+from tilewright.passes.calibration.stream import Stream
 from tilewright.passes.head_profile import errors
 from tilewright.passes.split_heads import SplitHeads
 
@@ -102,7 +103,7 @@ def test_errors_against_plain_loops() -> None:
     flat = function.append(ops.Reshape(op.result, (2, 12, 20))).results[0]
     function.append(Return(function.append(ops.Linear(flat, module.constant(matrix, "o"))).results))
     batches = [{n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} for _ in range(2)]
-    found = errors(function, batches, [op], SplitHeads(**OPTIONS)._streaming)
+    found = errors(Stream(function, batches, [op]), [op], SplitHeads(**OPTIONS)._streamed)
 
     def head(batch: dict[str, Array], b: int, h: int, streams: bool) -> Array:
         scores = 0.5 * batch["q"][b, :, h] @ batch["k"][b, :, h // 2].T
@@ -117,7 +118,7 @@ def test_errors_against_plain_loops() -> None:
             for g in range(2):
                 part = [full[h] - head(batch, b, h, True) if h // 2 == g else 0 * full[h] for h in range(4)]
                 lost[g] += np.square(np.concatenate(part, 1) @ matrix.T).sum()
-    np.testing.assert_allclose(found[op], lost / whole, rtol=1e-4)
+    np.testing.assert_allclose(found[op], [lost / whole], rtol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["calibration", "repeated"])
