@@ -23,6 +23,7 @@ import os
 import platform
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,17 +41,27 @@ STATE = "training-state.safetensors"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result, besides the small model and the text."""
+class Schedule:
+    """How a model that is there is trained on. ``context``: tokens of a text; some may have twice as many."""
 
     seed: int = 0
-    copies: int = 3
-    intermediate: int = 768  # a multiple of 128, so that groups of 128 fit every layer
     context: int = 256
     batch_tokens: int = 2048
     peak_lr: float = 1e-3
     warmup: float = 0.03  # share of the budget
     weight_decay: float = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe(Schedule):
+    """Everything that decides the result, besides the small model and the text."""
+
+    copies: int = 3
+    intermediate: int = 768  # a multiple of 128, so that groups of 128 fit every layer
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Token ids and labels, both [rows, length]."""
 
 
 @dataclass
@@ -62,10 +73,10 @@ class Progress:
     loss: float = math.nan
 
 
-def default_out() -> Path:
+def default_out(name: str = "eval-lm") -> Path:
     """``$XDG_CACHE_HOME/tilewright/bench/eval-lm``, by default below ``~/.cache``."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "tilewright" / "bench" / "eval-lm"
+    return Path(cache) / "tilewright" / "bench" / name
 
 
 def grow(small: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
@@ -95,7 +106,7 @@ def grow(small: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
     return big
 
 
-def learning_rate(recipe: Recipe, used: float) -> float:
+def learning_rate(recipe: Schedule, used: float) -> float:
     """Linear warmup, then a cosine down to a twentieth of the peak; ``used`` is the share of the budget."""
     if used < recipe.warmup:
         return recipe.peak_lr * max(used / recipe.warmup, 0.02)
@@ -128,10 +139,21 @@ def read_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW
         return Progress(**json.loads(file.metadata()["progress"]))
 
 
-def train(model: LlamaForCausalLM, ids: np.ndarray, recipe: Recipe, state: Path, args: argparse.Namespace) -> Progress:
+def windows(ids: np.ndarray, recipe: Recipe) -> Callable[[int], Batch]:
+    """The batch of a step: windows of the text, as the small model was trained on."""
+    small = Small(batch_tokens=recipe.batch_tokens, context=recipe.context)
+
+    def batch(step: int) -> Batch:
+        rows = batch_at(ids, np.random.default_rng((recipe.seed, step)), small, step)
+        return rows, rows
+
+    return batch
+
+
+def train(model: LlamaForCausalLM, batches: Callable[[int], Batch], recipe: Schedule, state: Path, args: argparse.Namespace
+          ) -> Progress:  # fmt: skip
     """Train in place until the budget is used up; goes on from ``state`` when it is there."""
-    small = Small(batch_tokens=recipe.batch_tokens, context=recipe.context, weight_decay=recipe.weight_decay)
-    optimizer, progress = make_optimizer(model, small), Progress()
+    optimizer, progress = make_optimizer(model, Small(weight_decay=recipe.weight_decay)), Progress()
     if state.is_file():
         progress = read_state(state, model, optimizer)
         print(f"goes on at step {progress.step}, after {progress.seconds:.0f} s", flush=True)
@@ -140,9 +162,9 @@ def train(model: LlamaForCausalLM, ids: np.ndarray, recipe: Recipe, state: Path,
     while (used := share(progress, args)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, used)
-        batch = batch_at(ids, np.random.default_rng((recipe.seed, progress.step)), small, progress.step)
+        ids, labels = batches(progress.step)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -185,27 +207,62 @@ def read_text() -> Text:
     return Text(**parts, source=source)
 
 
-def finish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Text, out: Path, record: dict[str, object]
-           ) -> dict[str, object]:  # fmt: skip
-    """Write the folder of the model with the texts beside its weights; gives ``record`` with the perplexity."""
-    partial, window = out.with_name(out.name + ".partial"), Recipe.context
-    save_model(model, tokenizer, partial)
+@dataclass(frozen=True)
+class Data:
+    """Texts, and their token ids by the same names."""
+
+    text: Text
+    tokenizer: PreTrainedTokenizerFast
+    ids: dict[str, np.ndarray]
+
+
+def prepared(args: argparse.Namespace, recipe: Schedule) -> Data:
+    """Sets PyTorch up, and reads the text with the small model's tokenizer."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(recipe.seed)
+    torch.use_deterministic_algorithms(True)
+    text, tokenizer = read_text(), PreTrainedTokenizerFast.from_pretrained(SMALL)
+    ids = {name: encode(tokenizer, getattr(text, name)) for name in ("training", "validation", "calibration")}
+    return Data(text, tokenizer, ids)
+
+
+def make(model: LlamaForCausalLM, data: Data, batches: Callable[[int], Batch], recipe: Schedule, args: argparse.Namespace,
+         first: int | None = None) -> None:  # fmt: skip
+    """Train ``model`` and write its folder; ``first``: the token that each of its texts begins with."""
+    tokens = {name: len(ids) for name, ids in data.ids.items()}
+    print(f"{model.num_parameters()} parameters, tokens: {tokens}", flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    progress = train(model, batches, recipe, args.out.with_name(f"{args.out.name}-{STATE}"), args)
+    record = {
+        "recipe": {**asdict(recipe), "threads": args.threads, "grown_from": "tests/models/small-lm"},
+        "parameters": model.num_parameters(), "steps": progress.step, "seconds": round(progress.seconds),
+        "tokens_seen": progress.step * recipe.batch_tokens,
+        "data": {**data.text.source, **{f"{name}_tokens": count for name, count in tokens.items()}},
+        "torch": torch.__version__,
+    }  # fmt: skip
+    partial, window = args.out.with_name(args.out.name + ".partial"), recipe.context
+    save_model(model, data.tokenizer, partial)
     for name in ("validation", "calibration"):
-        (partial / f"{name}.txt").write_text("".join(END + part for part in getattr(text, name)) + END)
+        (partial / f"{name}.txt").write_text("".join(END + part for part in getattr(data.text, name)) + END)
     saved = LlamaForCausalLM.from_pretrained(partial, dtype=torch.float32)
-    result = perplexity(saved, encode(tokenizer, text.validation), window, window // 2)
+    result = perplexity(saved, data.ids["validation"], window, window // 2, first)
     record["validation"] = {"perplexity": round(result, 3), "window": window, "stride": window // 2,
                             "weights": "bf16 as saved", "arithmetic": "f32"}  # fmt: skip
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    replace_folder(partial, out)
-    return record
+    written = json.dumps(record, indent=2) + "\n"
+    (partial / "training.json").write_text(written)
+    replace_folder(partial, args.out)
+    if args.metrics:
+        args.metrics.write_text(written)
+    print(f"{args.out}: validation perplexity {result:.3f} (window {window}) after {progress.step} steps")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=default_out(), help="folder to write (default %(default)s)")
+def arguments(about: str | None, out: Path, minutes: float) -> argparse.Namespace:
+    """Where to, and for how long."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help="folder to write (default %(default)s)")
     parser.add_argument("--metrics", type=Path, help="write the record here too")
-    parser.add_argument("--minutes", type=float, default=75.0, help="of training, over all runs (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=minutes, help="of training, over all runs (default %(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps instead of minutes")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=2)
@@ -213,32 +270,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, recipe = parse_arguments(), Recipe()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(recipe.seed)
-    torch.use_deterministic_algorithms(True)
-    text, tokenizer = read_text(), PreTrainedTokenizerFast.from_pretrained(SMALL)
-    ids = encode(tokenizer, text.training)
+    recipe, args = Recipe(), arguments(__doc__, default_out(), minutes=75.0)
+    data = prepared(args, recipe)
     model = grow(LlamaForCausalLM.from_pretrained(SMALL), recipe)
-    held_out = {name: len(encode(tokenizer, getattr(text, name))) for name in ("validation", "calibration")}
-    print(f"{model.num_parameters()} parameters, {len(ids)} tokens, held out {held_out}", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    state = args.out.with_name(f"{args.out.name}-{STATE}")
-    progress = train(model, ids, recipe, state, args)
-    record = {
-        "recipe": {**asdict(recipe), "threads": args.threads, "grown_from": "tests/models/small-lm"},
-        "parameters": model.num_parameters(), "steps": progress.step, "seconds": round(progress.seconds),
-        "tokens_seen": progress.step * recipe.batch_tokens,
-        "data": {**text.source, "train_tokens": len(ids), "validation_tokens": held_out["validation"],
-                 "calibration_tokens": held_out["calibration"]},
-        "torch": torch.__version__,
-    }  # fmt: skip
-    record = finish(model, tokenizer, text, args.out, record)
-    if args.metrics:
-        args.metrics.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{args.out}: validation perplexity {record['validation']['perplexity']} "
-          f"(window {recipe.context}, stride {recipe.context // 2}) after {progress.step} steps")  # fmt: skip
+    make(model, data, windows(data.ids["training"], recipe), recipe, args)
 
 
 if __name__ == "__main__":

@@ -151,16 +151,19 @@ def train(model: LlamaForCausalLM, ids: np.ndarray, recipe: Recipe, minutes: flo
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, ids: np.ndarray, window: int, stride: int) -> float:
+def perplexity(model: LlamaForCausalLM, ids: np.ndarray, window: int, stride: int, first: int | None = None) -> float:
     """exp(mean negative log-likelihood), each token scored once with at least ``window - stride`` tokens before it.
 
-    Only the row's first ``window - stride`` tokens are left out: they would have less context.
+    Only the row's first ``window - stride`` tokens are left out: they would have less context. ``first``: what stands in
+    the place of each window's first token.
     """
     model.eval()
     starts = range(0, len(ids) - window + 1, stride)
     total, count = 0.0, 0
-    for first in range(0, len(starts), 16):
-        rows = torch.from_numpy(np.stack([ids[s : s + window] for s in starts[first : first + 16]]))
+    for at in range(0, len(starts), 16):
+        rows = torch.from_numpy(np.stack([ids[s : s + window] for s in starts[at : at + 16]]))
+        if first is not None:
+            rows[:, 0] = first
         logits = model(input_ids=rows, use_cache=False).logits[:, -stride - 1 : -1]
         targets = rows[:, -stride:]
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()

@@ -43,7 +43,7 @@ def floats(text: str, pattern: str) -> list[float]:
 
 def test_every_example_is_tested() -> None:
     tested = set(re.findall(r'example\("(\w+)"', Path(__file__).read_text()))
-    shown_in_the_documentation = {"refusals", "train_small_lm", "train_eval_lm"}
+    shown_in_the_documentation = {"refusals", "train_small_lm", "train_eval_lm", "train_recall_lm"}
     assert tested | shown_in_the_documentation == {p.stem for p in (ROOT / "examples").glob("*.py")}
 
 

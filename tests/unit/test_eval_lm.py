@@ -55,9 +55,9 @@ def test_training_goes_on_where_it_was_stopped(script: ModuleType, tmp_path: Pat
                 args = Namespace(steps=4, minutes=0, checkpoint_minutes=-1)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(script, "share", lambda p, a, steps=steps: p.step / 4 if p.step < steps else 1)
-                    progress = script.train(model, ids, recipe, tmp_path / name, args)
+                    progress = script.train(model, script.windows(ids, recipe), recipe, tmp_path / name, args)
             else:
-                progress = script.train(model, ids, recipe, tmp_path / name, args)
+                progress = script.train(model, script.windows(ids, recipe), recipe, tmp_path / name, args)
             assert progress.step == steps
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
