@@ -187,5 +187,5 @@ def cache_layout(type: KVType, target: Target) -> CacheLayout | CodeLayout | Cud
     sizes = type.heads, type.dim, type.vdim, type.length, type.dtype.value
     if type.is_coded:
         codes = type.keys, type.group, type.recent, type.scales.value, type.full.value
-        return CodeLayout(*sizes, panel_for(target), type.layout, *codes, type.has_summary)
+        return CodeLayout(*sizes, panel_for(target), type.layout, *codes, type.has_summary, type.rank, type.outliers)
     return CacheLayout(*sizes, panel_for(target), type.layout, type.has_summary)

@@ -5,8 +5,8 @@ fit, in the order of `Packing`: the first four in the lowest bits of the bytes, 
 has panels of components, ``[vdim / panel][run / pair][panel][4 bytes]``; the bytes hold neighbouring tokens in the same
 order. So four 8-bit integers that belong together lie side by side, as vpdpbusd wants them, and of narrower codes a shift
 and a mask give four. Keys are stored unsigned (i8 plus 128), values signed. Scales and zeros of tokens are vectors
-``[run]``; those of channels are ``[run / group][dim]``. Behind the keys of a page may be summaries of what they decode to:
-head by head the least and then the greatest of each component, in the dtype ``full``.
+``[run]``, of channels ``[run / group][dim]``; behind them lies what `ResidualLayout` says. Behind the keys of a page may be
+summaries of what they decode to: head by head the least and then the greatest of each component, in the dtype ``full``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from tilewright.codegen.cache_code_bytes import pack_keys, pack_values, unpack_keys, unpack_values
-from tilewright.codegen.cache_slots import SLOT_STEP, Slots, round_up
+from tilewright.codegen.cache_residual import ResidualLayout
+from tilewright.codegen.cache_slots import SLOT_STEP, VALUE_STEP, Slots, round_up
 from tilewright.codegen.packing import code_pair
 from tilewright.ir import CONTIGUOUS, DType, Layout, Paged, Ring
 from tilewright.ir.ops.kv_codes import encode
@@ -45,6 +46,8 @@ class CodeLayout(Slots):
     scales: str = "f16"
     full: str = "bf16"
     summary: bool = False
+    rank: int = 0
+    outliers: int = 0
 
     @property
     def stored(self) -> str:
@@ -81,7 +84,7 @@ class CodeLayout(Slots):
         if isinstance(self.layout, Paged):
             return self.layout.page
         run = SLOT_STEP if isinstance(self.layout, Ring) or self.length <= SLOT_STEP else 2 * SLOT_STEP
-        return max(run, self.group) if self.channels else run
+        return max(run, self.group) if self.channels or self.has_residual else run
 
     @property
     def step(self) -> int:
@@ -115,7 +118,13 @@ class CodeLayout(Slots):
     @property
     def k_run(self) -> int:
         """Bytes of a run of keys."""
-        return self.k_codes + self.k_scales * self.scale_size * (1 + self.has_zeros)
+        return self.k_residual.start + self.k_residual.bytes
+
+    @property
+    def k_residual(self) -> ResidualLayout:
+        """What a run of keys has behind its scales and zeros."""
+        start = self.k_codes + self.k_scales * self.scale_size * (1 + self.has_zeros)
+        return self._residual(start, self.dim, self.channels)
 
     @property
     def v_codes(self) -> int:
@@ -125,7 +134,22 @@ class CodeLayout(Slots):
     @property
     def v_run(self) -> int:
         """Bytes of a run of values."""
-        return self.v_codes + self.run * self.scale_size * (1 + self.has_zeros)
+        return self.v_residual.start + self.v_residual.bytes
+
+    @property
+    def v_residual(self) -> ResidualLayout:
+        """As ``k_residual``, of values."""
+        return self._residual(self.v_codes + self.run * self.scale_size * (1 + self.has_zeros), self.vdim, False)
+
+    def _residual(self, start: int, size: int, channels: bool) -> ResidualLayout:
+        row = round_up(size, VALUE_STEP)
+        kept = self.rank, self.outliers, _SCALES[self.scales]
+        return ResidualLayout(start, self.run, self.group, size, row, *kept, channels)
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether something of the error of codes lies beside them."""
+        return self.rank > 0 or self.outliers > 0
 
     @property
     def keeps_recent(self) -> bool:
@@ -199,22 +223,22 @@ class CodeLayout(Slots):
     def write(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A cache whose first slots hold codes of keys [regions, T, heads, dim] and values [regions, T, heads, vdim]."""
         k, v = self.empty(len(keys))
-        codes, scales = self._encode(keys, self.channels, self.key_size)
-        packed = np.concatenate([pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *scales], -1)
+        codes, beside = self._encode(keys, self.k_residual, self.key_size)
+        packed = np.concatenate([pack_keys(codes + np.uint8(self.bias), self.bits, self.key_panel), *beside], -1)
         self._runs_of(k, self.k_run)[...] = packed
         if self.summary:
             k[:, -self.k_summaries:] = self._summaries(self.read(k, v)[0])
-        codes, scales = self._encode(values, False, self.value_size)
-        self._runs_of(v, self.v_run)[...] = np.concatenate([pack_values(codes, self.bits, self.panel), *scales], -1)
+        codes, beside = self._encode(values, self.v_residual, self.value_size)
+        self._runs_of(v, self.v_run)[...] = np.concatenate([pack_values(codes, self.bits, self.panel), *beside], -1)
         return k, v
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the slots decode to, f32: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``."""
         k, v = self._runs_of(k, self.k_run), self._runs_of(v, self.v_run)
         codes = unpack_keys(k[..., :self.k_codes], self.bits, self.key_panel, self.run) - np.uint8(self.bias)
-        keys = self._decode(codes, k[..., self.k_codes:], self.channels)[..., :self.dim]
+        keys = self._decode(codes, k, self.k_codes, self.k_residual)
         codes = unpack_values(v[..., :self.v_codes], self.bits, self.panel, self.run)
-        values = self._decode(codes, v[..., self.v_codes:], False)[..., :self.vdim]
+        values = self._decode(codes, v, self.v_codes, self.v_residual)
         return self._rows(keys), self._rows(values)
 
     def _summaries(self, keys: np.ndarray) -> np.ndarray:
@@ -245,27 +269,30 @@ class CodeLayout(Slots):
         """The codes of regions, a view ``[regions, heads, runs, bytes]``."""
         return memory[:, :self.heads * self.runs * run].reshape(len(memory), self.heads, self.runs, run)
 
-    def _encode(self, rows: np.ndarray, channels: bool, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Codes ``[regions, heads, runs, run, size]``, and the bytes of the scales and zeros of each run."""
+    def _encode(self, rows: np.ndarray, residual: ResidualLayout, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Codes ``[regions, heads, runs, run, size]``, and the bytes of what each run has beside them."""
+        channels, grouped = residual.channels, residual.channels or self.has_residual
         regions, tokens, heads, given = rows.shape
         wide = np.zeros((regions, self.slots, heads, given), np.float32)
         wide[:, self.places()[:tokens]] = rows
         runs = wide.reshape(regions, self.runs, self.run, heads, given).transpose(0, 3, 1, 2, 4)
-        grouped = runs.reshape(*runs.shape[:3], -1, self.group if channels else 1, given)
-        coded = encode(grouped, DType(self.dtype), 4 if channels else 5, DType(self.scales))
+        groups = runs.reshape(*runs.shape[:3], -1, self.group if grouped else 1, given)
+        coded = encode(groups, DType(self.dtype), 4 if channels else 5, DType(self.scales), self.rank, self.outliers)
         pad = [(0, 0)] * 5 + [(0, size - given)]
         codes = np.pad(coded.codes.view(np.uint8), pad).reshape(*runs.shape[:4], size)
         parts = [np.pad(x, pad) if channels else x for x in (coded.scale, coded.zero) if x is not None]
-        return codes, [np.ascontiguousarray(x).reshape(*runs.shape[:3], -1).view(np.uint8) for x in parts]
+        parts = [np.ascontiguousarray(x).reshape(*runs.shape[:3], -1).view(np.uint8) for x in parts]
+        return codes, parts + residual.pack(coded)
 
-    def _decode(self, codes: np.ndarray, scales: np.ndarray, channels: bool) -> np.ndarray:
-        """The inverse of ``_encode``."""
+    def _decode(self, codes: np.ndarray, runs: np.ndarray, first: int, residual: ResidualLayout) -> np.ndarray:
+        """The inverse of ``_encode``, for the bytes of runs, whose scales begin at ``first``."""
+        channels, scales = residual.channels, runs[..., first:residual.start]
         numbers = (codes.view(np.int8) if self.bits == 8 else codes).astype(np.float32)
         grouped = numbers.reshape(*codes.shape[:3], -1, self.group if channels else 1, codes.shape[-1])
         held = np.ascontiguousarray(scales).view(_SCALES[self.scales]).astype(np.float32)
         held = held.reshape(*codes.shape[:3], 1 + self.has_zeros, *grouped.shape[3:4], 1, -1)
         decoded = grouped * held[:, :, :, 0] + (held[:, :, :, 1] if self.has_zeros else 0)
-        return decoded.reshape(codes.shape)
+        return residual.add(decoded.reshape(codes.shape)[..., :residual.size], runs)
 
     def _rows(self, runs: np.ndarray) -> np.ndarray:
         """Runs ``[regions, heads, runs, run, size]`` -> rows ``[regions, held, heads, size]``."""

@@ -67,10 +67,7 @@ class AttentionEmitter:
         if reason := refusal_of_rope(found):
             return reason
         for value in map(unrotated, found.operands):
-            if isinstance(value.type, KVType):
-                if value.cache.has_residual:
-                    return f"no kernel for rank and outliers beside codes: {value.type}; give rank=0 and outliers=0"
-            elif isinstance(view := view_of(value), str):
+            if not isinstance(value.type, KVType) and isinstance(view := view_of(value), str):
                 return view
         if isinstance(found, ops.Attention) and found.first:
             return f"no kernel for the first {found.first} tokens beside a window, but over a cache of kind=ring"

@@ -10,6 +10,7 @@ from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.cache_slots import round_up
 from tilewright.codegen.mlir.builder import Buffer, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, LOWEST, Adjust, Shape, SoftRows, Visible
+from tilewright.codegen.mlir.kv_residual import Residuals
 from tilewright.codegen.mlir.math import exp2_in_bits, exp2_of_negative
 from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import Val, constant
@@ -71,6 +72,8 @@ class CodeRows(SoftRows):
         self.products = kernel.scratch(self.rows * digits.p * self.out_size, "i32")
         self.scales = {name: kernel.scratch(self.keys, "f32") for name in self._scale_names()}
         self.v_logs = kernel.scratch(self.keys, "f32")
+        sizes = self.rows, self.keys, self.out_size
+        self.residuals = Residuals(kernel, cache, *sizes) if cache.has_residual else None
 
     def _scale_names(self) -> Sequence[str]:
         zeros = [name for name, held in (("k zero", self.key_zeros), ("v zero", self.cache.has_zeros)) if held]
@@ -91,6 +94,8 @@ class CodeRows(SoftRows):
 
     def load_query(self, row: Val, source: Row) -> None:
         """Take the query of ``row``: its digits, their scale and sums."""
+        if self.residuals is not None:
+            self.residuals.load_query(row, source)
         starts, lanes = range(0, self.q_stride, self.lanes), self.lanes
         most = constant(_LEAST, "f32", lanes)
         for start in starts:
@@ -119,6 +124,10 @@ class CodeRows(SoftRows):
         high = (number + _DIGIT // 2) >> 8
         return [high, number - (high << 8)]
 
+    def _unit(self, plain: bool) -> float:
+        """What products are multiplied with at once, of scores that are ``plain``."""
+        return self.shape.scale * LOG2E if plain else 1.0
+
     def _plain(self, adjust: Adjust | None) -> bool:
         """Whether a score is a product and a scale."""
         return not self.shape.softcap and adjust is None and self.shape.scale > 0
@@ -144,9 +153,13 @@ class CodeRows(SoftRows):
             for start in (loop.index + i * lanes for i in range(count)):
                 k, log = self.scales["k"].load(start, lanes), self.v_logs.load(start, lanes)
                 zero = self.scales["k zero"].load(start, lanes) if self.key_zeros else None
-                for r, (row, (factor, total, excess)) in enumerate(zip(rows, facts)):
+                scores = []
+                for row, (factor, total, excess) in zip(rows, facts):
                     dot = self._dot(row, start, excess)
-                    score = (dot * k if zero is None else dot.fma(k, zero * total)) * factor
+                    scores.append((dot * k if zero is None else dot.fma(k, zero * total)) * factor)
+                if self.residuals is not None:
+                    scores = self.residuals.score(scores, rows, start)
+                for r, (row, score) in enumerate(zip(rows, scores)):
                     self.scores.store(score, row * self.keys + start)
                     tops[r] = tops[r].max(score + log)
             loop.next(*tops)
@@ -159,7 +172,7 @@ class CodeRows(SoftRows):
 
     def _facts(self, row: Val, plain: bool) -> tuple[Val, Val, list[Val]]:
         """The factor of a row's scores, the sum of its query, and what to take from the products of each digit."""
-        factor = self.factor.load(row) * (self.shape.scale * LOG2E if plain else 1.0)
+        factor = self.factor.load(row) * self._unit(plain)
         excess = [self.excess.load(row + i * self.rows).splat(self.lanes) for i in range(self.digits.q)]
         return factor.splat(self.lanes), self.total.load(row).splat(self.lanes), excess
 
@@ -207,6 +220,8 @@ class CodeRows(SoftRows):
                 score = self.scores.load(row * self.keys + start, lanes) - reference
                 weight = exp2_in_bits(score.max(_LOWEST_POWER), rough=self.digits.p == 1)
                 total = total + weight
+                if self.residuals is not None:
+                    self.scores.store(weight, row * self.keys + start)
                 if self.cache.has_zeros:
                     zeros = weight.fma(self.scales["v zero"].load(start, lanes), zeros)
                 # The sum's lowest bits are the nearest integer.
@@ -233,6 +248,7 @@ class CodeRows(SoftRows):
             high = high.fma(float(_DIGIT), low[0]) if low else high
             high = high + zero if self.cache.has_zeros else high
             place = row * self.out_size + start
+            high = high if self.residuals is None else high + self.residuals.sum(place)
             self.sums.store(high.fma(share, self.sums.load(place, self.lanes) * keep), place)
 
 

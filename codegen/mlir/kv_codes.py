@@ -127,6 +127,9 @@ class CodeFlash(CodeRows):
                 self.channels.prepare(self.memory[0].at(k), self.scales["k"].at(loop.index * run))
                 if not self.looks_up:
                     self.channels.expand(self.memory[0].at(k))
+            if self.residuals is not None:
+                of_run = loop.index * run, self.memory[0].at(k)
+                self.residuals.keys_of(*of_run, rows, self._unit(self._plain(adjust)))
             self._score(loop.index * run, k, runs(loop.index + number)[0], rows)
         step = 4 * self.lanes
         keys = (count + (step - 1)) // step * step
@@ -142,10 +145,16 @@ class CodeFlash(CodeRows):
         self._settle(rows)
         if not self.one_run:
             self._clear_products()
+        if self.residuals is not None:
+            self.residuals.begin(rows)
         with self.kernel.loop(0, number) as loop:
             first = loop.index * run
             places = runs(loop.index)[1], runs(loop.index + number)[1]
             self._add_values(first, *places, (count - first).min(constant(run)), rows)
+            if self.residuals is not None:
+                self.residuals.values_of(first, self.memory[1].at(places[0]), self.scores, keys, rows)
+        if self.residuals is not None:
+            self.residuals.finish(rows)
         with self.kernel.loop(0, rows) as loop:
             self._flush(loop.index)
 

@@ -12,7 +12,8 @@ from tilewright.codegen.mlir.flash import Flash
 from tilewright.codegen.mlir.flash_rows import Adjust, Shape, SoftRows, Visible
 from tilewright.codegen.mlir.flash_sources import Straight
 from tilewright.codegen.mlir.kv_blocks import Rows, pack_keys, pack_values
-from tilewright.codegen.mlir.kv_codes_write import CodeWriter, Scale, make_scale
+from tilewright.codegen.mlir.kv_codes_write import CodeWriter, Limits, Scale, make_scale
+from tilewright.codegen.mlir.kv_residual_write import ResidualWriter
 from tilewright.codegen.mlir.value import SIZES, Val, constant, iota
 from tilewright.codegen.schedule import AttentionSchedule
 
@@ -77,6 +78,8 @@ class RecentWriter:
         self.kernel, self.cache, self.lanes, self.codes = kernel, cache, kernel.lanes, CodeWriter(kernel, cache)
         self.k_rows, self.v_rows = (kernel.scratch(cache.group * size, "f32") for size in (cache.key_row, cache.value_size))
         self.scale, self.zero = (kernel.scratch(cache.key_row, "f32") for _ in range(2))
+        sides = (cache.k_residual, self.k_rows, cache.key_row), (cache.v_residual, self.v_rows, cache.value_size)
+        self.residuals = [ResidualWriter(kernel, cache, *side) for side in sides] if cache.has_residual else []
 
     def append(self, start: Val, end: Val, new: tuple[RowSource, RowSource], windows: tuple[Typed, Typed],
                run: Callable[[Val], tuple[Buffer, Buffer]]) -> None:
@@ -128,8 +131,18 @@ class RecentWriter:
             if cache.channels:
                 self.codes.key_codes(key_source, self._scale, k, slot + rows.index)
             else:
-                self.codes.key(key_source, k, slot + rows.index)
-            self.codes.value(lambda start: self.v_rows.load(value + start, lanes), v, slot + rows.index)
+                of_key = self.codes.key(key_source, k, slot + rows.index, self._limits(0, rows.index))
+            of_value = self.codes.value(lambda start: self.v_rows.load(value + start, lanes), v, slot + rows.index,
+                                        self._limits(1, rows.index))
+            scales = self._scale if cache.channels else lambda start: of_key, lambda start: of_value
+            for residual, scale in zip(self.residuals, scales):
+                residual.leave(rows.index, scale)
+        for residual, memory in zip(self.residuals, (k, v)):
+            residual.write(memory, slot)
+
+    def _limits(self, side: int, row: Val) -> Limits:
+        """Between what the numbers of a staged row lie, if not all of them count."""
+        return self.residuals[side].limits_of_token(row) if self.residuals else None
 
     def _scale(self, start: int) -> Scale:
         return Scale(self.cache.dtype, self.scale.load(start, self.lanes), self.zero.load(start, self.lanes))
@@ -137,12 +150,8 @@ class RecentWriter:
     def _channels(self, k: Buffer, group: Val) -> None:
         """Scales and zeros of the channels of the staged keys, into the run at ``k`` too."""
         cache, lanes, size = self.cache, self.lanes, self.cache.scale_size
-        infinity = constant(float("inf"), "f32", lanes)
         for start in range(0, cache.key_row, lanes):
-            with self.kernel.loop(0, cache.group, carry=[infinity, -infinity]) as rows:
-                x = self.k_rows.load(rows.index * cache.key_row + start, lanes)
-                rows.next(rows.values[0].min(x), rows.values[1].max(x))
-            made = make_scale(cache, *rows.results)
+            made = make_scale(cache, *self._limits_of_channels(start))
             assert made.zero is not None
             self.scale.store(made.scale, start)
             self.zero.store(made.zero, start)
@@ -155,6 +164,16 @@ class RecentWriter:
                 number = inside.select(number, 0.0)
                 at = (group * cache.key_size + (begin + start)) * size + cache.k_codes
                 k.store(number.to(cache.scales).bitcast("u8"), at, mask)
+
+    def _limits_of_channels(self, start: int) -> tuple[Val, Val]:
+        """Between what the staged keys of a vector of channels lie."""
+        if self.residuals and (outliers := self.residuals[0].outliers) is not None:
+            return outliers.of_channels(start)
+        cache, infinity = self.cache, constant(float("inf"), "f32", self.lanes)
+        with self.kernel.loop(0, cache.group, carry=[infinity, -infinity]) as rows:
+            x = self.k_rows.load(rows.index * cache.key_row + start, self.lanes)
+            rows.next(rows.values[0].min(x), rows.values[1].max(x))
+        return rows.results[0], rows.results[1]
 
 
 class RecentRows:

@@ -13,6 +13,8 @@ from tilewright.codegen.mlir.value import Val, constant, iota
 _MOST = {"f16": 65504.0, "f32": 3.4028234663852886e38}
 Source = Callable[[int], Val]
 """One vector of f32 components from a place on."""
+Limits = tuple[Val, Val] | None
+"""The least and the greatest number that a scale is made for."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Scale:
         shifted = x if self.zero is None else x - self.zero
         return (shifted / self.scale).round_even().max(float(low)).min(float(high)).to("i32")
 
+    def error(self, x: Val) -> Val:
+        """What codes leave of numbers."""
+        found = self.codes(x).to("f32") * self.scale
+        return x - (found if self.zero is None else found + self.zero)
+
 
 def code_range(dtype: str) -> tuple[int, int]:
     """The least and the greatest code."""
@@ -39,18 +46,19 @@ def make_scale(cache: CodeLayout, low: Val, high: Val) -> Scale:
     """The scale of numbers from ``low`` to ``high``, as it will be read back."""
     if not cache.has_zeros:
         return Scale(cache.dtype, _stored(cache, (-low).max(high) / 127.0), None)
-    zero = _held(cache, low)
+    zero = held(cache, low)
     return Scale(cache.dtype, _stored(cache, (high - low) / float(code_range(cache.dtype)[1])), zero)
 
 
-def _held(cache: CodeLayout, x: Val) -> Val:
+def held(cache: CodeLayout, x: Val) -> Val:
+    """Numbers as the type of scales holds them, f32."""
     most = _MOST[cache.scales]
     return x.max(-most).min(most).to(cache.scales).to("f32")
 
 
 def _stored(cache: CodeLayout, x: Val) -> Val:
-    held = _held(cache, x)
-    return (held > 0.0).select(held, constant(1.0, "f32", held.lanes))
+    found = held(cache, x)
+    return (found > 0.0).select(found, constant(1.0, "f32", found.lanes))
 
 
 class CodeWriter:
@@ -61,12 +69,13 @@ class CodeWriter:
         stride = -(-cache.key_size // self.lanes) * self.lanes
         self.bytes = kernel.scratch(stride, "u8")
 
-    def key(self, source: Source, k: Buffer, row: Val) -> None:
-        """One key as token ``row`` of the run at ``k``, with a scale of its own."""
-        cache, dim = self.cache, self.cache.dim
-        scale = self._scale_of(source, dim)
+    def key(self, source: Source, k: Buffer, row: Val, limits: Limits = None) -> Scale:
+        """One key as token ``row`` of the run at ``k``, with a scale of its own, from ``limits`` if these are given."""
+        cache = self.cache
+        scale = self._scale(limits or self._limits_of(source, cache.dim))
         self.key_codes(source, lambda start: scale, k, row)
         self._store_scale(scale, k.at(cache.k_codes), row, cache.run)
+        return scale
 
     def key_codes(self, source: Source, scale: Callable[[int], Scale], k: Buffer, row: Val) -> None:
         """The codes alone, under the scales of components from a place on."""
@@ -82,10 +91,10 @@ class CodeWriter:
                 word = word | codes << cache.bits * quad
             k.store(word.splat(1).bitcast("u8"), place + loop.index * (4 * panel))
 
-    def value(self, source: Source, v: Buffer, row: Val) -> None:
+    def value(self, source: Source, v: Buffer, row: Val, limits: Limits = None) -> Scale:
         """One value as token ``row`` of the run at ``v``: its bits of each word."""
         cache, lanes = self.cache, self.lanes
-        scale = self._scale_of(source, cache.vdim)
+        scale = self._scale(limits or self._limits_of(source, cache.vdim))
         mask = (1 << cache.bits) - 1
         shift = (row % 4 * 8 + row % cache.pair // 4 * cache.bits).to("i32").splat(lanes)
         kept = ~(constant(mask, "i32", lanes) << shift)
@@ -96,15 +105,20 @@ class CodeWriter:
                 word = v.load(at, 4 * lanes).bitcast("i32") & kept | code
                 v.store(word.bitcast("u8"), at)
         self._store_scale(scale, v.at(cache.v_codes), row, cache.run)
+        return scale
 
-    def _scale_of(self, source: Source, size: int) -> Scale:
-        """The scale of all components of one row, splat."""
+    def _limits_of(self, source: Source, size: int) -> tuple[Val, Val]:
+        """The least and the greatest component of one row."""
         infinity = constant(float("inf"), "f32", self.lanes)
         low, high = infinity, -infinity
         for start in range(0, size, self.lanes):
             x, inside = source(start), iota(self.lanes) < size - start
             low, high = low.min(inside.select(x, infinity)), high.max(inside.select(x, -infinity))
-        made = make_scale(self.cache, low.reduce("min"), high.reduce("max"))
+        return low.reduce("min"), high.reduce("max")
+
+    def _scale(self, limits: tuple[Val, Val]) -> Scale:
+        """The scale of all components of one row, splat."""
+        made = make_scale(self.cache, *limits)
         zero = None if made.zero is None else made.zero.splat(self.lanes)
         return Scale(made.dtype, made.scale.splat(self.lanes), zero)
 

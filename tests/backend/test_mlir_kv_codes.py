@@ -35,6 +35,7 @@ V3, V4, VNNI = "x86-64-v3", "x86-64-v4", "cpu{arch=x86-64-v4 features=+avx512vnn
 ONE, TWO = Digits(1, 1), Digits(2, 2)
 LIMIT = {1: 0.03, 2: 2e-4}  # root of the mean square, of the results': by digits, keys under scales of tokens
 CHANNELS = 0.02  # what rounding keys to 8 bits adds
+FACTORS = 3e-3  # what factors make of normal numbers, summed up in another order and rounded to f16
 FULL = 1e-6  # all tokens are still in full
 
 
@@ -74,7 +75,7 @@ class Text:
         return start
 
     def append(self, tokens: int) -> None:
-        """New tokens, by the kernel and by definition; both then hold the same, to the bit."""
+        """New tokens, by the kernel and by definition; both then hold the same, to the bit but for factors of errors."""
         cache, first, end = self.cache, self.position, self.position + tokens
         new = [self.normal(2, tokens, cache.heads, n) for n in (cache.dim, cache.vdim)]
         given = *self.memory, *new, self.starts(), *self.tables, *self.windows
@@ -88,7 +89,8 @@ class Text:
         for held, x in zip(self.held, self.layout.read(*self.memory)):
             if self.tables:
                 x = x[self.tables[0]].reshape(2, -1, *x.shape[2:])
-            assert np.array_equal(x[:, :coded], held[:, :coded])
+            np.testing.assert_allclose(x[:, :coded], held[:, :coded], rtol=0, atol=FACTORS * cache.has_residual)
+            held[:, :coded] = x[:, :coded]
         if cache.keeps_recent:
             for region in range(2):
                 for held, x in zip(self.held, self.layout.read_recent(*(self.windows or self.memory), region, end)):
@@ -154,10 +156,17 @@ CACHES = {
     "i8, recent, pages": kind("i8", recent=40, layout=Paged(32)),
     "i4, channels, pages, odd sizes": kind("i4", 33, 20, keys="channel", group=16, recent=20, layout=Paged(16)),
     "i2, channels, recent, pages": kind("i2", keys="channel", recent=30, layout=Paged(64)),
+    "i2, rank, pages": kind("i2", keys="channel", recent=30, rank=2, outliers=1, layout=Paged(32)),
+    "i4, rank, odd sizes": kind("i4", 33, 20, recent=20, group=16, full="f32", scales="f32", rank=3),
+    "i2, outliers": kind("i2", keys="channel", recent=30, outliers=1),
+    "i4, rank and outliers, odd sizes": kind("i4", 33, 20, recent=20, group=16, rank=3, outliers=2),
+    "i2, rank and outliers, odd sizes": kind("i2", 33, 20, keys="channel", group=16, scales="f32", rank=2, outliers=2),
+    "i2, rank, long groups": kind("i2", 64, 64, keys="channel", group=128, rank=4),
 }
 
 
-SOME = ("i8", "i4, odd sizes", "i2, channels, recent", "i4, channels, odd sizes", "i4, channels, pages, odd sizes")
+SOME = ("i8", "i4, odd sizes", "i2, channels, recent", "i4, channels, odd sizes", "i4, channels, pages, odd sizes",
+        "i2, rank, pages", "i4, rank and outliers, odd sizes", "i2, rank and outliers, odd sizes")
 
 
 @pytest.mark.parametrize(("name", "what"), [*((VNNI, what) for what in CACHES), *((V3, what) for what in SOME),
@@ -267,19 +276,32 @@ def test_kernel_does_what_it_says() -> None:
 
 def test_layout_reads_what_it_wrote() -> None:
     rng = np.random.default_rng(0)
-    for cache in (kind("i8"), kind("i4", 33, 20), kind("i2", 128, 80), kind("i4", 33, 20, keys="channel", group=16)):
+    plain = kind("i8"), kind("i4", 33, 20), kind("i2", 128, 80), kind("i4", 33, 20, keys="channel", group=16)
+    gear = (kind("i2", 33, 20, keys="channel", group=16, rank=3), kind("i4", 33, 20, recent=1, rank=3, outliers=2),
+            kind("i2", 33, 20, keys="channel", outliers=2))
+    for cache in (*plain, *gear):
         layout = cache_layout(cache, parse_target("x86-64-v4"))
         keys, values = (rng.standard_normal((3, 64, 2, n)).astype(np.float32) for n in (cache.dim, cache.vdim))
         k, v = layout.write(keys, values)
         assert (k[0].nbytes, v[0].nbytes) == (layout.k_bytes, layout.v_bytes)
         for got, want in zip(layout.read(k, v), rounded(cache, keys, values)):
-            assert np.array_equal(got[:, :64], want)
+            np.testing.assert_allclose(got[:, :64], want, rtol=0, atol=1e-6 * cache.has_residual)
+
+
+@pytest.mark.parametrize("keys", ["token", "channel"])
+def test_types_say_what_is_allocated(keys: str) -> None:
+    cache = kind("i2", 64, 32, 512, keys=keys, recent=32, rank=3, outliers=2)
+    layout = cache_layout(cache, parse_target("x86-64-v4"))
+    k, v = layout.empty(1)
+    beside = layout.k_windows + layout.v_windows
+    assert k.nbytes + v.nbytes - beside == cache.bytes_of(512)
 
 
 @pytest.mark.parametrize("dtype", ["i8", "i4", "i2"])
 def test_avx2_code_has_no_wide_registers(dtype: str) -> None:
     where = parse_target("x86-64-v3")
-    layout = CodeLayout(2, 32, 32, 64, dtype, panel_for(where), keys="token" if dtype == "i8" else "channel", recent=20)
+    layout = CodeLayout(2, 32, 32, 64, dtype, panel_for(where), keys="token" if dtype == "i8" else "channel", recent=20,
+                        rank=2 * (dtype == "i2"), outliers=int(dtype == "i2"))
     kernels = (attend_kernel("k", where, AttendSpec(4, layout), AttentionSchedule.default(where)),
                append_kernel("k", where, AppendSpec(layout)))
     for kernel in kernels:
