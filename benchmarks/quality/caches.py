@@ -5,15 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-EVALUATION, SMALL = "evaluation", "small"
+EVALUATION, SMALL, RECALL = "evaluation", "small", "recall"
 WINDOW = 512
 """Positions that the models were trained for; most of their texts had half of them."""
 Task = Literal["text", "stream", "recomputed", "sinks"]
 
 
 @dataclass(frozen=True)
+class Model:
+    """``prefix`` is what names of its rows begin with; ``begins``: each text that it sees begins with the end token."""
+
+    about: str
+    prefix: str = ""
+    begins: bool = False
+
+
+MODELS = {
+    EVALUATION: Model("the evaluation model"),
+    SMALL: Model("the small model", f"{SMALL}: "),
+    RECALL: Model("the recall model", f"{RECALL}: ", begins=True),
+}
+
+
+@dataclass(frozen=True)
 class CacheRow:
-    """``passes`` make the cache, all in f32 arithmetic; ``model`` is the evaluation model or the small one.
+    """``passes`` make the cache, all in f32 arithmetic; ``model`` is one of MODELS.
 
     ``text``: windows, of ``window`` tokens if that is not 0, whose second half is decoded; ``stream``: one text of
     ``tokens``, decoded from its first token to its last; ``recomputed``: some tokens of the same text, each by a model that
@@ -33,14 +49,9 @@ class CacheRow:
         return ",".join(filter(None, ["clean,fusions", self.passes, "canonicalize,cse,dce"]))
 
 
-def of_small(row: CacheRow) -> CacheRow:
-    """The same with the small model."""
-    return replace(row, name=f"{SMALL}: {row.name}", model=SMALL)
-
-
-def both(*rows: CacheRow) -> tuple[CacheRow, ...]:
-    """With either model."""
-    return *rows, *map(of_small, rows)
+def of_each(*rows: CacheRow) -> tuple[CacheRow, ...]:
+    """With each model."""
+    return tuple(replace(r, name=model.prefix + r.name, model=name) for name, model in MODELS.items() for r in rows)
 
 
 def layout(options: str) -> str:
@@ -50,7 +61,7 @@ def layout(options: str) -> str:
 
 # ---- what slots hold -------------------------------------------------------------------------------------------------
 
-FORMATS = both(
+FORMATS = of_each(
     CacheRow("f32", layout("dtype=f32")),
     CacheRow("bf16", layout("dtype=bf16")),
     CacheRow("bf16, pages", layout("dtype=bf16 kind=paged page=64")),
@@ -74,8 +85,8 @@ def ring(window: int, sinks: int) -> str:
     return layout(f"dtype=bf16 kind=ring window={window - sinks} chunk=64" + (f" sinks={sinks}" if sinks else ""))
 
 
-SINKS = both(CacheRow("attention on the first token", "", "sinks"))
-STREAMS = both(
+SINKS = of_each(CacheRow("attention on the first token", "", "sinks"))
+STREAMS = of_each(
     CacheRow("4 sinks + window 252", ring(SEEN, 4), "stream", tokens=LONG),
     CacheRow("window 256", ring(SEEN, 0), "stream", tokens=LONG),
     CacheRow("window 256, recomputed", "", "recomputed", tokens=LONG, window=SEEN),
@@ -88,7 +99,7 @@ STREAMS = both(
 # ---- less than all tokens --------------------------------------------------------------------------------------------
 
 FIFTH, QUARTER = WINDOW // 5, WINDOW // 4
-SELECTED = both(
+SELECTED = of_each(
     CacheRow("a quarter of pages of 16", layout("dtype=bf16 kind=paged page=16 select=0.25")),
     CacheRow("a quarter of pages of 16, i8", layout("dtype=i8 kind=paged page=16 select=0.25")),
     CacheRow("a quarter of pages of 32", layout("dtype=bf16 kind=paged page=32 select=0.25")),
@@ -120,12 +131,13 @@ def named(size: int) -> str:
 
 POLICIES = ("h2o", "snapkv", "scissorhands", "keyformer")
 LATELY = "observe=64"
-KEPT = both(
+KEPT = of_each(
     *map(kept, POLICIES),
     kept("h2o", "recent=4"),
     kept("h2o", LATELY),
     kept("snapkv", "merge=true"),
     last(WINDOW),
+    CacheRow(f"4 sinks + window {FIFTH - 4}", ring(FIFTH, 4)),
     CacheRow(f"bf16{named(SHORT)}", layout("dtype=bf16"), window=SHORT),
     *(kept(policy, size=SHORT) for policy in POLICIES[:2]),
     kept("h2o", LATELY, SHORT),
@@ -139,7 +151,7 @@ def heads(share: float) -> str:
     return f"split-heads{{{options}}},canonicalize,cse,dce,{layout('dtype=bf16 kind=ring chunk=64')}"
 
 
-MIXED = both(
+MIXED = of_each(
     CacheRow("half of the heads stream", heads(0.5)),
     CacheRow("three quarters of the heads stream", heads(0.25)),
 )
@@ -150,7 +162,7 @@ def pruned(share: float, options: str) -> str:
     return f"prune-keys{{share={share}}},canonicalize,cse,dce,{layout(options)}"
 
 
-PRUNED = both(
+PRUNED = of_each(
     CacheRow("a quarter of the keys' channels gone", pruned(0.25, "dtype=bf16")),
     CacheRow("0.4 of the keys' channels gone", pruned(0.4, "dtype=bf16")),
 )

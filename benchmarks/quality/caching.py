@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tilewright
-from benchmarks.quality.caches import EVALUATION, WINDOW, CacheRow
-from benchmarks.quality.passkey import KEYS, LENGTH, questions
+from benchmarks.peers.workplace import default_cache
+from benchmarks.quality.caches import EVALUATION, MODELS, RECALL, SMALL, WINDOW, CacheRow
+from benchmarks.quality.passkey import KEYS, LENGTH, Question, exact, keyed, questions
 from benchmarks.quality.passkey import found as keys_found
 from benchmarks.quality.rows import Row
-from benchmarks.quality.running import Reference, Settings, prepared
+from benchmarks.quality.running import Reference, Settings, digest, prepared
 from benchmarks.quality.sinks import first_token
 from tilewright.calibration_data import Calibration
 from tilewright.evaluation import figures, scores
@@ -30,6 +30,7 @@ from tilewright.texts import token_ids, windows
 Array = np.ndarray[Any, Any]
 Figures = dict[str, Any]
 SMALL_LM = Path(__file__).parents[2] / "tests" / "models" / "small-lm"
+RECALL_LM = default_cache() / "recall-lm"
 ROWS_AT_A_TIME = KEYS
 STRETCH, EVERY = 64, 4
 """A long text is fed in stretches, and every fourth one token by token."""
@@ -39,41 +40,58 @@ SAMPLE, HALF = 16, 10_000
 
 @dataclass(frozen=True)
 class CacheSettings(Settings):
-    """The held-out text is that of the evaluation model; the small one was not trained on it either."""
+    """The held-out text is that of the evaluation model; the others were not trained on it either."""
 
     tokens: int = 8192
     window: int = WINDOW
     stride: int = WINDOW // 2
     small: Path = SMALL_LM
+    recall: Path = RECALL_LM
+
+    def folder(self, name: str) -> Path:
+        """Of one of MODELS."""
+        return {EVALUATION: self.model, SMALL: self.small, RECALL: self.recall}[name]
+
+    @property
+    def scripts(self) -> dict[Path, str]:
+        return super().scripts | {self.recall: "examples/train_recall_lm.py"}
 
     def json(self) -> Figures:
-        small = hashlib.sha256((self.small / "model.safetensors").read_bytes()).hexdigest()[:16]
-        return {"weights": self.digest, "small": small, "tokens": self.tokens, "window": self.window,
+        others = {name: digest(self.folder(name)) for name in (SMALL, RECALL)}
+        return {"weights": self.digest, **others, "tokens": self.tokens, "window": self.window,
                 "stride": self.stride, "keys": KEYS, "key_text": LENGTH}  # fmt: skip
 
 
 class Caches:
-    """Scores rows. ``cache``: the folder for the logits of the references."""
+    """Scores rows. ``cache``: the folder for the logits of the references. The held-out text begins with the end token."""
 
     def __init__(self, settings: CacheSettings, cache: Path) -> None:
         self.settings, self.cache = settings, cache
         self.ids = token_ids(settings.model / "validation.txt", settings.model)
-        self.questions = list(questions(Tokenizer(settings.small), self.ids, int(self.ids.max()) + 1))
+        tokenizer, vocabulary = Tokenizer(settings.small), int(self.ids.max()) + 1
+        self.questions = list(questions(tokenizer, self.ids, vocabulary))
+        self.keyed = list(keyed(tokenizer, self.ids))
         self.references: dict[tuple[str, int], Reference] = {}
 
-    def folder(self, row: CacheRow) -> Path:
-        return self.settings.model if row.model == EVALUATION else self.settings.small
+    def begun(self, row: CacheRow, texts: Array) -> Array:
+        """Texts ``[n, size]``, with the end token as their first if the model expects that."""
+        if not MODELS[row.model].begins:
+            return texts
+        return np.concatenate([np.full_like(texts[:, :1], self.ids[0]), texts[:, 1:]], 1)
 
-    def windows(self, size: int) -> Array:
+    def asked(self, row: CacheRow, question: Question) -> Question:
+        return replace(question, texts=self.begun(row, question.texts))
+
+    def windows(self, row: CacheRow, size: int) -> Array:
         """Texts ``[n, size]``."""
-        return windows(self.ids, size, size // 2, self.settings.tokens)
+        return self.begun(row, windows(self.ids, size, size // 2, self.settings.tokens))
 
     def reference(self, row: CacheRow, size: int) -> Array:
         """What the model without a cache says of texts of ``size`` tokens, in f32."""
         key = row.model, size
         if key not in self.references:
-            plain = Settings(self.folder(row), self.settings.tokens, size, size // 2, 0)
-            self.references[key] = Reference(plain, Row("f32"), self.cache, self.windows(size))
+            plain = Settings(self.settings.folder(row.model), self.settings.tokens, size, size // 2, 0)
+            self.references[key] = Reference(plain, Row("f32"), self.cache, self.windows(row, size))
         return self.references[key].logits
 
     def measure(self, row: CacheRow) -> Figures:
@@ -82,18 +100,20 @@ class Caches:
 
     def sinks(self, row: CacheRow) -> Figures:
         """On the first windows."""
-        return dict(first_token(self.folder(row), self.windows(WINDOW)[:8]))
+        return dict(first_token(self.settings.folder(row.model), self.windows(row, WINDOW)[:8]))
 
     def compiled(self, row: CacheRow) -> tilewright.Compiled:
         length = WINDOW if row.task == "text" else None
-        given = Calibration(self.settings.model / "calibration.txt", self.folder(row), self.settings.calibration_tokens)
+        folder = self.settings.folder(row.model)
+        given = Calibration(self.settings.model / "calibration.txt", folder, self.settings.calibration_tokens)
         passes = f"{row.pipeline},kernels"
-        return tilewright.compile(self.folder(row), passes=passes, max_length=length, dtype="f32", calibration=given)
+        return tilewright.compile(folder, passes=passes, max_length=length, dtype="f32", calibration=given)
 
     def text(self, row: CacheRow) -> Figures:
         """Windows side by side; the first half is fed in chunks, the second token by token."""
         size = row.window or self.settings.window
-        want, texts, first, begun = self.reference(row, size), self.windows(size), size - size // 2, time.perf_counter()
+        want, texts, first = self.reference(row, size), self.windows(row, size), size - size // 2
+        begun = time.perf_counter()
         done = self.compiled(row)
         made, parts = time.perf_counter(), []
         with done.program.session(1, ROWS_AT_A_TIME) as session:
@@ -101,7 +121,8 @@ class Caches:
                 batch = texts[at : at + session.batch]
                 steps = zip(follow(session, batch, first), range(first, batch.shape[1]))
                 parts += [scores(said, want[at : at + len(batch), i - first], batch[:, i]) for said, i in steps]
-            retrieval = keys_found(session, self.questions)
+            asked, told = ([self.asked(row, q) for q in of] for of in (self.questions, self.keyed))
+            retrieval = keys_found(session, asked) | exact(session, told)
         found = figures(row.name, "f32", parts, size, size // 2)
         return {
             "bytes": done.program.cache_bytes(self.settings.window), "tokens": found.tokens,
@@ -124,10 +145,10 @@ class Caches:
     def recomputed(self, row: CacheRow) -> Figures:
         """The sampled tokens alone, each from the window before it as if there were nothing else."""
         begun = time.perf_counter()
-        run, _ = prepared(Row("f32"), self.folder(row), None)
+        run, _ = prepared(Row("f32"), self.settings.folder(row.model), None)
         made, found = time.perf_counter(), np.full(row.tokens, np.nan)
         for at in chunks(sampled(row.tokens), ROWS_AT_A_TIME):
-            texts = np.stack([self.ids[i + 1 - row.window : i + 2] for i in at])
+            texts = self.begun(row, np.stack([self.ids[i + 1 - row.window : i + 2] for i in at]))
             said = run.logits(texts, row.window)
             found[at] = [loss(logits, token) for logits, token in zip(said[:, 0], texts[:, -1])]
         run.close()

@@ -78,10 +78,11 @@ def run(
     again: Annotated[bool, typer.Option("--again", help="Measure rows anew that are there.")] = False,
 ) -> None:
     """Measure what is missing and write the table."""
-    if not (model / "model.safetensors").is_file():
-        sys.exit(f"{model}: no model; make it with python examples/train_eval_lm.py")
     wanted, chosen = only or ["*", "minilm"], TABLES[table]
     settings = chosen.settings(model, tokens or chosen.settings.tokens)
+    for folder, script in settings.scripts.items():
+        if not (folder / "model.safetensors").is_file():
+            sys.exit(f"{folder}: no model; make it with python {script}")
     file = out or RESULTS / chosen.file
     results = read(file, settings)
     show = partial(write, file, results, chosen.page)

@@ -1,9 +1,11 @@
 """Whether a key that stands somewhere in a long text is found when the text's end asks for it.
 
-The models are too small to say a key that they were told, however it is asked for. But a text that names one makes it
-likelier than it was. So each text is made with every one of ``KEYS`` names in the same place,
-and the name is found that gains most, among all of them, over what it has in the mean of the texts. Chance finds one in
-``KEYS``; ``gain`` is in nats, of the name that was there over those that were not.
+A model that copies says it: a key of some random letters and digits (``keyed``), token by token (``exact``).
+
+The others do not, however it is asked for. But a text that names one makes it likelier than it was. So (``questions``)
+each text is made with every one of ``KEYS`` names in the same place, and the name is found that gains most, among all of
+them, over what it has in the mean of the texts. Chance finds one in ``KEYS``; ``gain`` is in nats, of the name that was
+there over those that were not.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tilewright.runtime.following import follow
 Array = np.ndarray[Any, Any]
 KEYS = 16
 LENGTH = 480
+LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789")
 FORMS = (
     ("\n        raise ValueError(\"@ passkey\")\n", "\n        raise ValueError(\"", r"[a-z]{4,9}"),
     ("\n    def@(self, passkey):\n", "\n    def", r" [a-z]{4,9}"),
@@ -29,11 +32,20 @@ FORMS = (
     ("\nfrom passkey import@\n", "\nfrom passkey import", r" [a-z]{4,9}"),
 )  # fmt: skip
 """How a key (@) is told, how it is asked for, and what its one token looks like."""
+SAID = 5
+"""Tokens of a key that is to be said."""
+KEYED = (
+    ("\n# passkey: @\n", "\n# passkey:"),
+    ("\n    passkey = \"@\"\n", "\n    print(passkey == \""),
+    ("\n    raise KeyError('the passkey is @')\n", "\n    print('the passkey is"),
+    ("\nThe passkey is @. Remember it.\n", "\nWhat is the passkey? The passkey is"),
+)  # fmt: skip
+"""How such a key is told, and how it is asked for."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """``texts`` [KEYS, LENGTH + 1] differ in the key alone and end with it; the ``asked`` tokens before ask for it."""
+    """``texts`` [KEYS, LENGTH + tokens of a key] end with their key; the ``asked`` tokens before ask for it."""
 
     texts: Array
     asked: int
@@ -44,7 +56,10 @@ class Question:
 
 
 def questions(tokenizer: Tokenizer, filler: Array, vocabulary: int, seed: int = 0) -> Iterator[Question]:
-    """One of each form; the key stands after a tenth of the text, three, five, seven tenths."""
+    """One of each form, in texts [KEYS, LENGTH + 1] that differ in the key alone.
+
+    It stands after a tenth of the text, three, five, seven tenths.
+    """
     for number, (told, question, like) in enumerate(FORMS):
         random = np.random.default_rng((seed, number))
         words = [t for t in range(vocabulary) if re.fullmatch(like, tokenizer.decode([t]))]
@@ -54,6 +69,33 @@ def questions(tokenizer: Tokenizer, filler: Array, vocabulary: int, seed: int = 
         begin = int(random.integers(len(filler) - count))
         around, at = list(filler[begin : begin + count]), int(count * (0.1 + 0.2 * number))
         yield Question(np.array([around[:at] + before + [k] + after + around[at:] + end + [k] for k in keys]), len(end))
+
+
+def keyed(tokenizer: Tokenizer, filler: Array, seed: int = 0) -> Iterator[Question]:
+    """One of each form; a text is about as long as there, has a key of its own in a place of its own, and ends with it."""
+    for number, (told, ending) in enumerate(KEYED):
+        random = np.random.default_rng((seed, number))
+        before, after = told.split("@")
+        start, end, texts = tokenizer.encode(before.rstrip(" ")), tokenizer.encode(ending), []
+        while len(texts) < KEYS:
+            key = tokenizer.encode(" " * before.endswith(" ") + "".join(random.choice(LETTERS, 8)))
+            if len(key) != SAID:
+                continue
+            said = [*start, *key, *tokenizer.encode(after)]
+            count = LENGTH - len(said) - len(end)
+            begin, at = int(random.integers(len(filler) - count)), int(count * random.uniform(0.05, 0.75))
+            around = list(filler[begin : begin + count])
+            texts.append([*around[:at], *said, *around[at:], *end, *key])
+        yield Question(np.array(texts), len(end))
+
+
+def exact(session: Session, asked: Sequence[Question]) -> dict[str, float]:
+    """``exact``: the share of texts whose whole key a greedy answer would have given."""
+    right = []
+    for question in asked:
+        said = list(follow(session, question.texts, LENGTH - question.asked))[-SAID:]
+        right.append((np.stack([logits.argmax(1) for logits in said], 1) == question.texts[:, -SAID:]).all(1))
+    return {"exact": float(np.mean(right))}
 
 
 def found(session: Session, asked: Sequence[Question]) -> dict[str, float]:

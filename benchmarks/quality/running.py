@@ -32,6 +32,11 @@ Count = Callable[[Weight], int]
 """Bytes of a weight."""
 
 
+def digest(folder: Path) -> str:
+    """Of a model's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all rows share; figures with other settings do not belong into one table."""
@@ -45,7 +50,12 @@ class Settings:
     @property
     def digest(self) -> str:
         """Of the weights."""
-        return hashlib.sha256((self.model / "model.safetensors").read_bytes()).hexdigest()[:16]
+        return digest(self.model)
+
+    @property
+    def scripts(self) -> dict[Path, str]:
+        """What makes which folder."""
+        return {self.model: "examples/train_eval_lm.py"}
 
     def json(self) -> Figures:
         return {"weights": self.digest, "tokens": self.tokens, "window": self.window, "stride": self.stride,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import caching, passkey
-from benchmarks.quality.caches import CACHE_ROWS, SMALL, WINDOW, CacheRow
-from benchmarks.quality.caching import EVERY, STRETCH, along, loss, sampled, streamed
+from benchmarks.quality.caches import CACHE_ROWS, MODELS, WINDOW, CacheRow
+from benchmarks.quality.caching import EVERY, STRETCH, Caches, along, loss, sampled, streamed
 from benchmarks.quality.kv import SECTIONS, far_better, page, parks, stable
-from benchmarks.quality.passkey import KEYS, LENGTH, found, questions
+from benchmarks.quality.passkey import KEYS, LENGTH, SAID, exact, found, keyed, questions
 from benchmarks.quality.sinks import first_token
 from tilewright import Tokenizer
 from tilewright.passes.pipeline import Pipeline
@@ -40,7 +41,9 @@ def test_names_are_unique_and_goals_are_about_rows() -> None:
     assert {n for s in SECTIONS for g in s.goals for n in g.needs} <= set(names)
     shown = {n for s in SECTIONS for n in (*(r.name for r in s.rows), *(n for g in s.goals for n in g.needs))}
     assert shown == set(names), "every row is on the page"
-    assert all(r.name.startswith(f"{SMALL}: ") == (r.model == SMALL) for r in CACHE_ROWS)
+    for name, model in MODELS.items():
+        if model.prefix:
+            assert all(r.name.startswith(model.prefix) == (r.model == name) for r in CACHE_ROWS)
 
 
 def test_goals_of_streams() -> None:
@@ -77,6 +80,43 @@ def test_questions_differ_in_their_keys_alone() -> None:
         assert told.replace("@", tokenizer.decode([int(texts[3, at])])) in tokenizer.decode(list(texts[3, :LENGTH]))
     again = list(questions(tokenizer, filler, 4096))
     assert all((a.texts == b.texts).all() for a, b in zip(asked, again))
+
+
+def test_keys_are_told_and_asked_for() -> None:
+    tokenizer = Tokenizer(SMALL_LM)
+    filler = np.array(tokenizer.encode((ROOT / "tests" / "zoo.py").read_text()))
+    for question, (told, ending) in zip(keyed(tokenizer, filler), passkey.KEYED, strict=True):
+        assert question.texts.shape == (KEYS, LENGTH + SAID)
+        for text in question.texts:
+            key = tokenizer.decode(list(text[-SAID:])).strip()
+            assert re.fullmatch("[a-z0-9]{8}", key)
+            assert told.replace("@", key) in tokenizer.decode(list(text[:LENGTH]))
+            assert tokenizer.decode(list(text[LENGTH - question.asked : LENGTH])) == ending
+        assert len({tuple(text[-SAID:]) for text in question.texts}) == KEYS
+
+
+def test_a_key_counts_when_all_of_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = np.zeros((KEYS, LENGTH + SAID), np.int64)
+    texts[:, -SAID:] = np.arange(1, SAID + 1)
+    said = np.eye(9, dtype=np.float32)[np.tile(texts[0, -SAID:, None], (1, KEYS))]
+    said[-1, :4] = said[0, 2:6] = 0  # six texts with a token that is not the key's
+
+    def follow(session: object, ids: Any, first: int) -> Any:
+        assert first == LENGTH - 2
+        yield from (np.zeros_like(said[0]), np.zeros_like(said[0]), *said)
+
+    monkeypatch.setattr(passkey, "follow", follow)
+    assert exact(None, [passkey.Question(texts, 2)]) == {"exact": 1 - 6 / KEYS}  # type: ignore[arg-type]
+
+
+def test_texts_of_a_model_begin_with_the_end_token() -> None:
+    caches = object.__new__(Caches)
+    caches.ids = np.arange(7, 20)
+    texts = np.arange(12).reshape(2, 6)
+    for name, model in MODELS.items():
+        begun = caches.begun(CacheRow("", "", model=name), texts)
+        assert (begun[:, 0] == (7 if model.begins else texts[:, 0])).all()
+        assert (begun[:, 1:] == texts[:, 1:]).all()
 
 
 def test_keys_are_found_by_what_they_gain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +176,14 @@ def test_losses_of_a_stream() -> None:
 
 
 def test_the_page() -> None:
-    how = {"weights": "x", "small": "y", "tokens": 1, "window": 2, "stride": 1}
+    how = {"weights": "x", "small": "y", "recall": "z", "tokens": 1, "window": 2, "stride": 1}
     rows = {"bf16": TEXT, "i8": TEXT | {"perplexity": 20.01}, "small: i2": {"error": "no"}, "window 256": LONG}
     text = page({"settings": how, "parameters": 1, "rows": rows, "encoder": {}})
     assert "| i8 | 1,000 | 20.010 | +0.05% | 0.00000 | 0.0000 | 100.00% |" in text
     assert "i8 within 0.1 % of bf16: **hit**: +0.05%" in text
     assert "| i2 | not run: no | | | | | |" in text.replace("|  ", "| ")
     assert "| window 256 | 70 | 3.000 | 3.000 | 3.10 2.90 |" in text
-    assert "| i8 | 0.0% | 50.0% | 0.1000 |" in text
+    assert "| i8 | 0.0% | 50.0% | 0.1000 |  |" in text
 
 
 def test_the_committed_table_is_that_of_its_figures() -> None:
