@@ -6,6 +6,7 @@ panels, ``[run / panel][dim / pair][panel][pair]``, so that vectors hold one com
 components, ``[vdim / panel][run / pair][panel][pair]``, so that vectors hold components of one value (or of two neighbours,
 side by side). ``pair`` is 2 for bf16, the shape of vdpbf16ps' operands, else 1. ``panel`` is what a tile of registers takes
 at once: 64, or 16 with 256-bit vectors. Sizes are rounded up; the filling must be finite, and is zero in a fresh cache.
+Values that are the first components of keys are not there a second time: V is empty.
 A page with a summary has, behind the keys of all heads, the least and then the greatest of each component, head by head.
 Behind the keys of a region stand the notes on kept tokens, f32 ``[heads][NOTES][slots]``.
 
@@ -46,6 +47,7 @@ class CacheLayout(Slots):
     panel: int = 64
     layout: Layout = CONTIGUOUS
     summary: bool = False
+    in_keys: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _STORED:
@@ -59,6 +61,10 @@ class CacheLayout(Slots):
     @property
     def pair(self) -> int:
         return 2 if self.dtype == "bf16" else 1
+
+    @property
+    def value_size(self) -> int:
+        return 0 if self.in_keys else super().value_size
 
     @property
     def budget(self) -> int:
@@ -116,8 +122,8 @@ class CacheLayout(Slots):
         return np.zeros((regions, *self.k_shape), kind), np.zeros((regions, *self.v_shape), kind)
 
     def read(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Plain copies: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]``, and of kept tokens the
-        notes f32 ``[regions, heads, NOTES, held]``."""
+        """Plain copies: K ``[regions, held, heads, dim]`` and V ``[regions, held, heads, vdim]`` (0 for vdim where values
+        are among the keys), and of kept tokens the notes f32 ``[regions, heads, NOTES, held]``."""
         whole = k.reshape(-1, *self.k_shape)
         notes = [self._notes(whole).copy()] if self.budget else []
         keys = whole[:, :self.keys_size].reshape(-1, *self._panels).transpose(0, 2, 4, 1, 3, 5)
@@ -158,6 +164,8 @@ class CacheLayout(Slots):
 
     def _value_views(self, v: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
         """Each panel of values as ``[regions, runs, run / pair, pair, heads, width]``, with its start and its width."""
+        if self.in_keys:
+            return []
         flat = v.reshape(-1, *self.v_shape)
         views = []
         for start, width in value_panels(self.value_size, self.panel):
@@ -188,4 +196,4 @@ def cache_layout(type: KVType, target: Target) -> CacheLayout | CodeLayout | Cud
     if type.is_coded:
         codes = type.keys, type.group, type.recent, type.scales.value, type.full.value
         return CodeLayout(*sizes, panel_for(target), type.layout, *codes, type.has_summary, type.rank, type.outliers)
-    return CacheLayout(*sizes, panel_for(target), type.layout, type.has_summary)
+    return CacheLayout(*sizes, panel_for(target), type.layout, type.has_summary, not type.own_vdim)

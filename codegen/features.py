@@ -49,7 +49,7 @@ def nbytes(value: Value, sizes: Mapping[str, int]) -> int:
     """Bytes of a tensor; of a cache, those of one sequence filled to the half."""
     if isinstance(value.type, KVType):
         cache = value.type
-        return cache.heads * (cache.dim + cache.vdim) * cache.length * cache.dtype.bits // 16
+        return cache.heads * (cache.dim + cache.own_vdim) * cache.length * cache.dtype.bits // 16
     return math.prod(eval_dim(d, sizes) for d in value.shape) * value.dtype.bits // 8
 
 

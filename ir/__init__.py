@@ -30,7 +30,8 @@ from tilewright.ir.errors import (
 )
 from tilewright.ir.interpreter import empty_states, interpret
 from tilewright.ir.kv_kept import Kept
-from tilewright.ir.kv_type import CONTIGUOUS, Contiguous, KVType, Layout, Paged, Ring
+from tilewright.ir.kv_layouts import CONTIGUOUS, Contiguous, Layout, Paged, Ring
+from tilewright.ir.kv_type import KVType
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import canonical, print_function, print_module
 from tilewright.ir.rewriter import Pattern, Rewriter, Skip, rewrite

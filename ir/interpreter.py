@@ -32,7 +32,7 @@ def empty_states(module: Module, batch: int, pages: int | None = None) -> dict[s
 def _empty(t: KVType, batch: int, pages: int | None) -> Cache:
     own = (batch * t.pages if pages is None else pages, t.page) if t.page else (batch, t.slots)
     notes = [np.zeros((batch, t.heads, NOTES, t.slots), np.float32)] if t.budget else []
-    return np.zeros((*own, t.heads, t.dim), t.held.np), np.zeros((*own, t.heads, t.vdim), t.held.np), *notes
+    return np.zeros((*own, t.heads, t.dim), t.held.np), np.zeros((*own, t.heads, t.own_vdim), t.held.np), *notes
 
 
 def interpret(

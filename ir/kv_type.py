@@ -8,94 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 from tilewright.ir.dtypes import DType
 from tilewright.ir.kv_kept import NOTES, Kept
+from tilewright.ir.kv_layouts import CONTIGUOUS, Layout, Paged, Ring, expect, parse_layout
 from tilewright.ir.kv_residual import check_residual, residual_bytes
 
-PAGES = (16, 32, 64)
-"""Tokens that a page may hold."""
 GROUPS = (16, 32, 64, 128)
 """Tokens that share the scales of channels."""
-RING_STEP = 64
-"""The slots of a ring are a multiple of this."""
 FLOATS = (DType.f32, DType.f16, DType.bf16)
 CODES = (DType.i8, DType.i4, DType.i2)
-
-
-@dataclass(frozen=True)
-class Contiguous:
-    """Position p lies in slot p of the sequence's own memory."""
-
-    def __str__(self) -> str:
-        return "contiguous"
-
-
-@dataclass(frozen=True)
-class Paged:
-    """Slots in pages of ``page`` tokens, out of a pool that sequences share.
-
-    Position p of sequence b is in row ``p % page`` of page ``table[b, p // page]``.
-    """
-
-    page: int
-
-    def __post_init__(self) -> None:
-        _expect(self.page in PAGES, f"pages have {', '.join(map(str, PAGES))} tokens, got {self.page}")
-
-    def __str__(self) -> str:
-        return f"paged<{self.page}>"
-
-
-@dataclass(frozen=True)
-class Ring:
-    """The first ``sinks`` positions stay; of the others the last ``window`` are there (StreamingLLM, arXiv:2309.17453).
-
-    A call appends at most ``chunk`` tokens, and so overwrites nothing that its own queries see.
-    """
-
-    window: int
-    chunk: int
-    sinks: int = 0
-
-    def __post_init__(self) -> None:
-        _expect(self.window >= 1 and self.chunk >= 1, f"window and chunk of a ring are positive, got {self}")
-        _expect(self.sinks >= 0, f"sinks are not negative, got {self}")
-
-    def __str__(self) -> str:
-        return f"ring<{self.window}, {self.chunk}" + (f", {self.sinks}>" if self.sinks else ">")
-
-    @property
-    def size(self) -> int:
-        """Slots that are written again and again; position p, if no sink, lies in slot ``sinks + p % size``."""
-        return -(-(self.window + self.chunk) // RING_STEP) * RING_STEP
-
-
-CONTIGUOUS = Contiguous()
-Layout: TypeAlias = Contiguous | Paged | Ring | Kept
-_LAYOUTS: dict[str, type[Layout]] = {"contiguous": Contiguous, "paged": Paged, "ring": Ring, "kept": Kept}
-_LAYOUT = re.compile(r"([a-z]+)(?:<(\d{1,12}(?:, ?\d{1,12})*)>)?", re.ASCII)
-
-
-def parse_layout(text: str) -> Layout:
-    """``contiguous``, ``paged<32>``, ``ring<1024, 512, 4>``, ``kept<1024, 512>``; raises ValueError."""
-    match = _LAYOUT.fullmatch(text)
-    kind = _LAYOUTS.get(match[1]) if match else None
-    numbers = [int(n) for n in match[2].split(",")] if match and match[2] else []
-    if kind is None or not _takes(kind, len(numbers)):
-        known = "contiguous, paged<page>, ring<window, chunk, sinks>, kept<budget, chunk>"
-        raise ValueError(f"no layout of a cache: {text!r}; there are {known}")
-    return kind(*numbers)
-
-
-def _takes(kind: type[Layout], count: int) -> bool:
-    return {Contiguous: count == 0, Paged: count == 1, Ring: count in (2, 3), Kept: count == 2}[kind]
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -112,6 +35,9 @@ class KVType:
 
     With ``summary=minmax`` each full page has, for each head, the least and the greatest of every component of its keys
     (Quest, arXiv:2406.10774), in the cache's floats, or in ``full``: what ``kv.select`` chooses pages by.
+
+    With ``values=keys`` values are the first ``vdim`` components of keys, and not stored a second time: the latent of
+    multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
     """
 
     heads: int
@@ -128,45 +54,54 @@ class KVType:
     rank: int = 0
     outliers: int = 0
     summary: str = "none"
+    values: str = "own"
     _always: ClassVar[int] = 6  # fields that are printed whatever they are
 
     def __post_init__(self) -> None:
         if isinstance(self.layout, str):
             object.__setattr__(self, "layout", parse_layout(self.layout))
         sizes = self.heads, self.dim, self.vdim, self.length
-        _expect(min(sizes) >= 1, f"sizes of a cache are positive, got {self}")
+        expect(min(sizes) >= 1, f"sizes of a cache are positive, got {self}")
         known = ", ".join(d.value for d in FLOATS + CODES)
-        _expect(self.dtype in FLOATS + CODES, f"no cache of {self.dtype.value}; there are {known}")
+        expect(self.dtype in FLOATS + CODES, f"no cache of {self.dtype.value}; there are {known}")
         self._check_codes()
         self._check_summary()
+        self._check_values()
         if isinstance(self.layout, Kept):
             self.layout.check(self.dtype, self.length)
 
     def _check_codes(self) -> None:
-        of_codes = [f for f in fields(self)[self._always :] if f.name != "summary"]
+        of_codes = [f for f in fields(self)[self._always :] if f.name not in ("summary", "values")]
         given = [f.name for f in of_codes if getattr(self, f.name) != f.default]
-        _expect(self.is_coded or not given, f"{', '.join(given)}: only of codes, not of {self.dtype.value}")
-        _expect(self.keys in ("token", "channel"), f"keys are token or channel, got {self.keys}")
+        expect(self.is_coded or not given, f"{', '.join(given)}: only of codes, not of {self.dtype.value}")
+        expect(self.keys in ("token", "channel"), f"keys are token or channel, got {self.keys}")
         fits = self.keys == "token" or self.dtype is not DType.i8
-        _expect(fits, "i8 has a scale for each token; give keys=token, or i4 or i2")
-        _expect(self.group in GROUPS, f"groups have {', '.join(map(str, GROUPS))} tokens, got {self.group}")
-        _expect(self.recent >= 0, f"recent is not negative, got {self.recent}")
-        _expect(self.scales in (DType.f16, DType.f32), f"scales are f16 or f32, got {self.scales.value}")
-        _expect(self.full in (DType.bf16, DType.f32), f"full is bf16 or f32, got {self.full.value}")
+        expect(fits, "i8 has a scale for each token; give keys=token, or i4 or i2")
+        expect(self.group in GROUPS, f"groups have {', '.join(map(str, GROUPS))} tokens, got {self.group}")
+        expect(self.recent >= 0, f"recent is not negative, got {self.recent}")
+        expect(self.scales in (DType.f16, DType.f32), f"scales are f16 or f32, got {self.scales.value}")
+        expect(self.full in (DType.bf16, DType.f32), f"full is bf16 or f32, got {self.full.value}")
         check_residual(self)
         if not self.keeps_recent:
             return
         ring = isinstance(self.layout, Ring)
-        _expect(not ring, "a ring overwrites tokens one by one: give keys=token and no recent tokens, or another layout")
+        expect(not ring, "a ring overwrites tokens one by one: give keys=token and no recent tokens, or another layout")
         split = self.page % self.group != 0
-        _expect(not split, f"a group of {self.group} tokens lies in several pages of {self.page}; give group={self.page}")
+        expect(not split, f"a group of {self.group} tokens lies in several pages of {self.page}; give group={self.page}")
 
     def _check_summary(self) -> None:
-        _expect(self.summary in ("none", "minmax"), f"summary is none or minmax, got {self.summary}")
+        expect(self.summary in ("none", "minmax"), f"summary is none or minmax, got {self.summary}")
         paged = not self.has_summary or self.page > 0
-        _expect(paged, f"a summary is of pages, {self.layout} has none; give layout=paged<32>")
+        expect(paged, f"a summary is of pages, {self.layout} has none; give layout=paged<32>")
         late = self.has_summary and self.keeps_recent
-        _expect(not late, "no summary of pages whose tokens become codes late: give keys=token and no recent tokens")
+        expect(not late, "no summary of pages whose tokens become codes late: give keys=token and no recent tokens")
+
+    def _check_values(self) -> None:
+        expect(self.values in ("own", "keys"), f"values are own or keys, got {self.values}")
+        if self.values == "own":
+            return
+        expect(self.vdim <= self.dim, f"values of {self.vdim} are not among keys of {self.dim}; give values=own")
+        expect(not self.is_coded, f"values among keys are floats, not {self.dtype.value}; give values=own")
 
     def __str__(self) -> str:
         shown = [f for i, f in enumerate(fields(self)) if i < self._always or getattr(self, f.name) != f.default]
@@ -200,6 +135,11 @@ class KVType:
     def has_summary(self) -> bool:
         """Whether pages say between what their keys lie."""
         return self.summary != "none"
+
+    @property
+    def own_vdim(self) -> int:
+        """Numbers of a value that are stored beside its key."""
+        return self.vdim if self.values == "own" else 0
 
     @property
     def summaries(self) -> DType:
@@ -253,7 +193,7 @@ class KVType:
 
     def bytes_of(self, tokens: int) -> int:
         """Bytes of so many tokens, as ``dtype`` says: all that lies beside keys and values, and what pages say of them."""
-        numbers = -(-tokens * self.heads * (self.dim + self.vdim) * self.dtype.bits // 8)
+        numbers = -(-tokens * self.heads * (self.dim + self.own_vdim) * self.dtype.bits // 8)
         if self.has_summary:
             numbers += -(-tokens // self.page) * self.heads * 2 * self.dim * self.summaries.size
         if not self.is_coded:
@@ -280,7 +220,7 @@ def _text(value: object) -> str:
 
 
 def _integer(text: str) -> int:
-    _expect(re.fullmatch(r"\d{1,12}", text, re.ASCII) is not None, f"not a size: {text!r}")
+    expect(re.fullmatch(r"\d{1,12}", text, re.ASCII) is not None, f"not a size: {text!r}")
     return int(text)
 
 

@@ -1,9 +1,10 @@
 """Causal ``nn.attention(q, k, v)`` over tokens -> ``kv.append(@kv.0, k, v, start)``, ``kv.attend(q, cache, start)``.
 
-With pages both take the ``table`` too; over kept tokens it is ``kv.retain``, with the ``count`` of a call's tokens. With
-sinks by the options ``kv.attend`` takes the queries a second time, turned by the rope as if they stood at the end of the
-sinks and the window: that is how far from the sinks they are taken to be. The first tokens that an attention sees of its
-own are as far away as they are.
+Values that are the first components of keys are not stored a second time (``values=keys``, without v). With pages both take
+the ``table`` too; over kept tokens it is ``kv.retain``, with the ``count`` of a call's tokens. With sinks by the options
+``kv.attend`` takes the queries a second time, turned by the rope as if they stood at the end of the sinks and the window:
+that is how far from the sinks they are taken to be. The first tokens that an attention sees of its own are as far away as
+they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tilewright.passes.kv_bias import Biases
 from tilewright.passes.kv_mask import Sight, read_sight
 from tilewright.passes.kv_options import KvOptions
 from tilewright.passes.kv_shapes import ShapeValues, refuse
+from tilewright.passes.kv_values import begins_with
 
 _KINDS = {
     "ring": "ring does not keep apart; leave out window and sinks",
@@ -59,7 +61,7 @@ class Attentions:
         table = self.table if kind.page else None
         turned = isinstance(kind.layout, Ring) and self.options.sinks
         far = self.turn(op, kind.sinks + kind.layout.window - 1) if turned else None  # type: ignore[union-attr]
-        cache = builder(ops.Append, state, op.k, op.v, self.start, table)
+        cache = builder(ops.Append, state, op.k, op.v if kind.own_vdim else None, self.start, table)
         self.sights.append(sight)
         given: dict[str, Any] = {"scale": op.scale, "window": sight.window, "chunk": sight.chunk, "softcap": op.softcap}
         if kind.budget:
@@ -99,6 +101,8 @@ class Attentions:
             raise refuse(op, f"has heads of symbolic size: {op.k.type}")
         plain = KVType(int(heads), int(dim), int(vdim), self.length, op.k.dtype)
         kind = self.options.type(plain, sight)
+        if not kind.is_coded and begins_with(op.k, op.v):
+            kind = replace(kind, values="keys")
         if kind.has_summary and self._whole < self.options.whole_layers:
             kind, self._whole = replace(kind, summary="none"), self._whole + 1
         by_position = op.bias is not None and self.shapes.varies(op.bias)

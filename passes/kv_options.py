@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tilewright.ir import DType, Kept, KVType, Layout, Paged, Ring
-from tilewright.ir.kv_type import CODES, CONTIGUOUS
+from tilewright.ir.kv_layouts import CONTIGUOUS
+from tilewright.ir.kv_type import CODES
 from tilewright.ir.ops.kv_policies import POLICIES
 from tilewright.passes.base import Pass
 from tilewright.passes.kv_mask import Sight

@@ -42,16 +42,31 @@ class Absorbed:
         return self.op.q.shape[0], self.op.q.shape[1]
 
     @property
+    def sources(self) -> tuple[list[Value], list[Value]]:
+        """What keys and what values follow from; where keys need all that values do, that comes first."""
+        of_keys, of_values = (between(part, self.stored)[1] for part in (self.op.k, self.op.v))
+        return sorted(of_keys, key=lambda v: v not in of_values), of_values
+
+    @property
+    def among(self) -> bool:
+        """Whether values need nothing that keys do not: then they are the first components of these."""
+        of_keys, of_values = self.sources
+        return of_keys[:len(of_values)] == of_values
+
+    @property
     def bytes(self) -> int:
-        """Of a token, once in keys and once in values where both need it."""
-        return sum(bytes_of(between(part, self.stored)[1]) for part in (self.op.k, self.op.v))
+        """Of a token, what is stored with its key and, if need be, with its value."""
+        of_keys, of_values = self.sources
+        return bytes_of(of_keys) + (0 if self.among else bytes_of(of_values))
 
     def result(self) -> Value:
         """What takes the place of the attention's result."""
         self._take_keys(self.op.k, 0)
-        of_keys, of_values = (between(part, self.stored)[1] for part in (self.op.k, self.op.v))
-        q = self._joined([self.queries[v] for v in of_keys])
-        k, v = (self._joined([self._one_head(x) for x in found]) for found in (of_keys, of_values))
+        of_keys, of_values = self.sources
+        q = self._joined([self.queries[x] for x in of_keys])
+        v = self._joined([self._one_head(x) for x in of_values])
+        own = [self._one_head(x) for x in of_keys[len(of_values) * self.among:]]
+        k = self._joined([v, *own] if self.among else own)
         out = self.b.insert(self.op.clone({}, q=q, k=k, v=v)).results[0]
         return self._product(out, self._matrix(self.op.v, of_values, by_size=False), int(self.op.v.shape[SIZE]))
 

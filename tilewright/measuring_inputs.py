@@ -189,7 +189,7 @@ def make_inputs(subject: Subject, seed: int = 0) -> list[Operand]:
 def _make(subject: Subject, arg: Value, rng: np.random.Generator) -> Operand:
     if isinstance(arg.type, KVType):
         sizes = (subject.regions(arg), arg.type.page or arg.type.slots, arg.type.heads)
-        numbers = tuple(normal(rng, (*sizes, size), arg.type.held) for size in (arg.type.dim, arg.type.vdim))
+        numbers = tuple(normal(rng, (*sizes, size), arg.type.held) for size in (arg.type.dim, arg.type.own_vdim))
         return numbers if arg.type.keeps_recent else rounded(arg.type, *numbers)
     shape, found = subject.shape(arg), list(roles(arg))
     for role in found:

@@ -22,7 +22,7 @@ from tilewright.codegen.attention_pattern import (
     unrotated,
     view_of,
 )
-from tilewright.codegen.cache import CacheLayout, cache_layout
+from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.cache_codes import CodeLayout
 from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
@@ -268,10 +268,10 @@ def _attend(op: ops.Attend, k: Kernel, place: Places, schedule: AttentionSchedul
 
 
 def _append(op: ops.Append, k: Kernel, place: Places, schedule: AttentionSchedule, target: CpuTarget) -> Facts:
-    key, value, (b, s) = _view(op.k), _view(op.v), op.k.shape[:2]
-    layout: CacheLayout = cache_layout(op.cache.cache, target)
-    spec = AppendSpec(layout, op.k.dtype.value, static(s), rotation(op.k), k=key.place, v=value.place)
-    sources = place[key.source], place[value.source], _at(place, op.start)
+    b, s = op.k.shape[:2]
+    where = {name: _view(x).place for name, x in (("k", op.k), ("v", op.v)) if x is not None}
+    spec = AppendSpec(cache_layout(op.cache.cache, target), op.k.dtype.value, static(s), rotation(op.k), **where)
+    sources = _at(place, op.k), _at(place, op.v), _at(place, op.start)
     (*cache, windows) = _memory(place, op.cache)
     buffers = AppendBuffers(*cache, *sources, *_tables(place, op.k), *_pages(k, place, op.table), **windows)
     emit_append(k, spec, dim_value(s, k.dims), buffers)

@@ -6,6 +6,7 @@ scores = q k^T (micro-kernels on registers), softmax with the statistics kept pe
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from tilewright.codegen.cache import value_panels
@@ -13,6 +14,7 @@ from tilewright.codegen.cache_slots import SLOT_STEP, round_up
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.flash_rows import LOG2E, Adjust, Shape, SoftRows, Visible, power_of_two
 from tilewright.codegen.mlir.flash_sources import Picked, Scattered, Source, Straight
+from tilewright.codegen.mlir.flash_turned import Turned
 from tilewright.codegen.mlir.kv_runs import Runs, emit_runs_kernel
 from tilewright.codegen.mlir.microkernel import Feed, Tile, emit_micro_kernel
 from tilewright.codegen.mlir.rows import Row
@@ -54,6 +56,8 @@ class Flash(SoftRows):
         self.p = kernel.scratch(self.at_once * self.keys, self.compute)
         self.ahead = self.keys // shape.run if shape.run else 0  # from a run to that in the same place of the next block
         self.runs = kernel.scratch(_BLOCKS * self.ahead + 1, "i64") if shape.run else None
+        sizes = self.q_size, self.out_size
+        self.turned = Turned(kernel, shape, self.keys, sizes, blocks[0]) if shape.turned else None
         self._build_micro_kernels(blocks, schedule.prefetch)
 
     @property
@@ -80,6 +84,11 @@ class Flash(SoftRows):
 
     def _value_kernel(self, panel: int, tile: Tile, v: Buffer) -> Function:
         name, feed = f"values{tile.rows}x{tile.vectors}of{panel}", self._feed(panel)
+        if self.turned is not None:
+            feed, buffers = replace(feed, w_dtype=self.compute), (self.p, self.turned.block, self.sums)
+            columns = tuple(vector * self.lanes * feed.pair for vector in range(tile.vectors))
+            tile = replace(tile, columns=columns, prefetch=0)
+            return emit_micro_kernel(self.kernel, name, feed, tile, feed.step, buffers)
         if self.runs is None:
             return emit_micro_kernel(self.kernel, name, feed, tile, self.step, (self.p, v, self.sums))
         size = panel if self.shape.picked else self.out_size
@@ -170,7 +179,7 @@ class Flash(SoftRows):
             self.runs.store(source.run_of(loop.index * run).to("i64"), loop.index)
         if not self.fetches:
             return
-        keys, values = run * self.q_size, run * self.out_size
+        keys, values = run * self.q_size, 0 if self.turned else run * self.out_size
         with self.kernel.loop((_BLOCKS - 1) * self.ahead, runs) as loop:
             number = self.runs.load(loop.index).to("index")
             for memory, start, size in ((source.k, source.keys_of(number), keys), (source.v, number * values, values)):
@@ -203,6 +212,9 @@ class Flash(SoftRows):
         return start, [(following - start) * SIZES[source.k.dtype]]
 
     def _add_values(self, source: Source, count: Val, rows: Val) -> None:
+        if self.turned is not None:
+            self._add_turned(self.turned, source, count, rows)
+            return
         steps = (count + (self.step - 1)) // self.step
 
         def call(height: int, row: Val) -> None:
@@ -220,6 +232,24 @@ class Flash(SoftRows):
                     column += width * self.lanes
 
         self._walk(self.heights, rows, call)
+
+    def _add_turned(self, turned: Turned, source: Source, count: Val, rows: Val) -> None:
+        """Panel by panel, each for all rows."""
+        pair, run = (2 if self.shape.dot else 1), self.shape.run or SLOT_STEP
+        steps = (count + (pair - 1)) // pair
+
+        def call(height: int, row: Val) -> None:
+            column = 0
+            for width in self._widths(height, panel[2]):
+                sums_at = (self.first + row) * self.out_size + loop.index + column
+                self.value_kernels[height, panel[2], width](
+                    (self.p, turned.block, self.sums), (row * self.keys, constant(column * pair), sums_at, steps, 0))
+                column += width * self.lanes
+
+        for panel in turned.panels():
+            with self.kernel.loop(*panel) as loop:
+                turned.fill(source.k, loop.index, panel, count, run, lambda n: self._start_of_keys(source, n)[0])
+                self._walk(self.heights, rows, call)
 
     def _start_of_values(self, source: Scattered | Picked, start: int, panel: int) -> Val:
         """Where the values of a run numbered 0 would have their components from ``start`` on."""

@@ -28,7 +28,8 @@ class Shape:
 
     ``run`` keys lie together, and so many values; 0 when all of a block do. With ``picked`` runs are parts of one piece.
     Where ``queries`` is 1, rows of up to ``together`` sequences meet a block one after the other. With ``dot`` the queries
-    and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only.
+    and p are rounded to bf16, as vdpbf16ps wants them: for bf16 queries and blocks only. With ``turned``
+    values are the first components of keys.
     """
 
     group: int
@@ -43,6 +44,7 @@ class Shape:
     run: int = 0
     together: int = 1
     picked: bool = False
+    turned: bool = False
 
 
 # 2**f for 0 <= f < 1, within 7.5e-5 and 9e-8 of the exact value: least-squares fits with the greatest errors levelled.

@@ -20,7 +20,8 @@ from tilewright.ir import Paged
 
 @dataclass(frozen=True)
 class AppendSpec:
-    """k ``[B, S, heads, dim]`` and v ``[B, S, heads, vdim]`` into slots ``start[b]`` and on; S and B are dims.
+    """k ``[B, S, heads, dim]`` and v ``[B, S, heads, vdim]`` into slots ``start[b]`` and on; S and B are dims. There is no
+    v where values are among the keys.
 
     ``s`` is S when it is static. With ``rope`` the keys are rotated on the way.
     """
@@ -54,7 +55,7 @@ class AppendBuffers:
     cache_k: Buffer
     cache_v: Buffer
     k: Buffer
-    v: Buffer
+    v: Buffer | None
     start: Buffer
     cos: Buffer | None = None
     sin: Buffer | None = None
@@ -129,33 +130,38 @@ class _Append:
             return (buffers.cache_k.at(found * cache.k_run + batch * cache.k_behind),
                     buffers.cache_v.at(found * cache.v_run + batch * cache.v_behind))
 
-        new = (lambda position, column: self._rows(batch, head, position - start)[0].load(column),
-               lambda position, column: self._rows(batch, head, position - start)[1].load(column))
+        new = (lambda position, column: self._key_row(batch, head, position - start).load(column),
+               lambda position, column: self._value_row(batch, head, position - start).load(column))
         rows = windows.keys(batch, head), windows.values(batch, head)
         self.recent.append(start, start + self.s, new, rows, run)
 
-    def _rows(self, batch: Val, head: Val, token: Val) -> tuple[Row, Row]:
-        """The key and the value of one token of one head."""
-        cache, spec, buffers = self.cache, self.spec, self.buffers
-        row, at = batch * self.s + token, None
-        if spec.rope is not None:
-            at = spec.rope.place(batch, token, self.s)
-        k_from = row * (spec.k.stride or cache.heads * cache.dim) + (head * cache.dim + spec.k.offset)
-        v_from = row * (spec.v.stride or cache.heads * cache.vdim) + (head * cache.vdim + spec.v.offset)
-        key = Row(self.kernel, buffers.k, k_from, cache.dim, self.angles, at)
-        return key, Row(self.kernel, buffers.v, v_from, cache.vdim)
+    def _key_row(self, batch: Val, head: Val, token: Val) -> Row:
+        """The key of one token of one head."""
+        size, rope = self.cache.dim, self.spec.rope
+        at = None if rope is None else rope.place(batch, token, self.s)
+        return Row(self.kernel, self.buffers.k, self._place(self.spec.k, size, batch, head, token), size, self.angles, at)
+
+    def _value_row(self, batch: Val, head: Val, token: Val) -> Row:
+        size, v = self.cache.vdim, self.buffers.v
+        assert v is not None
+        return Row(self.kernel, v, self._place(self.spec.v, size, batch, head, token), size)
+
+    def _place(self, where: Slice, size: int, batch: Val, head: Val, token: Val) -> Val:
+        return (batch * self.s + token) * (where.stride or self.cache.heads * size) + (head * size + where.offset)
 
     def _token(self, batch: Val, head: Val, token: Val, position: Val) -> None:
         """One token of one head into its slot."""
         cache, buffers = self.cache, self.buffers
-        key, value = self._rows(batch, head, token)
+        key = self._key_row(batch, head, token)
         run, slot = self.places.of(batch, head, position)
         if isinstance(cache, CodeLayout):
             self.codes.key(key.load, buffers.cache_k.at(key_place(cache, run)), slot)
-            self.codes.value(value.load, buffers.cache_v.at(run * cache.v_run), slot)
+            self.codes.value(self._value_row(batch, head, token).load, buffers.cache_v.at(run * cache.v_run), slot)
         else:
             self._key(key, buffers.cache_k.at(key_place(cache, run) + batch * cache.notes_size), slot)
-            self._value(value, buffers.cache_v.at(run * (cache.run * cache.value_size)), slot)
+            if not cache.in_keys:
+                self._value(self._value_row(batch, head, token),
+                            buffers.cache_v.at(run * (cache.run * cache.value_size)), slot)
         if cache.summary:
             with self.kernel.when(slot.eq(cache.run - 1)):
                 summarize(self.kernel, cache, buffers.cache_k, run)

@@ -48,7 +48,8 @@ class Operands:
         if cache.layout == CONTIGUOUS or cache.budget:
             run = spec.blocks.run if spec.blocks else 0
         sizes = spec.group, cache.dim, cache.vdim, cache.dtype, cache.panel
-        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, run, spec.together(self.schedule), picked)
+        shape = Shape(*sizes, dot, spec.scale, spec.softcap, spec.s, run, spec.together(self.schedule), picked,
+                      cache.in_keys)
         return Flash(kernel, shape, self.schedule, memory)
 
     def _codes(self, cache: CodeLayout) -> CodeFlash:

@@ -1,8 +1,8 @@
 """``kv.append`` and ``kv.attend``: with ``kv.retain`` the only operations that look into a cache.
 
 In the interpreter a cache is two arrays of what its slots decode to: K ``[B, slots, H, D]`` and V ``[B, slots, H, Dv]``, or
-``[pages, page, H, ...]`` for all sequences. Kept tokens have a third one, notes f32 ``[B, H, 2, slots]``: what each is
-worth, and its position.
+``[pages, page, H, ...]`` for all sequences; Dv is 0 where values are among the keys. Kept tokens have a third one, notes
+f32 ``[B, H, 2, slots]``: what each is worth, and its position.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.kv_kept import Kept
-from tilewright.ir.kv_type import Ring
+from tilewright.ir.kv_layouts import Ring
 from tilewright.ir.ops.attention import average, expect_groups, products, visible
 from tilewright.ir.ops.kv_codes import appended, rounded
 from tilewright.ir.ops.shapes import expect_dim, expect_rank
@@ -26,20 +26,24 @@ class Append(Op):
     """The cache with k ``[B, S, H, D]``, v ``[B, S, H, Dv]`` at positions ``start[b] .. start[b] + S``.
 
     Which slots these have is up to the cache's layout. That of pages takes a ``table`` (i32 ``[B, T]``) of the pages of
-    each sequence, in order; only those that hold its tokens are looked at.
+    each sequence, in order; only those that hold its tokens are looked at. Where values are the first components of keys
+    there is no v.
     """
 
     name = "kv.append"
     has_effect = True
     cache: Value
     k: Value
-    v: Value
+    v: Value | None
     start: Value
     table: Value | None = None
 
     def infer(self) -> tuple[Type, ...]:
         kv = self.cache.cache
-        for what, x, size in (("k", self.k, kv.dim), ("v", self.v, kv.vdim)):
+        self.expect((self.v is not None) == (kv.own_vdim > 0), f"takes values if they are not among the keys: {kv}")
+        for what, x, size in (("k", self.k, kv.dim), ("v", self.v, kv.own_vdim)):
+            if x is None:
+                continue
             expect_rank(self, what, x.shape, 4)
             expect_dim(self, f"{what}, heads", x.shape[2], kv.heads)
             expect_dim(self, f"{what}, size of a head", x.shape[3], size)
@@ -49,6 +53,7 @@ class Append(Op):
 
     def evaluate(self, env: Env, cache: Any, k: Any, v: Any, start: Any, table: Any) -> Any:
         out = (cache[0].copy(), cache[1].copy())
+        v = k[..., :0] if v is None else v
         for b, at in enumerate(start):
             end = int(at) + k.shape[1]
             slots = self.slots(b, np.arange(at, end), table, out[0])
@@ -197,7 +202,8 @@ class Attend(Op):
         scores = products(q, cache[0])
         if q_sinks is not None:
             scores[..., : kv.sinks] = products(q_sinks, cache[0][:, : kv.sinks])
-        return scores, keep, cache[1], bias
+        values = cache[1] if kv.own_vdim else cache[0][..., : kv.vdim]
+        return scores, keep, values, bias
 
     def chosen(self, where: Array, keys: Array, blocks: Array) -> Array:
         """Which keys are in the blocks of a query: bool ``[B, H, S, T]``; fails if a query's own is not among them."""

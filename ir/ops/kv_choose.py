@@ -11,7 +11,7 @@ import numpy as np
 
 from tilewright.ir.core import Env, Op, Value
 from tilewright.ir.kv_kept import Kept
-from tilewright.ir.kv_type import Ring
+from tilewright.ir.kv_layouts import Ring
 from tilewright.ir.ops import numerics as num
 from tilewright.ir.ops.attention import expect_groups
 from tilewright.ir.ops.kv import expect_table, gathered

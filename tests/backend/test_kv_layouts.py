@@ -28,24 +28,27 @@ RULES: dict[str, dict[str, Any]] = {
 class Attending:
     """``kv.attend`` of ``heads`` queries over a cache of two heads, sequences of any positions."""
 
-    def __init__(self, dtype: str, layout: Layout, heads: int, s: int | str, sizes: tuple[int, int] = (33, 20),
-                 bias: bool = False, sinks: bool = False, turned: bool = True, **rule: Any) -> None:  # fmt: skip
+    def __init__(
+        self, dtype: str, layout: Layout, heads: int, s: int | str, sizes: tuple[int, int] = (33, 20), bias: bool = False,
+        sinks: bool = False, turned: bool = True, values: str = "own", **rule: Any
+    ) -> None:
         self.kernel, kind = Function("k", kind="kernel"), DType(dtype)
-        self.cache_type = KVType(2, *sizes, LENGTH, kind, layout)
+        self.cache_type = KVType(2, *sizes, LENGTH, kind, layout, values=values)
         q = TensorType(("B", s, heads, sizes[0]), kind)
         add = self.kernel.arg
-        values = [add("q", q), add("cache", self.cache_type), add("start", TensorType(("B",), DType.i64))]
+        given = [add("q", q), add("cache", self.cache_type), add("start", TensorType(("B",), DType.i64))]
         more = {"bias": add("bias", TensorType((1, heads, 1, LENGTH), DType.f32))} if bias else {}
         more |= {"sinks": add("sinks", TensorType((heads,), DType.f32))} if sinks else {}
         more |= {"table": add("table", TensorType(("B", "T"), DType.i32))} if self.cache_type.page else {}
         more |= {"q_sinks": add("far", q)} if self.cache_type.sinks and turned else {}
-        op = self.kernel.append(ops.Attend(*values, scale=sizes[0] ** -0.5, **more, **rule))
+        op = self.kernel.append(ops.Attend(*given, scale=sizes[0] ** -0.5, **more, **rule))
         self.kernel.append(Return(op.results))
 
     def operands(self, starts: Sequence[int], s: int) -> tuple[list[Any], dict[str, int]]:
         """Random ones; the same numbers whatever the layout."""
         rng, kv, batch = np.random.default_rng(0), self.cache_type, len(starts)
-        whole = tuple(numbers(rng, (batch, LENGTH, kv.heads, n), kv.dtype) for n in (kv.dim, kv.vdim))
+        keys, values = (numbers(rng, (batch, LENGTH, kv.heads, n), kv.dtype) for n in (kv.dim, kv.vdim))
+        whole = keys, values[..., : kv.own_vdim]
         dims = {"B": batch, "S": s, "T": kv.pages}
         table = pages_in_any_order(batch, kv)
         made = {"cache": stored(kv, whole, table), "start": np.array(starts), "table": table}
@@ -135,14 +138,14 @@ def test_rings_whose_sinks_the_queries_meet_as_they_are(target: str, layout: Rin
 class Appending:
     """``kv.append`` to a cache of two heads."""
 
-    def __init__(self, dtype: str, given: str, layout: Layout, s: int | str) -> None:
-        self.kernel, self.cache_type = Function("k", kind="kernel"), KVType(2, 33, 20, LENGTH, DType(dtype), layout)
-        new = [TensorType(("B", s, 2, size), DType(given)) for size in (33, 20)]
-        add = self.kernel.arg
-        values = [add("cache", self.cache_type), add("k", new[0]), add("v", new[1])]
-        values.append(add("start", TensorType(("B",), DType.i64)))
-        table = [add("table", TensorType(("B", "T"), DType.i32))] if self.cache_type.page else []
-        self.kernel.append(Return(self.kernel.append(ops.Append(*values, *table)).results))
+    def __init__(self, dtype: str, given: str, layout: Layout, s: int | str, values: str = "own") -> None:
+        self.kernel, kv = Function("k", kind="kernel"), KVType(2, 33, 20, LENGTH, DType(dtype), layout, values=values)
+        self.cache_type, add = kv, self.kernel.arg
+        new = [add(name, TensorType(("B", s, 2, size), DType(given))) if size else None
+               for name, size in (("k", kv.dim), ("v", kv.own_vdim))]  # fmt: skip
+        cache, start = add("cache", kv), add("start", TensorType(("B",), DType.i64))
+        table = [add("table", TensorType(("B", "T"), DType.i32))] if kv.page else []
+        self.kernel.append(Return(self.kernel.append(ops.Append(cache, *new, start, *table)).results))
 
     operands = Attending.operands
 

@@ -45,7 +45,8 @@ def test_greedy_tokens(name: str, options: str) -> None:
     layout = f"kv-layout{{length=64 {options}}}"
     Pipeline.parse(f"clean,fusions,latent-cache,canonicalize,cse,dce,{layout},canonicalize,cse,dce").run(module)
     rank, rope = LATENT["kv_lora_rank"], LATENT["qk_rope_head_dim"]
-    assert {(s.cache.heads, s.cache.dim, s.cache.vdim) for s in module.states.values()} == {(1, rank + rope, rank)}
+    kinds = {(s.cache.heads, s.cache.dim, s.cache.vdim, s.cache.values) for s in module.states.values()}
+    assert kinds == {(1, rank + rope, rank, "keys")}
     assert decode(module, prompt.numpy()).tolist() == tokens.tolist()
 
 
@@ -55,4 +56,4 @@ def test_compiled() -> None:
     passes = "clean,fusions,latent-cache,canonicalize,cse,dce,kv-layout{kind=paged page=16 length=64},canonicalize,cse,dce"
     run = tilewright.compile(copied(known), passes=f"{passes},kernels")
     assert run.generate(prompt.tolist(), NEW) == tokens[:, sum(CUTS) :].tolist()
-    assert run.program.cache_bytes(64) == 5 * 16 * 2 * (24 + 16) * 4  # pages and the spare one, layers, numbers of 4 bytes
+    assert run.program.cache_bytes(64) == 5 * 16 * 2 * 24 * 4  # pages and the spare one, layers, numbers of 4 bytes

@@ -23,7 +23,7 @@ from tilewright.ir import (
     sym,
 )
 from tilewright.ir import ops as o
-from tilewright.ir.kv_type import Ring, parse_layout
+from tilewright.ir.kv_layouts import Ring, parse_layout
 
 SYMBOLS = ("B", "S", "T", "LONG_1")
 names = st.one_of(
