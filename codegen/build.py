@@ -20,7 +20,7 @@ from typing import Any
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.emitters import choose, pack, packed_spec
 from tilewright.codegen.kernel import Emitter, KernelCode
-from tilewright.codegen.link import link
+from tilewright.codegen.link import link, native_objects
 from tilewright.codegen.program import Program, behind, device_functions, entry_dims
 from tilewright.codegen.schedule import Schedule
 from tilewright.codegen.store import KernelStore, kernel_key
@@ -183,10 +183,11 @@ class Build:
         return list(found)
 
     def link(self, folder: Path, codes: Mapping[str, KernelCode], out: ArtifactWriter) -> None:
-        sources = [p for p in native_sources() if p.suffix == ".c"]
+        sources = native_sources()
         objects = [folder / f"{name}.o" for name, code in codes.items() if code.device is None]
-        headers = {p.parent for p in native_sources()}
-        link(folder, objects, [out.path("program.c"), *sources], sorted(headers), out.path("kernels.so"), self.target)
+        objects += native_objects(folder, sources, self.target)
+        headers = sorted({p.parent for p in sources})
+        link(folder, objects, [out.path("program.c")], headers, out.path("kernels.so"), self.target)
 
     def add_device_code(self, out: ArtifactWriter, codes: Mapping[str, KernelCode]) -> None:
         """What the runtime loads onto a GPU, and the sources, to be read."""

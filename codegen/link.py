@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from tilewright.codegen.target import CpuTarget, Target
@@ -39,10 +41,35 @@ def link(
 
     The library depends on libc alone. Raises CodegenError with what the compiler printed.
     """
-    flags = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,noexecstack",
-             "-Wl,-z,defs", "-pthread"]
-    flags += [*target_flags(target), *(f"-I{p}" for p in includes)]
-    command = [compiler(), *flags, *map(str, [*sources, *objects]), "-o", str(out), "-lm"]
+    flags = [*_flags(target), *(f"-I{p}" for p in includes), "-shared", "-Wl,-z,noexecstack", "-Wl,-z,defs"]
+    _run([compiler(), *flags, *map(str, [*sources, *objects]), "-o", str(out), "-lm"], folder)
+
+
+def native_objects(folder: Path, sources: Sequence[Path], target: Target) -> list[Path]:
+    """Objects of C files that are always the same, in ``folder``; what they include lies beside them.
+
+    They are compiled once a process. Raises CodegenError as ``link`` does.
+    """
+    found = []
+    for source in sources:
+        found.append(folder / f"{source.stem}.native.o")
+        found[-1].write_bytes(_object(compiler(), source, target))
+    return found
+
+
+@cache
+def _object(compiler: str, source: Path, target: Target) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "native.o")
+        _run([compiler, *_flags(target), "-c", str(source), "-o", str(out)], Path(folder))
+        return out.read_bytes()
+
+
+def _flags(target: Target) -> list[str]:
+    return ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-pthread", *target_flags(target)]
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CodegenError(f"{command[0]} failed with {done.returncode}:\n{done.stderr.strip()[-4000:]}")
