@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 import tilewright
+from tests.traced_zoo import cast, traced
 from tests.zoo import ZOO, ZooModel
 from tilewright import Compiled, Session
 from tilewright.dynamo import to_torch
-from tilewright.frontend import trace
 from tilewright.ir import Module, empty_states, interpret, parse_module, print_module
 from tilewright.runtime.host import cpu_features
 
@@ -32,19 +33,14 @@ Array = np.ndarray[Any, Any]
 BEYOND_AVX2 = re.compile(r"%(zmm\d+|[xy]mm(1[6-9]|2\d|3[01])|k[0-7]\b)")  # registers that only AVX-512 has
 
 
-def compiled(entry: ZooModel, model: torch.nn.Module, target: str, passes: str = "O2") -> tuple[Module, Compiled]:
+def compiled(entry: ZooModel, target: str, passes: str = "O2", dtype: torch.dtype = torch.float32
+             ) -> tuple[Module, Compiled]:  # fmt: skip
     """The module as it was compiled, and the artifact."""
-    dynamic = {name: {axis: (dim, *entry.dims[dim]) for axis, dim in axes.items()} for name, axes in entry.axes.items()}
-    dtype = next(p.dtype for p in model.parameters())
-    module = trace(model, (), cast(entry.example(), dtype), dynamic)
+    module = traced(entry.name, dtype)
     task = "causal-lm" if entry.is_causal else None
     run = tilewright.compile(module, target=target, max_length=LENGTH, task=task, passes=passes)
     assert run.report.fallbacks == []
     return module, run
-
-
-def cast(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def relative_error(got: Array, want: torch.Tensor) -> float:
@@ -67,17 +63,27 @@ def check_decoder(entry: ZooModel, model: torch.nn.Module, run: Compiled) -> Non
             ids = entry.inputs(shape)["input_ids"].numpy()
             got = session("prefill", ids=ids, start=np.zeros(len(ids), np.int64), last=np.full(len(ids), shape[1] - 1))
             assert relative_error(got["logits"], entry.reference(model, shape)[:, -1]) <= TOLERANCE, shape
-        check_greedy(entry, model, session)
+        check_greedy(entry.name, session)
 
 
-def check_greedy(entry: ZooModel, model: torch.nn.Module, session: Session) -> None:
-    prompts = [entry.inputs((1, length), seed=length)["input_ids"] for length in RAGGED]
-    want = [greedy(entry, model, prompt) for prompt in prompts]
+def check_greedy(name: str, session: Session) -> None:
+    want = wanted(name)
     assert len({token for row in want for token in row}) > 8, "the tokens say nothing"
-    rows = [prompt[0].tolist() for prompt in prompts]
+    rows = [prompt[0].tolist() for prompt in prompts(name)]
     assert session.generate(rows, NEW) == want
     assert session.generate(rows, NEW, chunk=CHUNK) == want
     assert session.generate(rows[2:3], NEW) == want[2:3]
+
+
+def prompts(name: str) -> list[torch.Tensor]:
+    return [ZOO[name].inputs((1, length), seed=length)["input_ids"] for length in RAGGED]
+
+
+@cache
+def wanted(name: str) -> list[list[int]]:
+    entry = ZOO[name]
+    model = entry.model()
+    return [greedy(entry, model, prompt) for prompt in prompts(name)]
 
 
 @torch.no_grad()
@@ -99,7 +105,7 @@ def registers(path: Path) -> set[str]:
 
 def check(entry: ZooModel, target: str, passes: str = "O2") -> Compiled:
     model = entry.model()
-    module, run = compiled(entry, model, target, passes)
+    module, run = compiled(entry, target, passes)
     assert parse_module(print_module(module)) == module
     assert parse_module((run.path / "ir.twir").read_text()) == module
     (check_decoder if entry.is_causal else check_forward)(entry, model, run)
@@ -128,7 +134,7 @@ def test_every_op_its_own_kernel(name: str) -> None:
 @pytest.mark.parametrize(("name", "recipe"), WEIGHT_ONLY)
 def test_integer_weights_mean_what_the_interpreter_says(name: str, recipe: str) -> None:
     entry = ZOO[name]
-    module, run = compiled(entry, entry.model(), "native", recipe)
+    module, run = compiled(entry, "native", recipe)
     assert any(w.dtype.value == f"i{recipe[1]}" for w in module.weights.values())
     for shape in entry.shapes[:3]:
         inputs = {k: v.numpy() for k, v in entry.inputs(shape).items()}
@@ -142,10 +148,10 @@ def test_integer_activations_lose_what_the_interpreter_loses(name: str, recipe: 
     """A code that rounds the other way changes all that follows, so results differ, but are as good: from the same
     model in f32, no farther than the interpreter's."""
     entry = ZOO[name]
-    plain, unrounded = compiled(entry, entry.model(), target, "O2")
-    module, run = compiled(entry, entry.model(), target, recipe)
+    module, run = compiled(entry, target, recipe)
     inputs = {k: v.numpy() for k, v in entry.inputs(entry.shapes[0]).items()}
-    exact, _ = first_result(plain, unrounded, inputs)
+    exact = entry.reference(entry.model(), entry.shapes[0]).numpy()
+    exact = exact[:, -1] if entry.is_causal else exact
     want, got = first_result(module, run, inputs)
     lost = np.linalg.norm(want - exact)
     assert 0 < lost < 0.6 * np.linalg.norm(exact)  # random weights, rows of 64: four bits lose a lot
@@ -174,7 +180,7 @@ def test_half_precision_is_as_good_as_torch(name: str, dtype: torch.dtype) -> No
     entry = ZOO[name]
     model = entry.model().to(dtype)
     exact = copy.deepcopy(model).float()
-    _, run = compiled(entry, model, "native")
+    _, run = compiled(entry, "native", dtype=dtype)
     ours, theirs = [], []
     for shape in entry.shapes[:3]:
         inputs = cast(entry.inputs(shape), dtype)

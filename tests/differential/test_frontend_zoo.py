@@ -5,26 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from tests.traced_zoo import known
 from tests.zoo import LAYERS, ZOO
-from tilewright.frontend import trace
 from tilewright.ir import interpret, ops
-
-TRANSFORMERS = ["bert", "t5", "vit", *(n for n, e in ZOO.items() if e.is_causal and n != "nanogpt")]
-
-
-def traced(name, model):
-    """As a user would: nothing but the model for transformers' models, example and ranges for the others."""
-    entry = ZOO[name]
-    if name in TRANSFORMERS:
-        return trace(model)
-    dynamic = {arg: {a: (d, *entry.dims[d]) for a, d in axes.items()} for arg, axes in entry.axes.items()}
-    return trace(model, (), entry.example(), dynamic)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_interpreter_equals_eager(name):
     entry, model = ZOO[name], ZOO[name].model()
-    module = traced(name, model)
+    module = known(name)
     assert all(op.loc.module for op in module.ops()), "an operation without a location"
     assert set(module.dims) == set(entry.dims)
     assert [a.name for a in module.functions["forward"].args] == list(entry.axes)
@@ -38,7 +27,7 @@ def test_interpreter_equals_eager(name):
 
 @pytest.mark.parametrize("name", [n for n, e in ZOO.items() if e.is_causal])
 def test_causal_models_have_one_attention_a_layer_and_no_built_mask(name):
-    module = traced(name, ZOO[name].model())
+    module = known(name)
     attentions = list(module.ops(ops.Attention))
     assert len(attentions) == LAYERS
     assert all(a.causal and a.mask is None and a.bias is None and a.padding is None for a in attentions)
@@ -48,36 +37,36 @@ def test_causal_models_have_one_attention_a_layer_and_no_built_mask(name):
 
 
 def test_windows_and_softcaps_are_attributes():
-    mistral = list(traced("mistral", ZOO["mistral"].model()).ops(ops.Attention))
+    mistral = list(known("mistral").ops(ops.Attention))
     assert {a.window for a in mistral} == {8}
-    gemma = list(traced("gemma2", ZOO["gemma2"].model()).ops(ops.Attention))
+    gemma = list(known("gemma2").ops(ops.Attention))
     assert [a.window for a in gemma] == [8, -1]
     assert {a.softcap for a in gemma} == {5.0}
 
 
 def test_mixtral_has_one_experts_operation_a_layer():
-    module = traced("mixtral", ZOO["mixtral"].model())
+    module = known("mixtral")
     assert len(list(module.ops(ops.Experts))) == LAYERS
 
 
 def test_the_padding_of_an_encoder_is_an_operand():
-    attentions = list(traced("bert", ZOO["bert"].model()).ops(ops.Attention))
+    attentions = list(known("bert").ops(ops.Attention))
     assert all(a.padding is not None and a.mask is None and not a.causal for a in attentions)
 
 
 def test_meta_of_a_causal_language_model():
-    meta = traced("llama", ZOO["llama"].model()).meta
+    meta = known("llama").meta
     assert (meta["task"], meta["token_input"], meta["logits"]) == ("causal-lm", "input_ids", "logits")
     assert (meta["vocab_size"], meta["eos"], meta["outputs"]) == ("128", "[2]", '["logits"]')
     assert json.loads(meta["config"])["hidden_size"] == 64
 
 
 def test_outputs_are_what_the_model_returns():
-    assert json.loads(traced("bert", ZOO["bert"].model()).meta["outputs"]) == ["last_hidden_state", "pooler_output"]
-    assert json.loads(traced("t5", ZOO["t5"].model()).meta["outputs"]) == ["logits", "encoder_last_hidden_state"]
+    assert json.loads(known("bert").meta["outputs"]) == ["last_hidden_state", "pooler_output"]
+    assert json.loads(known("t5").meta["outputs"]) == ["logits", "encoder_last_hidden_state"]
 
 
 def test_tied_weights_are_one():
-    weights = traced("qwen2", ZOO["qwen2"].model()).weights
+    weights = known("qwen2").weights
     assert "model.embed_tokens.weight" in weights
     assert "lm_head.weight" not in weights

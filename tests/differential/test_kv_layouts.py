@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import tilewright
-from tests.differential.test_kv_zoo import CAUSAL, CUTS, NEW, case, copied
+from tests.differential.test_kv_zoo import CAUSAL, CUTS, NEW, case
+from tilewright.bisect import copy_of
 from tilewright.ir import Module, Ring, empty_states, interpret
 from tilewright.passes import Pipeline
 
@@ -36,7 +37,7 @@ def decode(module: Module, ids: np.ndarray) -> np.ndarray:
 ])  # fmt: skip
 def test_greedy_tokens(name: str, options: str) -> None:
     known = case(name)
-    module = copied(known.module)
+    module = copy_of(known.module)
     Pipeline.parse(f"clean,fusions,kv-layout{{{options}}},canonicalize,cse,dce").run(module)
     assert decode(module, known.prompt.numpy()).tolist() == known.tokens.tolist()
 
@@ -48,7 +49,7 @@ def test_compiled(name: str, options: str) -> None:
     """A window's ring is exact; mistral has nothing else, so that no length bounds its text."""
     known = case(name)
     pipeline = f"clean,fusions,kv-layout{{{options}}},canonicalize,cse,dce,kernels"
-    run = tilewright.compile(copied(known.module), passes=pipeline)
+    run = tilewright.compile(copy_of(known.module), passes=pipeline)
     layouts = {str(state.layout) for state in run.program.manifest.states}
     assert layouts == ({str(Ring(8, 8))} if name == "mistral" else {str(Ring(8, 8)), "contiguous"})
     with run.session(batch=2) as session:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.zoo import VOCAB, ZOO, ZooModel
-from tilewright.frontend import trace
-from tilewright.ir import Module, empty_states, interpret, parse_module, print_module
+from tests.traced_zoo import OWN, known
+from tests.zoo import VOCAB, ZOO
+from tilewright.bisect import copy_of
+from tilewright.ir import Module, empty_states, interpret
 from tilewright.passes import Pipeline
 
 CAUSAL = [name for name, entry in ZOO.items() if entry.is_causal]
@@ -35,30 +36,20 @@ class Case:
 
 @cache
 def case(name: str) -> Case:
-    entry = ZOO[name]
-    model: Any = entry.model()
+    model: Any = ZOO[name].model()
     prompt = torch.randint(3, VOCAB, (2, sum(CUTS)), generator=torch.Generator().manual_seed(7))
     tokens = generate(model, prompt) if hasattr(model, "generate") else greedy(model, prompt)
     with torch.no_grad():
         out = model(tokens)
     full = out if isinstance(out, torch.Tensor) else out.logits
-    return Case(traced(entry, model), prompt, tokens, full[:, sum(CUTS) - 1 : -1].numpy())
+    return Case(traced(name), prompt, tokens, full[:, sum(CUTS) - 1 : -1].numpy())
 
 
-def traced(entry: ZooModel, model: torch.nn.Module) -> Module:
-    if hasattr(model, "config"):
-        return trace(model)
-    dynamic = {name: {i: (d, *entry.dims[d]) for i, d in axes.items()} for name, axes in entry.axes.items()}
-    module = trace(model, (), entry.example(), dynamic)
-    module.meta["task"] = "causal-lm"  # nobody else knows what a module of the user's own is for
+def traced(name: str) -> Module:
+    module = copy_of(known(name))
+    if name in OWN:
+        module.meta["task"] = "causal-lm"  # nobody else knows what a module of the user's own is for
     return module
-
-
-def copied(module: Module) -> Module:
-    copy = parse_module(print_module(module))
-    for name, weight in copy.weights.items():
-        weight.source = module.weights[name].source
-    return copy
 
 
 def greedy(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -95,12 +86,12 @@ def decode(module: Module, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("name", "pipeline"), [(name, pipeline) for name in CAUSAL for pipeline in PIPELINES])
 def test_greedy_tokens(name: str, pipeline: str) -> None:
-    known = case(name)
-    module = copied(known.module)
+    want = case(name)
+    module = copy_of(want.module)
     Pipeline.parse(PIPELINES[pipeline]).run(module)
     assert sorted(module.functions) == ["decode", "prefill"]
     assert len(module.states) == 2
-    got, logits = decode(module, known.prompt.numpy())
-    assert got.tolist() == known.tokens.tolist()
-    assert np.abs(logits - known.logits).max() <= 2e-5 * np.abs(known.logits).max()
+    got, logits = decode(module, want.prompt.numpy())
+    assert got.tolist() == want.tokens.tolist()
+    assert np.abs(logits - want.logits).max() <= 2e-5 * np.abs(want.logits).max()
     assert len(set(got[:, sum(CUTS) :].ravel().tolist())) > 4, "the tokens say something"

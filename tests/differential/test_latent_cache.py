@@ -13,8 +13,9 @@ import transformers as hf
 import tilewright
 from tests.differential.test_kv_families import FAMILIES, LATENT
 from tests.differential.test_kv_layouts import decode
-from tests.differential.test_kv_zoo import CUTS, NEW, copied, generate
+from tests.differential.test_kv_zoo import CUTS, NEW, generate
 from tests.zoo import COMMON, VOCAB, randomize
+from tilewright.bisect import copy_of
 from tilewright.frontend import trace
 from tilewright.ir import Module
 from tilewright.passes import Pipeline
@@ -41,7 +42,7 @@ def case(name: str) -> tuple[Module, torch.Tensor, torch.Tensor]:
 ])  # fmt: skip
 def test_greedy_tokens(name: str, options: str) -> None:
     known, prompt, tokens = case(name)
-    module = copied(known)
+    module = copy_of(known)
     layout = f"kv-layout{{length=64 {options}}}"
     Pipeline.parse(f"clean,fusions,latent-cache,canonicalize,cse,dce,{layout},canonicalize,cse,dce").run(module)
     rank, rope = LATENT["kv_lora_rank"], LATENT["qk_rope_head_dim"]
@@ -54,6 +55,6 @@ def test_greedy_tokens(name: str, options: str) -> None:
 def test_compiled() -> None:
     known, prompt, tokens = case("v3")
     passes = "clean,fusions,latent-cache,canonicalize,cse,dce,kv-layout{kind=paged page=16 length=64},canonicalize,cse,dce"
-    run = tilewright.compile(copied(known), passes=f"{passes},kernels")
+    run = tilewright.compile(copy_of(known), passes=f"{passes},kernels")
     assert run.generate(prompt.tolist(), NEW) == tokens[:, sum(CUTS) :].tolist()
     assert run.program.cache_bytes(64) == 5 * 16 * 2 * 24 * 4  # pages and the spare one, layers, numbers of 4 bytes

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 
 import numpy as np
 import pytest
 
+from tests.traced_zoo import traced
 from tests.zoo import ZOO
-from tilewright.bisect import copy_of
-from tilewright.frontend import trace
 from tilewright.ir import Module, interpret, ops, parse_module, print_module
 from tilewright.passes import Pass, Pipeline
 
@@ -38,13 +36,6 @@ OPERATIONS = {
 """How many operations may be left, the return apart: a match that is lost shows here."""
 
 
-@cache
-def traced(name: str) -> Module:
-    entry = ZOO[name]
-    dynamic = {arg: {i: (d, *entry.dims[d]) for i, d in axes.items()} for arg, axes in entry.axes.items()}
-    return trace(entry.model(), (), entry.example(), dynamic)
-
-
 def results(module: Module, name: str) -> list[list[np.ndarray]]:
     entry = ZOO[name]
     inputs = [{k: v.numpy() for k, v in entry.inputs(shape).items()} for shape in entry.shapes[:2]]
@@ -57,7 +48,7 @@ def counts(module: Module) -> Counter[str]:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_each_pass_keeps_the_results(name: str) -> None:
-    module = copy_of(traced(name))
+    module = traced(name)
     want = results(module, name)
 
     def check(p: Pass, m: Module) -> None:
@@ -71,7 +62,7 @@ def test_each_pass_keeps_the_results(name: str) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_graphs_are_clean(name: str) -> None:
-    module = copy_of(traced(name))
+    module = traced(name)
     Pipeline.parse(GRAPH).run(module)
     found = counts(module)
     assert sum(found.values()) - 1 <= OPERATIONS[name], found
@@ -85,7 +76,7 @@ DECODERS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt-neox", 
 
 @pytest.mark.parametrize("name", [*DECODERS, "gpt2", "opt", "nanogpt", "bert", "t5"])
 def test_attention_needs_no_transposes(name: str) -> None:
-    module = copy_of(traced(name))
+    module = traced(name)
     Pipeline.parse(GRAPH).run(module)
     for op in module.functions["forward"].walk(ops.Attention):
         for value in op.operands[:3]:
@@ -100,7 +91,7 @@ def test_attention_needs_no_transposes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_eight_bit_weights_stay_close(name: str) -> None:
-    module = copy_of(traced(name))
+    module = traced(name)
     want = results(module, name)
     Pipeline.parse(f"{GRAPH},quantize,dce").run(module)
     layers = module.functions["forward"].walk(ops.Linear, ops.GatedLinear)

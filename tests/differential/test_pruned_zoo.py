@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.differential.test_passes_zoo import traced
+from tests.traced_zoo import traced
 from tests.zoo import ZOO
-from tilewright.bisect import copy_of
 from tilewright.ir import ArraySource, Weight, interpret, verify
 from tilewright.passes import Pipeline
 from tilewright.passes.structured.axes import Axis
@@ -44,7 +43,7 @@ def some(group: Group) -> Array:
 @pytest.mark.parametrize("name", FOUND)
 @pytest.mark.parametrize("heads", ["heads", "groups"])
 def test_graphs_without_some_units(name: str, heads: Kind) -> None:
-    module = copy_of(traced(name))
+    module = traced(name)
     Pipeline.parse("clean,fusions").run(module)
     function = module.functions["forward"]
     groups = find_groups(function, ["channels", heads], lambda op, why: None)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import tilewright
-from tests.differential.test_kv_zoo import case, copied
+from tests.differential.test_kv_zoo import case
 from tilewright import Compiled
+from tilewright.bisect import copy_of
 from tilewright.ir import interpret
 from tilewright.passes import Pipeline
 from tilewright.runtime import Batch
@@ -18,7 +19,7 @@ LENGTH, CHUNK, PAGE = 96, 16, 16
 
 def made(options: str) -> Compiled:
     layout = f"kv-layout{{kind=ring chunk={CHUNK} length={LENGTH} {options}}}"
-    return tilewright.compile(copied(case("llama").module), passes=f"{SPLIT},{layout},canonicalize,cse,dce,kernels")
+    return tilewright.compile(copy_of(case("llama").module), passes=f"{SPLIT},{layout},canonicalize,cse,dce,kernels")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def text() -> list[int]:
 
 
 def test_tokens_are_those_of_the_stateless_model(mixed: Compiled, text: list[int]) -> None:
-    module = copied(case("llama").module)
+    module = copy_of(case("llama").module)
     Pipeline.parse(SPLIT).run(module)
     made = mixed.generate([text[:50]], 40)[0]
     logits = interpret(module, "forward", [np.array([text[:50] + made[:-1]])])[0]
