@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.cuda.emulator import Emulated
+from tests.cuda.emulator import Emulated, quick_compiler
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.target import parse_target
 from tilewright.ir import Function, Module, Return, TensorType, eval_dim, interpret
@@ -43,7 +43,8 @@ class Compiled:
         reason = emitter.match(function, cpu)
         assert reason is None, reason
         self.function = function
-        self.code = emitter.emit(function, emitter.default_schedule(function, cpu), cpu, "kernel")
+        with quick_compiler():
+            self.code = emitter.emit(function, emitter.default_schedule(function, cpu), cpu, "kernel")
         self.device = Emulated(self.code) if self.code.device else None
         if self.device:
             return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from tests.cuda.emulator import Emulated
+from tests.cuda.emulator import Emulated, quick_compiler
 from tilewright.codegen.cuda.loops import CudaLoopsEmitter
 from tilewright.codegen.emitters import pack
 from tilewright.codegen.kernel import KernelCode
@@ -43,7 +43,8 @@ class Native:
         assert reason is None, reason
         self.kernel = kernel
         schedule = schedule or emitter.default_schedule(kernel, target)
-        self.code: KernelCode = emitter.emit(kernel, schedule, target, "tw_k")
+        with quick_compiler():
+            self.code: KernelCode = emitter.emit(kernel, schedule, target, "tw_k")
         self.device = Emulated(self.code) if self.code.device else None
         self.function = None if self.device else native._function(self.code.object, "tw_k")
 

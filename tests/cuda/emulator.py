@@ -6,17 +6,26 @@ import ctypes
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from tilewright.codegen.cuda import compile as cuda_compile
 from tilewright.codegen.cuda.compile import prelude
 from tilewright.codegen.kernel import DeviceCode, KernelCode
 from tilewright.ir import eval_dim
 
 HERE = Path(__file__).parent
 COMPILE = ("g++", "-std=c++17", "-O1", "-w", "-fPIC", "-ffp-contract=off")
+
+
+def quick_compiler() -> AbstractContextManager[Any]:
+    """The device's compiler without optimizations, which take most of its time: that it takes the C shows all the same."""
+    return mock.patch.object(cuda_compile, "_OPTIONS", (*cuda_compile._OPTIONS, "--Ofast-compile=mid"))
 
 
 def translation(device: DeviceCode) -> str:

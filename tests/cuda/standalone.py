@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda.emulator import Emulated
+from tests.cuda.emulator import Emulated, quick_compiler
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.kernel import Emitter
 from tilewright.codegen.schedule import Schedule
@@ -69,7 +69,8 @@ class EmulatedKernel:
         assert reason is None, reason
         self.kernel, self.target = kernel, target
         self.schedule = schedule or emitter.default_schedule(kernel, device)
-        self.code = emitter.emit(kernel, self.schedule, device, "kernel")
+        with quick_compiler():
+            self.code = emitter.emit(kernel, self.schedule, device, "kernel")
         self.run = Emulated(self.code, late)
 
     def __call__(self, operands: Sequence[Any], dims: Mapping[str, int]) -> list[Any]:
