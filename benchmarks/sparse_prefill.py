@@ -5,7 +5,8 @@
 For each pattern, of the chunks at a quarter, half, three quarters and the end of the prompt: milliseconds of a layer's
 attention kernel and of the kernel that chooses, times faster than dense (of the sums of medians, interleaved; then the last
 chunk alone), the share of the blocks that is walked, and the share of dense attention's weight that lies there. Keys are
-random with directions that stretches of the text share, so that attention has something to find.
+random with directions that stretches of the text share, so that attention has something to find. Lists of ``tokens`` are of
+one length, whatever the pattern; the last row has heads of all three patterns beside each other.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "block-sparse share=0.25": {"patterns": ("block-sparse",), "share": 0.25},
     "flex gamma=0.9": {"patterns": ("flex",), "gamma": 0.9},
 }
+ALIKE = ("a-shape", "vertical-slash", "block-sparse")
+LISTS = {"tokens": 2048, "columns": 960, "slashes": 960}
 STRETCH, STRENGTH = 256, 2.0
 
 
@@ -81,14 +84,21 @@ class Prompt:
         return float(np.mean(shares)), float(np.mean(weights))
 
 
+def patterns(heads: Heads) -> dict[str, dict[str, Any]]:
+    """Each for all heads; then those that have lists of one length, and all of them in turn, as `auto` may choose."""
+    alike = {f"{kind} tokens=2048": (kind,) for kind in ALIKE}
+    alike["in turn tokens=2048"] = tuple(ALIKE[head % len(ALIKE)] for head in range(heads.kv))
+    return PATTERNS | {name: {"patterns": kinds, **LISTS} for name, kinds in alike.items()}
+
+
 def compare(bench: Bench, heads: Heads, length: int, chunk: int) -> None:
     head(f"{heads.name} {heads.q}/{heads.kv}x{heads.dim}, {length} by {chunk}", "attend ms", "choose ms", "x dense",
          "last chunk", "blocks", "weight")  # fmt: skip
     prompt = Prompt(bench, heads, length, chunk)
     totals: dict[str, list[dict[str, float]]] = {}
-    kept: dict[str, list[tuple[float, float]]] = {name: [] for name in PATTERNS}
     dense = prompt.runs(None)["attend"]
-    made = {name: prompt.runs(given) for name, given in PATTERNS.items()}
+    made = {name: prompt.runs(given) for name, given in patterns(heads).items()}
+    kept: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
     for start in [length * part // 4 - chunk for part in (1, 2, 3, 4)]:
         prompt.turn_to(start)
         for name, runs in made.items():

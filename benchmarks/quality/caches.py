@@ -8,7 +8,7 @@ from typing import Literal
 EVALUATION, SMALL, RECALL = "evaluation", "small", "recall"
 WINDOW = 512
 """Positions that the models were trained for; most of their texts had half of them."""
-Task = Literal["text", "stream", "recomputed", "sinks"]
+Task = Literal["text", "stream", "recomputed", "sinks", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class CacheRow:
 
     ``text``: windows, of ``window`` tokens if that is not 0, whose second half is decoded; ``stream``: one text of
     ``tokens``, decoded from its first token to its last; ``recomputed``: some tokens of the same text, each by a model that
-    sees the last ``window`` alone, at once; ``sinks``: what attention the first token gets, without a cache.
+    sees the last ``window`` alone, at once; ``sinks``: what attention the first token gets, without a cache; ``prompt``:
+    windows that are fed as prompts, of whose second half some tokens are scored.
     """
 
     name: str
@@ -167,4 +168,25 @@ PRUNED = of_each(
     CacheRow("0.4 of the keys' channels gone", pruned(0.4, "dtype=bf16")),
 )
 
-CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *KEPT, *SELECTED, *MIXED, *PRUNED)
+# ---- prompts that attend to some blocks ------------------------------------------------------------------------------
+
+
+def sparse(pattern: str, tokens: int, block: int, dtype: str = "bf16") -> CacheRow:
+    """Lists of blocks that hold so many tokens; with 0 the pattern decides."""
+    size, codes = (f", {tokens} tokens" if tokens else ""), ("" if dtype == "bf16" else f", {dtype}")
+    chosen = f"pattern={pattern} block={block} queries={min(block, 64)} dense=0" + (f" tokens={tokens}" if tokens else "")
+    name = f"{pattern}{size}, blocks of {block}{codes}"
+    return CacheRow(name, f"{layout(f'dtype={dtype}')},sparse-prefill{{{chosen}}}", "prompt")
+
+
+ALIKE = ("a-shape", "vertical-slash", "block-sparse", "auto")
+PROMPTS = of_each(
+    CacheRow("all blocks", layout("dtype=bf16"), "prompt"),
+    *(sparse(pattern, QUARTER, 32) for pattern in ALIKE),
+    sparse("flex", 0, 32),
+    *(sparse(pattern, SHORT, 64) for pattern in ALIKE),
+    sparse("a-shape", SHORT, 128),
+    sparse("a-shape", SHORT, 128, "i8"),
+)
+
+CACHE_ROWS: tuple[CacheRow, ...] = (*FORMATS, *SINKS, *STREAMS, *KEPT, *SELECTED, *MIXED, *PRUNED, *PROMPTS)

@@ -16,11 +16,16 @@ from benchmarks.peers.workplace import default_cache
 from benchmarks.quality.caches import EVALUATION, MODELS, RECALL, SMALL, WINDOW, CacheRow
 from benchmarks.quality.passkey import KEYS, LENGTH, Question, exact, keyed, questions
 from benchmarks.quality.passkey import found as keys_found
+from benchmarks.quality.prompts import EACH, walked
+from benchmarks.quality.prompts import along as along_prompts
 from benchmarks.quality.rows import Row
 from benchmarks.quality.running import Reference, Settings, digest, prepared
 from benchmarks.quality.sinks import first_token
 from tilewright.calibration_data import Calibration
+from tilewright.compiler import trace
 from tilewright.evaluation import figures, scores
+from tilewright.passes.base import PassContext
+from tilewright.passes.pipeline import Pipeline
 from tilewright.runtime import Session, Tokenizer
 from tilewright.runtime.feeding import Feeder
 from tilewright.runtime.following import follow
@@ -34,6 +39,8 @@ RECALL_LM = default_cache() / "recall-lm"
 ROWS_AT_A_TIME = KEYS
 STRETCH, EVERY = 64, 4
 """A long text is fed in stretches, and every fourth one token by token."""
+CHOOSING = 2048
+"""Tokens of calibration text on which patterns of heads are compared."""
 SAMPLE, HALF = 16, 10_000
 """Of what is fed so, every sixteenth token is compared with recomputation, before and after the middle of the text."""
 
@@ -96,7 +103,8 @@ class Caches:
 
     def measure(self, row: CacheRow) -> Figures:
         """The figures of a row."""
-        return {"text": self.text, "stream": self.stream, "recomputed": self.recomputed, "sinks": self.sinks}[row.task](row)
+        return {"text": self.text, "stream": self.stream, "recomputed": self.recomputed, "sinks": self.sinks,
+                "prompt": self.prompt}[row.task](row)  # fmt: skip
 
     def sinks(self, row: CacheRow) -> Figures:
         """On the first windows."""
@@ -128,6 +136,29 @@ class Caches:
             "bytes": done.program.cache_bytes(self.settings.window), "tokens": found.tokens,
             "perplexity": found.perplexity, "kl_mean": found.kl_mean, "kl_p99": found.kl_p99, "top1": found.top1,
             **retrieval, "seconds": seconds(begun, made),
+        }  # fmt: skip
+
+    def prompt(self, row: CacheRow) -> Figures:
+        """Windows side by side, in calls of a prompt; some tokens of the second half are scored."""
+        size, begun = self.settings.window, time.perf_counter()
+        want, texts, first = self.reference(row, size), self.windows(row, size), size - size // 2
+        folder = self.settings.folder(row.model)
+        module, _ = trace(folder, (), WINDOW, None, "f32")
+        given = Calibration(self.settings.model / "calibration.txt", folder, CHOOSING, size)
+        done = Pipeline.parse(row.pipeline).run(module, ctx=PassContext({"calibration": given.inputs(module)}))
+        blocks = walked(module, texts[0], first)
+        program = tilewright.compile(module, passes="kernels").program
+        made, parts = time.perf_counter(), []
+        with program.session(1, ROWS_AT_A_TIME) as session:
+            for at in range(0, len(texts), session.batch):
+                batch = texts[at : at + session.batch]
+                parts += [scores(said, want[at : at + len(batch), i - first], batch[:, i])
+                          for i, said in along_prompts(session, batch, first)]  # fmt: skip
+        found = figures(row.name, "f32", parts, size, size // 2 // EACH)
+        return {
+            "blocks": round(blocks, 4), "tokens": found.tokens, "perplexity": found.perplexity, "kl_mean": found.kl_mean,
+            "kl_p99": found.kl_p99, "top1": found.top1, "seconds": seconds(begun, made),
+            "patterns": [line for _, line in done.ctx.notes if line.startswith("all heads of keys")],
         }  # fmt: skip
 
     def stream(self, row: CacheRow) -> Figures:

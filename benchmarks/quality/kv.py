@@ -16,6 +16,7 @@ from benchmarks.quality.caches import (
     MIXED,
     MODELS,
     POLICIES,
+    PROMPTS,
     PRUNED,
     RECALL,
     SELECTED,
@@ -30,6 +31,7 @@ from benchmarks.quality.caches import (
 from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
 from benchmarks.quality.goals import Goal, better, within
 from benchmarks.quality.passkey import KEYED, KEYS, LENGTH, SAID
+from benchmarks.quality.prompts import CALL, EACH
 from benchmarks.quality.rows import BASE
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -71,6 +73,15 @@ def scored(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
 
 
 SCORED = ("bytes", "perplexity", "change", "KL, mean", "KL, 99 %", "same top token")
+
+
+def prompted(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
+    """Cells of a row of prompts."""
+    base = rows.get(f"{prefix}all blocks", {}).get("perplexity")
+    change = "" if base is None else f"{row['perplexity'] / base - 1:+.2%}"
+    figures = [f"{row['perplexity']:.3f}", change, f"{row['kl_mean']:.5f}", f"{row['kl_p99']:.4f}", f"{row['top1']:.2%}"]
+    heads = ", ".join(line.partition(": ")[2] for line in row["patterns"])
+    return [f"{row['blocks']:.0%}", *figures, heads]
 
 
 def streamed(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
@@ -239,6 +250,15 @@ SECTIONS: tuple[Section, ...] = (
         "Fewer channels of keys",
         "`prune-keys` (ThinK), with channels chosen once, on calibration text. Heads have 32 channels.",
         SCORED, PRUNED, scored,
+    ),
+    Section(
+        "Sparse prefill",
+        f"Texts are fed as prompts, in calls of {CALL} tokens. Scored is each {EACH}th token of the second half, by what "
+        "is said before it when the rest of its call is there too. All layers but the last go through chosen blocks, for "
+        "this token and all before it; the last has one query, which sees all. Blocks: the share of those up to a query's "
+        "own that is walked, in the second half of a text. Lists of so many tokens hold as many blocks; `auto` is told by "
+        "2,048 tokens of calibration text which head of keys has which pattern. Change is that against all blocks.",
+        ("blocks", "perplexity", "change", "KL, mean", "KL, 99 %", "same top token", "heads of keys"), PROMPTS, prompted,
     ),
     Section(
         "Keys in a text",

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.quality import caching, passkey
+from benchmarks.quality import caching, passkey, prompts
 from benchmarks.quality.caches import CACHE_ROWS, MODELS, WINDOW, CacheRow
 from benchmarks.quality.caching import EVERY, STRETCH, Caches, along, loss, sampled, streamed
 from benchmarks.quality.kv import SECTIONS, far_better, page, parks, stable
 from benchmarks.quality.passkey import KEYS, LENGTH, SAID, exact, found, keyed, questions
 from benchmarks.quality.sinks import first_token
-from tilewright import Tokenizer
+from tilewright import Tokenizer, compile
+from tilewright.compiler import trace
 from tilewright.passes.pipeline import Pipeline
+from tilewright.runtime.following import follow
 
 ROOT = Path(__file__).parents[2]
 SMALL_LM = ROOT / "tests" / "models" / "small-lm"
@@ -31,7 +33,7 @@ LONG = {"bytes": [70, 70], "nll": 3.0, "perplexity": 20.1, "thousands": [3.1, 2.
 @pytest.mark.parametrize("row", CACHE_ROWS, ids=lambda r: r.name)
 def test_pipelines_parse(row: CacheRow) -> None:
     names = [p.name for p in Pipeline.parse(row.pipeline).passes]
-    assert ("kv-layout" in names) == (row.task in ("text", "stream"))
+    assert ("kv-layout" in names) == (row.task in ("text", "stream", "prompt"))
     assert "fuse" not in names
 
 
@@ -161,6 +163,29 @@ def test_the_last_of_four_stretches_is_fed_token_by_token(monkeypatch: pytest.Mo
     assert sum(n for _, n in feeder.calls) == 600
     assert feeder.calls[:7] == [("prefill", n) for n in (48, 16, 48, 16, 48, 16)] + [("decode", 1)]
     assert set(sampled(2000)) <= {i for i in range(WINDOW, 2000) if i // STRETCH % EVERY == EVERY - 1}
+
+
+def test_prompts_are_asked_after_some_of_their_tokens() -> None:
+    """What a prompt says after a token is what one says that ends there, where attention sees all."""
+    module, _ = trace(SMALL_LM, (), WINDOW, None, "f32")
+    Pipeline.parse("clean,fusions,kv-layout,canonicalize,cse,dce").run(module)
+    texts = np.random.default_rng(0).integers(5, 4000, (2, 100))
+    assert prompts.walked(module, texts[0], 50) == 1.0
+    program = compile(module, passes="kernels").program
+    with program.session(1, 2) as session:
+        said = {i: logits.copy() for i, logits in prompts.along(session, texts, 50)}
+        assert list(said) == [50, 66, 82, 98]
+        for i, logits in said.items():
+            (want,) = [logits.copy() for logits in follow(session, texts[:, : i + 1], i)]
+            np.testing.assert_allclose(logits, want, rtol=1e-3, atol=1e-3)
+
+
+def test_walked_blocks_are_counted() -> None:
+    module, _ = trace(SMALL_LM, (), WINDOW, None, "f32")
+    options = "pattern=a-shape tokens=96 block=32 queries=32 dense=0"
+    Pipeline.parse(f"clean,fusions,kv-layout,sparse-prefill{{{options}}}").run(module)
+    text = np.random.default_rng(0).integers(5, 4000, 192)
+    assert prompts.walked(module, text, 128) == pytest.approx((3 / 5 + 3 / 6) / 2)
 
 
 def test_losses_of_a_stream() -> None:
