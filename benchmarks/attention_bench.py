@@ -17,7 +17,7 @@ import tilewright.runtime
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.attention_emitter import AttentionEmitter
 from tilewright.codegen.mlir.builder import Kernel
-from tilewright.codegen.mlir.native import NativeKernel, aligned
+from tilewright.codegen.mlir.native import NativeKernel, aligned, load
 from tilewright.codegen.mlir.value import constant, fma, intrinsic
 from tilewright.codegen.schedule import Schedule
 from tilewright.codegen.target import CpuTarget, parse_target
@@ -64,10 +64,7 @@ SHAPES = {s.name: s for s in (Heads("S", 9, 3, 64), Heads("M", 14, 2, 64), Heads
 @functools.cache
 def linked(code: bytes, symbol: str) -> int:
     """The address of a kernel, linked into this process."""
-    folder = Path(tempfile.mkdtemp(prefix="tilewright-bench-"))
-    (folder / "k.o").write_bytes(code)
-    subprocess.run(["cc", "-shared", "-o", folder / "k.so", folder / "k.o", "-lm"], check=True)
-    return ctypes.cast(getattr(ctypes.CDLL(str(folder / "k.so")), symbol), ctypes.c_void_p).value or 0
+    return ctypes.cast(load(code, symbol), ctypes.c_void_p).value or 0
 
 
 @functools.cache

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from tilewright.codegen.attention_pattern import KINDS
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.emitters import choose, pack
 from tilewright.codegen.kernel import Emitter
-from tilewright.codegen.link import link
+from tilewright.codegen.mlir.native import load
 from tilewright.codegen.schedule import Schedule
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import Function, KVType, Value, eval_dim
@@ -49,15 +47,7 @@ class StandaloneKernel:
         emitter = emitter or choose(kernel, target)
         self.kernel, self.target = kernel, target
         self.code = emitter.emit(kernel, schedule or emitter.default_schedule(kernel, target), target, "kernel")
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "k.o").write_bytes(self.code.object)
-            (folder / "k.c").write_text("extern void kernel(void);\n__attribute__((visibility(\"default\"))) "
-                                        "void *entry(void) { return (void *)kernel; }\n")  # fmt: skip
-            link(folder, [folder / "k.o"], [folder / "k.c"], [], folder / "k.so", target)
-            self.library = ctypes.CDLL(str(folder / "k.so"))
-        self.library.entry.restype = ctypes.c_void_p
-        self.run = ctypes.CFUNCTYPE(None)(self.library.entry())
+        self.run = load(self.code.object, "kernel")
 
     def __call__(self, operands: Sequence[Operand], dims: Mapping[str, int]) -> list[Operand]:
         """The results; the work is done in two ranges, as two threads would."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from tests.cuda.emulator import Emulated, quick_compiler
 from tilewright.codegen.kernel import Emitter
+from tilewright.codegen.mlir.native import load
 from tilewright.codegen.target import parse_target
 from tilewright.ir import Function, Module, Return, TensorType, eval_dim, interpret
 
@@ -46,13 +44,7 @@ class Compiled:
         with quick_compiler():
             self.code = emitter.emit(function, emitter.default_schedule(function, cpu), cpu, "kernel")
         self.device = Emulated(self.code) if self.code.device else None
-        if self.device:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            source, library = Path(folder, "k.o"), Path(folder, "k.so")
-            source.write_bytes(self.code.object)
-            subprocess.run(["cc", "-shared", "-o", library, source, "-lm"], check=True)
-            self.run = ctypes.CDLL(str(library)).kernel
+        self.run = None if self.device else load(self.code.object, "kernel")
 
     def __call__(self, inputs: Sequence[np.ndarray], dims: dict[str, int]) -> list[np.ndarray]:
         """The results, the tasks done in two ranges as two threads would."""

@@ -46,7 +46,7 @@ class Native:
         with quick_compiler():
             self.code: KernelCode = emitter.emit(kernel, schedule, target, "tw_k")
         self.device = Emulated(self.code) if self.code.device else None
-        self.function = None if self.device else native._function(self.code.object, "tw_k")
+        self.function = None if self.device else native.load(self.code.object, "tw_k")
 
     def __call__(self, inputs: Sequence[np.ndarray], cuts: int = 3, dims: Mapping[str, int] | None = None
                  ) -> list[np.ndarray]:  # fmt: skip
