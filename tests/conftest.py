@@ -1,6 +1,8 @@
 """Options and settings of all tests."""
 
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one thread each, set before NumPy and torch load
     for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -22,6 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiles_alone() -> Iterator[None]:
+    """Workers are as many as there are cores: each compiles kernels itself, unless a test asks for more processes."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with mock.patch("tilewright.codegen.workers._JOBS_A_WORKER", 1 << 30):
+        yield
 
 
 @pytest.fixture

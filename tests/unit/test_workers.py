@@ -92,6 +92,7 @@ def test_processes_that_do_not_work_change_nothing(monkeypatch, python):
 
 
 def test_few_kernels_are_compiled_here(monkeypatch):
+    monkeypatch.setattr(workers, "_JOBS_A_WORKER", 16)
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: set(range(8)))
     some, dims = jobs()
     assert [Compilation(some * n, TARGET, dims).helpers() for n in (1, 5, 6, 11, 100)] == [0, 0, 1, 2, 7]
