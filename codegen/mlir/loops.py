@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from tilewright.codegen import reads as rd
@@ -19,7 +20,7 @@ from tilewright.codegen.features import log2
 from tilewright.codegen.kernel import KernelCode
 from tilewright.codegen.mlir.loops_compute import refusal
 from tilewright.codegen.mlir.loops_cost import grain, op_weight, result_sets, rows_on_stack
-from tilewright.codegen.mlir.loops_plan import make_plan, shared_axes
+from tilewright.codegen.mlir.loops_plan import planner, shared_axes
 from tilewright.codegen.schedule import Schedule, Space, knob
 from tilewright.codegen.target import CpuTarget
 from tilewright.ir import CodegenError, Function, KVType, Op, TensorType, Value, eval_dim, ops, product
@@ -87,16 +88,13 @@ class LoopsEmitter:
             "folds": float(sum(isinstance(op, rd.FOLDS) for op in kernel.body)),
             "norms": float(sum(isinstance(op, rd.ROWS) for op in kernel.body)),
         }  # fmt: skip
-        plans: dict[tuple[int, int], float] = {}
+        plan = planner(kernel)
+        tasks_of = cache(lambda limit: float(eval_dim(plan(limit).tasks, sizes)))
 
         def describe(schedule: Schedule) -> dict[str, float]:
             assert isinstance(schedule, LoopsSchedule)
-            lanes = target.lanes * schedule.width
-            if (schedule.task, lanes) not in plans:
-                plan = make_plan(kernel, schedule.task, lanes)
-                plans[schedule.task, lanes] = float(eval_dim(plan.tasks, sizes))
-            tasks = plans[schedule.task, lanes]
-            return {**fixed, "tasks": tasks, "task_elements": log2(count / tasks), "step": float(lanes * schedule.unroll)}
+            tasks, step = tasks_of(schedule.task), float(target.lanes * schedule.width * schedule.unroll)
+            return {**fixed, "tasks": tasks, "task_elements": log2(count / tasks), "step": step}
 
         return describe
 
@@ -108,7 +106,7 @@ class LoopsEmitter:
         from tilewright.codegen.mlir.lower import compile_kernel
 
         assert isinstance(schedule, LoopsSchedule)
-        plan = make_plan(kernel, schedule.task, target.lanes * schedule.width)
+        plan = planner(kernel)(schedule.task)
         built = build(kernel, plan, schedule, target, symbol)
         dims = tuple(kernel.symbols())
         return KernelCode(symbol, compile_kernel(built), dims, plan.tasks, grain(kernel, plan.work))

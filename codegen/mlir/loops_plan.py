@@ -7,7 +7,7 @@ which places of the innermost axis the formula changes, and on which axes reduct
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -204,25 +204,30 @@ def var_poly(var: Var) -> Poly:
 # --- the iteration space ------------------------------------------------------------------------------------------
 
 
-def make_plan(kernel: Function, limit: int, lanes: int) -> Plan:
-    """The plan of a kernel that ``match`` accepts; ``limit`` is about the elements of one task."""
+def planner(kernel: Function) -> Callable[[int], Plan]:
+    """Plans of a kernel that ``match`` accepts, by about the elements of one task."""
     sets = result_sets(kernel)
     if all(0 in value.shape for value in kernel.returns):
-        return Plan((Poly(),), (), 0, frozenset())
+        return lambda limit: Plan((Poly(),), (), 0, frozenset())
     buffered = rows_on_stack(kernel)[0]
     if len(sets) > 1:
-        return _shared_prefix(kernel, sets, buffered)
+        shared = _shared_prefix(kernel, sets, buffered)
+        return lambda limit: shared
     results = [kernel.returns[i] for i in sets[0]]
     space = _space(results, tuple(map(size, results[0].shape)), 0)
     survey = Survey(results, space)
     vector = _vector_axis(survey)
     if vector is None and space and survey.vars[-1] in survey.row_vars:
         group = Group(tuple(sets[0]), (), (), None)
-        return Plan(space, (group,), 0, buffered)
-    first = _first_inner(survey, limit)
-    tiled = _tiled(survey, first, vector)
-    block = 0 if tiled is not None else _block(survey, first, vector, limit)
-    return Plan(space[:first], (_group(sets[0], survey, first, vector),), block, buffered, tiled)
+        return lambda limit: Plan(space, (group,), 0, buffered)
+
+    def plan(limit: int) -> Plan:
+        first = _first_inner(survey, limit)
+        tiled = _tiled(survey, first, vector)
+        block = 0 if tiled is not None else _block(survey, first, vector, limit)
+        return Plan(space[:first], (_group(sets[0], survey, first, vector),), block, buffered, tiled)
+
+    return plan
 
 
 def shared_axes(kernel: Function) -> Shape:

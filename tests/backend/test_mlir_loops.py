@@ -159,11 +159,11 @@ def test_broadcasting(target, rng):
 def test_narrow_target_has_no_wide_registers():
     from tests.backend.loops_harness import EMITTER
     from tilewright.codegen.mlir.loops_emit import build
-    from tilewright.codegen.mlir.loops_plan import make_plan
+    from tilewright.codegen.mlir.loops_plan import planner
     from tilewright.codegen.mlir.lower import assembly
 
     kernel = kernel_of(lambda b, x: b(ops.Softmax, b(ops.Gelu, x), 1), ((B, 96), "bf16"))
     schedule = EMITTER.default_schedule(kernel, TARGETS[0])
-    text = assembly(build(kernel, make_plan(kernel, 4096, 8), schedule, TARGETS[0], "k"))
+    text = assembly(build(kernel, planner(kernel)(4096), schedule, TARGETS[0], "k"))
     assert "ymm" in text
     assert "zmm" not in text
