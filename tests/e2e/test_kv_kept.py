@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import tilewright
-from tilewright import Compiled, Tokenizer
+from tests.models import small_lm
+from tilewright import Compiled
 from tilewright.runtime import Batch, InputError
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "tests" / "models" / "small-lm"
 BUDGET, CHUNK = 60, 48
 
 
 def made(layout: str, **more: object) -> Compiled:
     passes = f"clean,fusions,kv-layout{layout},canonicalize,cse,dce,kernels"
-    return tilewright.compile(FOLDER, passes=passes, dtype="f32", **more)  # type: ignore[arg-type]
+    return tilewright.compile(small_lm.traced("f32"), passes=passes, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=["", "policy=snapkv merge=true"])
@@ -28,7 +25,7 @@ def kept(request: pytest.FixtureRequest) -> Compiled:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokens = Tokenizer(FOLDER).encode((ROOT / "tests" / "zoo.py").read_text())
+    tokens = small_lm.held_out()
     return [tokens[150 * i:150 * i + count] for i, count in enumerate((8, 40, 100, 61))]
 
 

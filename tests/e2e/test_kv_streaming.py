@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import tilewright
-from tilewright import Compiled, Tokenizer
+from tests.models import small_lm
+from tilewright import Compiled
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "tests" / "models" / "small-lm"
 WINDOW, SINKS, CHUNK = 40, 4, 24  # 64 slots and the sinks
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
     options = f"kind=ring window={WINDOW} sinks={SINKS} chunk={CHUNK}"
-    return tilewright.compile(FOLDER, passes=f"clean,fusions,kv-layout{{{options}}},canonicalize,cse,dce,kernels")
+    passes = f"clean,fusions,kv-layout{{{options}}},canonicalize,cse,dce,kernels"
+    return tilewright.compile(small_lm.traced(), passes=passes)
 
 
 def test_sinks_and_a_window_go_on(compiled: Compiled) -> None:
     """2,000 tokens, four times the trained length: every step has finite logits, and memory is what it was."""
-    text = Tokenizer(FOLDER).encode((ROOT / "tests" / "zoo.py").read_text())
+    text = small_lm.held_out()
     with compiled.session() as session:
         steps = [tokens[0] for _, tokens in session.stream([text[:30]], 2000)]
         after = session("decode", ids=np.array([[steps[-1]]]), start=np.array([2029]))["logits"]

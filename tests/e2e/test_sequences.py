@@ -4,22 +4,17 @@ prompts are cut and batches are put together."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import tilewright
-from tilewright import Tokenizer
-from tilewright.bisect import copy_of
-from tilewright.frontend import trace_folder
+from tests.models import small_lm
 from tilewright.runtime import Batch, OutOfPages, Program, Session
 from tilewright.runtime.following import follow
 from tilewright.runtime.sampling import Sampler
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "tests" / "models" / "small-lm"
 LAYOUTS = {"contiguous": "", "paged": "kind=paged page=16", "ring": "kind=ring window=48 sinks=4 chunk=16"}
 LENGTH, NEW = 128, 12
 Array = np.ndarray[Any, Any]
@@ -27,16 +22,16 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture(scope="module")
 def text() -> list[int]:
-    return Tokenizer(FOLDER).encode((ROOT / "tests" / "zoo.py").read_text())
+    return small_lm.held_out()
 
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Program]:
-    found, module = {}, trace_folder(FOLDER)
+    found = {}
     for name, options in LAYOUTS.items():
         length = "" if name == "ring" else f" length={LENGTH}"
         passes = f"clean,fusions,kv-layout{{{options}{length}}},canonicalize,cse,dce,kernels"
-        found[name] = tilewright.compile(copy_of(module), passes=passes).program
+        found[name] = tilewright.compile(small_lm.traced(), passes=passes).program
     return found
 
 

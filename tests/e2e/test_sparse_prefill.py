@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import tilewright
+from tests.models import small_lm
 from tilewright import Compiled
 from tilewright.ir import PassError
-from tilewright.runtime.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[2]
-FOLDER, HELD_OUT = ROOT / "tests" / "models" / "small-lm", ROOT / "tests" / "zoo.py"
-TOKENS = Tokenizer(FOLDER).encode(HELD_OUT.read_text())
+TOKENS = small_lm.held_out()
 PROMPTS = [TOKENS[:300], TOKENS[300:430], TOKENS[500:510]]
 
 
 def made(sparse: str, layout: str = "", calibration: np.ndarray | None = None) -> Compiled:
     passes = f"clean,fusions,kv-layout{layout},{sparse}canonicalize,cse,dce,kernels"
-    return tilewright.compile(FOLDER, passes=passes, max_length=512, dtype="f32", calibration=calibration)
+    return tilewright.compile(small_lm.traced("f32"), passes=passes, max_length=512, calibration=calibration)
 
 
 @pytest.fixture(scope="module")
