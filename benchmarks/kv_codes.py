@@ -35,6 +35,10 @@ CACHES = {
     "i2": {"dtype": "i2"},
     "i4 keys=channel": {"dtype": "i4", "keys": "channel", "recent": 128},
     "i2 keys=channel": {"dtype": "i2", "keys": "channel", "recent": 128},
+    "i2 keys=channel rank=2": {"dtype": "i2", "keys": "channel", "recent": 128, "rank": 2},
+    "i2 keys=channel rank=4": {"dtype": "i2", "keys": "channel", "recent": 128, "rank": 4},
+    "i2 keys=channel outliers=1": {"dtype": "i2", "keys": "channel", "recent": 128, "outliers": 1},
+    "i2 keys=channel rank=2 outliers=1": {"dtype": "i2", "keys": "channel", "recent": 128, "rank": 2, "outliers": 1},
 }
 
 

@@ -60,6 +60,12 @@ def layout(options: str) -> str:
     return f"kv-layout{{{options}}}"
 
 
+def gear(dtype: str, recent: int, options: str) -> CacheRow:
+    """Keys by channel, with some of the error of codes beside them."""
+    name = f"{dtype}, keys by channel, recent {recent}, {options.replace(' ', ', ')}"
+    return CacheRow(name, layout(f"dtype={dtype} keys=channel recent={recent} full=bf16 {options}"))
+
+
 # ---- what slots hold -------------------------------------------------------------------------------------------------
 
 FORMATS = of_each(
@@ -74,6 +80,11 @@ FORMATS = of_each(
     CacheRow("i2, recent 128", layout("dtype=i2 recent=128 full=bf16")),
     CacheRow("i2, keys by channel, recent 32", layout("dtype=i2 keys=channel recent=32 full=bf16")),
     CacheRow("i2, keys by channel, recent 128", layout("dtype=i2 keys=channel recent=128 full=bf16")),
+    gear("i2", 32, "rank=2"),
+    gear("i2", 32, "rank=4"),
+    gear("i2", 32, "rank=2 outliers=1"),
+    gear("i2", 128, "rank=2"),
+    gear("i4", 128, "rank=2"),
 )
 
 # ---- past the trained length -----------------------------------------------------------------------------------------

@@ -14,13 +14,17 @@ from tilewright.codegen.mlir.kv_blocks import transpose
 from tilewright.codegen.mlir.rows import Row
 from tilewright.codegen.mlir.value import Val, constant
 
+_LEAST = 4
+"""Lanes of the smallest vector."""
+
 
 class Outliers:
     """Of the ``rows`` rows of a task, whose blocks have ``keys`` keys; results have ``out_size`` components."""
 
     def __init__(self, kernel: Kernel, cache: CodeLayout, rows: int, keys: int, out_size: int) -> None:
-        self.kernel, self.cache, self.lanes, self.rows, self.keys = kernel, cache, kernel.lanes, rows, keys
-        self.both, self.out_size, self.width = range(2 * cache.outliers), out_size, round_up(rows, kernel.lanes)
+        self.kernel, self.cache, self.rows, self.keys = kernel, cache, rows, keys
+        self.lanes = min(max(_LEAST, 1 << (rows - 1).bit_length()), kernel.lanes)  # rows of a vector
+        self.both, self.out_size, self.width = range(2 * cache.outliers), out_size, round_up(rows, self.lanes)
         self.q = kernel.scratch(cache.k_residual.row * self.width, "f32")
         self.by_key = kernel.scratch(keys * self.width, "f32")  # what scores get, then weights
         self.scores = kernel.scratch(self.width * keys, "f32")
@@ -32,9 +36,9 @@ class Outliers:
 
     def load_query(self, row: Val, source: Row) -> None:
         """Take the query of ``row``."""
-        for start in range(0, self.cache.k_residual.row, self.lanes):
+        for start in range(0, self.cache.k_residual.row, self.kernel.lanes):
             x = source.load(start).to("f32")
-            for lane in range(self.lanes):
+            for lane in range(self.kernel.lanes):
                 self.q.store(x.lane(lane), row + (start + lane) * self.width)
 
     # --- keys ---------------------------------------------------------------------------------------------------------
@@ -58,13 +62,14 @@ class Outliers:
         with self.kernel.loop(0, rows, self.lanes) as some, self.kernel.loop(0, count) as loop:
             for number in self.both:
                 place, lack = self._outlier(number, loop.index)
-                component, token = (loop.index, place) if layout.channels else (place, loop.index)
-                query = self.q.load(component * self.width + some.index, self.lanes)
-                self._add(query * lack, self.by_key, (first + token) * self.width + some.index)
+                own = loop.index * self.width
+                component, token = (own, place) if layout.channels else (place, own)
+                query = self.q.load(component + some.index, self.lanes)
+                self._add(query, lack, self.by_key, first * self.width + token + some.index)
 
     def score(self, score: Val, row: Val, start: Val) -> Val:
         """Scores of a row with a vector of keys from ``start`` on, and what outliers add."""
-        return score + self.scores.load(row * self.keys + start, self.lanes)
+        return score + self.scores.load(row * self.keys + start, self.kernel.lanes)
 
     # --- values -------------------------------------------------------------------------------------------------------
 
@@ -87,7 +92,7 @@ class Outliers:
             weight = self.by_key.load((first + loop.index) * self.width + some.index, self.lanes)
             for number in self.both:
                 component, lack = self._outlier(number, loop.index)
-                self._add(weight * lack, self.sums, component * self.width + some.index)
+                self._add(weight, lack, self.sums, component + some.index)
 
     def finish(self, sums: Buffer, rows: Val) -> None:
         """Add what the block's outliers make to ``sums [rows][out_size]``."""
@@ -100,24 +105,24 @@ class Outliers:
     # --- both ---------------------------------------------------------------------------------------------------------
 
     def _load(self, memory: Buffer, layout: ResidualLayout, line: Val) -> None:
-        """The outliers of a line of the run at ``memory``, as numbers."""
-        size = layout.stored.itemsize
+        """The outliers of a line of the run at ``memory``: where the vectors of their rows begin, and what they lack."""
+        size, lanes = layout.stored.itemsize, self.kernel.lanes
         for number in self.both:
             first = (line * len(self.both) + number) * layout.line
-            with self.kernel.loop(0, layout.line, self.lanes) as loop:
+            with self.kernel.loop(0, layout.line, lanes) as loop:
                 place, at = first + loop.index, loop.index + number * self.line
-                self.places.store(memory.load(place + layout.places, self.lanes).to("i32"), at)
-                lack = memory.load(place * size + layout.lack, self.lanes * size).bitcast(self.cache.scales)
+                self.places.store(memory.load(place + layout.places, lanes).to("i32") * self.width, at)
+                lack = memory.load(place * size + layout.lack, lanes * size).bitcast(self.cache.scales)
                 self.lack.store(lack.to("f32"), at)
 
     def _outlier(self, number: int, index: Val) -> tuple[Val, Val]:
-        """Where one is, and a vector of what it lacks."""
+        """Where the vector of rows of one begins, and what it lacks in every lane."""
         at = index + number * self.line
         return self.places.load(at).to("index"), self.lack.load(at).splat(self.lanes)
 
-    def _add(self, numbers: Val, memory: Buffer, place: Val) -> None:
-        memory.store(memory.load(place, self.lanes) + numbers, place)
+    def _add(self, numbers: Val, factor: Val, memory: Buffer, place: Val) -> None:
+        memory.store(numbers.fma(factor, memory.load(place, self.lanes)), place)
 
     def _clear(self, memory: Buffer, count: int) -> None:
-        with self.kernel.loop(0, count * self.width, self.lanes) as loop:
-            memory.store(constant(0.0, "f32", self.lanes), loop.index)
+        with self.kernel.loop(0, count * self.width, self.kernel.lanes) as loop:
+            memory.store(constant(0.0, "f32", self.kernel.lanes), loop.index)

@@ -110,15 +110,25 @@ class Residuals:
                 weight = weights.load(row * self.keys + start + token, self.lanes)
                 return weight, self.tokens.load(start + token + j * self.keys, self.lanes)
 
-            self._sum_up(constant(0), rows, (count - start).min(constant(layout.group)), product, 1.0)
-            with self.kernel.loop(0, self.out_size, self.lanes) as parts:
-                factors = [self._component(v, layout, groups.index, j, parts.index) for j in self.ranks]
-                with self.kernel.loop(0, rows) as loop:
-                    place = loop.index * self.out_size + parts.index
-                    total = self.sums.load(place, self.lanes)
-                    for j, factor in enumerate(factors):
-                        total = factor.fma(self.products.load(loop.index * self.cache.rank + j).splat(self.lanes), total)
-                    self.sums.store(total, place)
+            self._sum_up(groups.index, rows, (count - start).min(constant(layout.group)), product, 1.0)
+        self._add_components(v, layout, (seen + (layout.group - 1)) // layout.group, rows)
+
+    def _add_components(self, v: Buffer, layout: ResidualLayout, groups: Val, rows: Val) -> None:
+        """Of the first groups of a run, what weights came to times the factors of components."""
+        last = rows - 1
+        with (self.kernel.loop(0, self.out_size, self.lanes) as parts, self.kernel.loop(0, rows, self.at_once) as blocks):
+            some = [(blocks.index + r).min(last) for r in range(self.at_once)]
+            totals = [self.sums.load(row * self.out_size + parts.index, self.lanes) for row in some]
+            with self.kernel.loop(0, groups, carry=totals) as loop:
+                found = loop.values
+                for j in self.ranks:
+                    factor = self._component(v, layout, loop.index, j, parts.index)
+                    for r, row in enumerate(some):
+                        product = self.products.load(loop.index * self.width + row * self.cache.rank + j)
+                        found[r] = factor.fma(product.splat(self.lanes), found[r])
+                loop.next(*found)
+            for row, total in zip(some, loop.results):
+                self.sums.store(total, row * self.out_size + parts.index)
 
     def sum(self, place: Val) -> Val:
         """What a vector of the results' components gets of the block; ``place`` counts through rows."""
