@@ -29,10 +29,9 @@ class Outliers:
         self.by_key = kernel.scratch(keys * self.width, "f32")  # what scores get, then weights
         self.scores = kernel.scratch(self.width * keys, "f32")
         self.sums = kernel.scratch(out_size * self.width, "f32")
-        line = max(cache.run, cache.k_residual.row)
-        self.places = kernel.scratch(len(self.both) * line, "i32")
-        self.lack = kernel.scratch(len(self.both) * line, "f32")
-        self.line = line
+        sides = cache.k_residual, cache.v_residual
+        count = max(layout.lines * layout.line for layout in sides) * len(self.both)
+        self.places, self.lack = kernel.scratch(count, "i32"), kernel.scratch(count, "f32")
 
     def load_query(self, row: Val, source: Row) -> None:
         """Take the query of ``row``."""
@@ -47,9 +46,8 @@ class Outliers:
         """Take those of the run of keys at ``k``, from key ``first`` of the block on; scores are products by ``factor``."""
         layout = self.cache.k_residual
         self._clear(self.by_key.at(first * self.width), layout.run)
-        with self.kernel.loop(0, layout.lines) as lines:
-            self._load(k, layout, lines.index)
-            self._add_keys(first + lines.index * layout.group, layout, rows)
+        self._load(k, layout)
+        self._add_keys(first, layout, rows)
         with self.kernel.loop(0, rows, self.lanes) as some, self.kernel.loop(0, layout.run, self.lanes) as loop:
             place = first + loop.index
             square = [self.by_key.load((place + i) * self.width + some.index, self.lanes) for i in range(self.lanes)]
@@ -57,15 +55,19 @@ class Outliers:
                 self.scores.store(numbers * factor, (some.index + row) * self.keys + place)
 
     def _add_keys(self, first: Val, layout: ResidualLayout, rows: Val) -> None:
-        """Queries' components times what outliers lack, where each is."""
+        """Queries' components times what outliers lack, where each is.
+
+        Of a channel those of one group after those of another: so a sum is seldom wanted while it is being stored.
+        """
         count = layout.size if layout.channels else layout.run
         with self.kernel.loop(0, rows, self.lanes) as some, self.kernel.loop(0, count) as loop:
-            for number in self.both:
-                place, lack = self._outlier(number, loop.index)
-                own = loop.index * self.width
+            own, base = loop.index * self.width, first * self.width + some.index
+            for number in range(layout.lines * len(self.both)):
+                place, lack = self._outlier(layout, number, loop.index)
                 component, token = (own, place) if layout.channels else (place, own)
+                group = number // len(self.both) * layout.group
                 query = self.q.load(component + some.index, self.lanes)
-                self._add(query, lack, self.by_key, first * self.width + token + some.index)
+                self._add(query, lack, self.by_key, base + token + group * self.width)
 
     def score(self, score: Val, row: Val, start: Val) -> Val:
         """Scores of a row with a vector of keys from ``start`` on, and what outliers add."""
@@ -80,7 +82,7 @@ class Outliers:
     def values_of(self, first: Val, v: Buffer, weights: Buffer, count: Val, rows: Val) -> None:
         """Take those of the run of ``count`` values at ``v``, from value ``first`` of the block on."""
         layout, last = self.cache.v_residual, rows - 1
-        self._load(v, layout, constant(0))
+        self._load(v, layout)
         with self.kernel.loop(0, rows, self.lanes) as some, self.kernel.loop(0, count, self.lanes) as loop:
             place = first + loop.index
             found = [weights.load((some.index + row).min(last) * self.keys + place, self.lanes)
@@ -91,7 +93,7 @@ class Outliers:
         with self.kernel.loop(0, rows, self.lanes) as some, self.kernel.loop(0, count) as loop:
             weight = self.by_key.load((first + loop.index) * self.width + some.index, self.lanes)
             for number in self.both:
-                component, lack = self._outlier(number, loop.index)
+                component, lack = self._outlier(layout, number, loop.index)
                 self._add(weight, lack, self.sums, component + some.index)
 
     def finish(self, sums: Buffer, rows: Val) -> None:
@@ -104,20 +106,18 @@ class Outliers:
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
-    def _load(self, memory: Buffer, layout: ResidualLayout, line: Val) -> None:
-        """The outliers of a line of the run at ``memory``: where the vectors of their rows begin, and what they lack."""
+    def _load(self, memory: Buffer, layout: ResidualLayout) -> None:
+        """The outliers of the run at ``memory``: where the vectors of their rows begin, and what they lack."""
         size, lanes = layout.stored.itemsize, self.kernel.lanes
-        for number in self.both:
-            first = (line * len(self.both) + number) * layout.line
-            with self.kernel.loop(0, layout.line, lanes) as loop:
-                place, at = first + loop.index, loop.index + number * self.line
-                self.places.store(memory.load(place + layout.places, lanes).to("i32") * self.width, at)
-                lack = memory.load(place * size + layout.lack, lanes * size).bitcast(self.cache.scales)
-                self.lack.store(lack.to("f32"), at)
+        with self.kernel.loop(0, layout.lines * len(self.both) * layout.line, lanes) as loop:
+            places = memory.load(loop.index + layout.places, lanes).to("i32")
+            self.places.store(places * self.width, loop.index)
+            lack = memory.load(loop.index * size + layout.lack, lanes * size).bitcast(self.cache.scales)
+            self.lack.store(lack.to("f32"), loop.index)
 
-    def _outlier(self, number: int, index: Val) -> tuple[Val, Val]:
+    def _outlier(self, layout: ResidualLayout, number: int, index: Val) -> tuple[Val, Val]:
         """Where the vector of rows of one begins, and what it lacks in every lane."""
-        at = index + number * self.line
+        at = index + number * layout.line
         return self.places.load(at).to("index"), self.lack.load(at).splat(self.lanes)
 
     def _add(self, numbers: Val, factor: Val, memory: Buffer, place: Val) -> None:

@@ -34,7 +34,7 @@ class Residuals:
     def __init__(self, kernel: Kernel, cache: CodeLayout, rows: int, keys: int, out_size: int) -> None:
         self.kernel, self.cache, self.lanes, self.ranks = kernel, cache, kernel.lanes, range(cache.rank)
         self.rows, self.keys, self.out_size = rows, keys, out_size
-        self.at_once = max(self.lanes // max(cache.rank, 1), 1)  # rows whose sums make a vector
+        self.at_once = max(min(self.lanes // max(cache.rank, 1), rows), 1)  # rows whose sums make a vector
         self.width = round_up(rows, self.at_once) * cache.rank
         self.q = kernel.scratch(rows * cache.k_residual.row, "f32")
         self.tokens = kernel.scratch(max(cache.rank, 1) * keys, "f32")  # factors of a block's
