@@ -158,7 +158,7 @@ FORMAT_GOALS = (
     *for_each(lambda p, say: better(f"{say}2-bit KIVI better than 2 bits by token alone",
                                     f"{p}i2, keys by channel, recent 32", f"{p}i2")),
     *(goal for recent in (32, 128)
-      for goal in for_both(lambda p, say, kivi=f"i2, keys by channel, recent {recent}": better(
+      for goal in for_each(lambda p, say, kivi=f"i2, keys by channel, recent {recent}": better(
           f"{say}2-bit GEAR better than KIVI, {kivi.split()[-1]} recent tokens", f"{p}{kivi}, rank=2", f"{p}{kivi}"))),
 )  # fmt: skip
 STREAM_GOALS = (
