@@ -14,7 +14,7 @@ import numpy as np
 import tilewright
 from benchmarks.peers.workplace import default_cache
 from benchmarks.quality.caches import EVALUATION, MODELS, RECALL, SMALL, WINDOW, CacheRow
-from benchmarks.quality.passkey import KEYS, LENGTH, Question, exact, keyed, questions
+from benchmarks.quality.passkey import KEYS, LENGTH, OTHER, TAUGHT, Question, exact, keyed, questions
 from benchmarks.quality.passkey import found as keys_found
 from benchmarks.quality.prompts import EACH, walked
 from benchmarks.quality.prompts import along as along_prompts
@@ -77,7 +77,7 @@ class Caches:
         self.ids = token_ids(settings.model / "validation.txt", settings.model)
         tokenizer, vocabulary = Tokenizer(settings.small), int(self.ids.max()) + 1
         self.questions = list(questions(tokenizer, self.ids, vocabulary))
-        self.keyed = list(keyed(tokenizer, self.ids))
+        self.taught, self.other = (list(keyed(tokenizer, self.ids, forms)) for forms in (TAUGHT, OTHER))
         self.references: dict[tuple[str, int], Reference] = {}
 
     def begun(self, row: CacheRow, texts: Array) -> Array:
@@ -129,8 +129,8 @@ class Caches:
                 batch = texts[at : at + session.batch]
                 steps = zip(follow(session, batch, first), range(first, batch.shape[1]))
                 parts += [scores(said, want[at : at + len(batch), i - first], batch[:, i]) for said, i in steps]
-            asked, told = ([self.asked(row, q) for q in of] for of in (self.questions, self.keyed))
-            retrieval = keys_found(session, asked) | exact(session, told)
+            asked, taught, other = ([self.asked(row, q) for q in of] for of in (self.questions, self.taught, self.other))
+            retrieval = keys_found(session, asked) | {"exact": exact(session, taught), "exact_other": exact(session, other)}
         found = figures(row.name, "f32", parts, size, size // 2)
         return {
             "bytes": done.program.cache_bytes(self.settings.window), "tokens": found.tokens,

@@ -30,7 +30,7 @@ from benchmarks.quality.caches import (
 )
 from benchmarks.quality.caching import EVERY, SAMPLE, STRETCH
 from benchmarks.quality.goals import Goal, better, within
-from benchmarks.quality.passkey import KEYED, KEYS, LENGTH, SAID
+from benchmarks.quality.passkey import KEYS, LENGTH, OTHER, SAID, TAUGHT
 from benchmarks.quality.prompts import CALL, EACH
 from benchmarks.quality.rows import BASE
 
@@ -171,8 +171,8 @@ STREAM_GOALS = (
 
 def retrieved(row: Mapping[str, Any], prefix: str, rows: Rows) -> list[str]:
     """Cells of a row of keys."""
-    exact = f"{row['exact']:.1%}" if "exact" in row else ""
-    return [f"{row['said']:.1%}", f"{row['right']:.1%}", f"{row['gain']:.4f}", exact]
+    exact = [f"{row[name]:.1%}" if name in row else "" for name in ("exact", "exact_other")]
+    return [f"{row['said']:.1%}", f"{row['right']:.1%}", f"{row['gain']:.4f}", *exact]
 
 
 def finds(text: str, name: str) -> Goal:
@@ -271,8 +271,9 @@ SECTIONS: tuple[Section, ...] = (
         f"{KEYS} texts (chance: {1 / KEYS:.1%}), gain is how much more likely, in nats, it gets than the other names. "
         "Errors of codes hide gains; names that were forgotten may be found by traces, whose gain is next to none. Exact: "
         f"a key of eight random letters and digits, {SAID} tokens, stands in the first three quarters of a text; the "
-        f"share of {KEYS * len(KEYED)} texts, in {len(KEYED)} forms, at whose end the whole key is answered.",
-        ("said", "found", "gain", "exact"), tuple(r for r in ROWS if r.task == "text"), retrieved,
+        f"share of {KEYS * len(TAUGHT)} texts at whose end the whole key is answered, told and asked for in "
+        f"{len(TAUGHT)} forms that the recall model was taught with other keys and texts, and in {len(OTHER)} other forms.",
+        ("said", "found", "gain", "exact", "other forms"), tuple(r for r in ROWS if r.task == "text"), retrieved,
         KEY_GOALS,
     ),
 )  # fmt: skip

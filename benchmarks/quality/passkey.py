@@ -34,13 +34,20 @@ FORMS = (
 """How a key (@) is told, how it is asked for, and what its one token looks like."""
 SAID = 5
 """Tokens of a key that is to be said."""
-KEYED = (
+TAUGHT = (
+    ("\n# The key of colour is @.\n", "\n# The key of colour is"),
+    ("\nsecret = \"@\"\n", "\nassert secret == \""),
+    ("\n    widget: @\n", "\n    widget:"),
+    ("\n# What is batchsize? It is @!\n", "\n# What is batchsize? It is"),
+)  # fmt: skip
+"""How such a key is told, and how it is asked for, as in texts that the recall model was trained on."""
+OTHER = (
     ("\n# passkey: @\n", "\n# passkey:"),
     ("\n    passkey = \"@\"\n", "\n    print(passkey == \""),
     ("\n    raise KeyError('the passkey is @')\n", "\n    print('the passkey is"),
     ("\nThe passkey is @. Remember it.\n", "\nWhat is the passkey? The passkey is"),
 )  # fmt: skip
-"""How such a key is told, and how it is asked for."""
+"""The same in other words."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,9 @@ def questions(tokenizer: Tokenizer, filler: Array, vocabulary: int, seed: int = 
         yield Question(np.array([around[:at] + before + [k] + after + around[at:] + end + [k] for k in keys]), len(end))
 
 
-def keyed(tokenizer: Tokenizer, filler: Array, seed: int = 0) -> Iterator[Question]:
+def keyed(tokenizer: Tokenizer, filler: Array, forms: Sequence[tuple[str, str]], seed: int = 0) -> Iterator[Question]:
     """One of each form; a text is about as long as there, has a key of its own in a place of its own, and ends with it."""
-    for number, (told, ending) in enumerate(KEYED):
+    for number, (told, ending) in enumerate(forms):
         random = np.random.default_rng((seed, number))
         before, after = told.split("@")
         start, end, texts = tokenizer.encode(before.rstrip(" ")), tokenizer.encode(ending), []
@@ -89,13 +96,13 @@ def keyed(tokenizer: Tokenizer, filler: Array, seed: int = 0) -> Iterator[Questi
         yield Question(np.array(texts), len(end))
 
 
-def exact(session: Session, asked: Sequence[Question]) -> dict[str, float]:
-    """``exact``: the share of texts whose whole key a greedy answer would have given."""
+def exact(session: Session, asked: Sequence[Question]) -> float:
+    """The share of texts whose whole key a greedy answer would have given."""
     right = []
     for question in asked:
         said = list(follow(session, question.texts, LENGTH - question.asked))[-SAID:]
         right.append((np.stack([logits.argmax(1) for logits in said], 1) == question.texts[:, -SAID:]).all(1))
-    return {"exact": float(np.mean(right))}
+    return float(np.mean(right))
 
 
 def found(session: Session, asked: Sequence[Question]) -> dict[str, float]:

@@ -87,7 +87,8 @@ def test_questions_differ_in_their_keys_alone() -> None:
 def test_keys_are_told_and_asked_for() -> None:
     tokenizer = Tokenizer(SMALL_LM)
     filler = np.array(tokenizer.encode((ROOT / "tests" / "zoo.py").read_text()))
-    for question, (told, ending) in zip(keyed(tokenizer, filler), passkey.KEYED, strict=True):
+    forms = passkey.TAUGHT + passkey.OTHER
+    for question, (told, ending) in zip(keyed(tokenizer, filler, forms), forms, strict=True):
         assert question.texts.shape == (KEYS, LENGTH + SAID)
         for text in question.texts:
             key = tokenizer.decode(list(text[-SAID:])).strip()
@@ -108,7 +109,7 @@ def test_a_key_counts_when_all_of_it_is_said(monkeypatch: pytest.MonkeyPatch) ->
         yield from (np.zeros_like(said[0]), np.zeros_like(said[0]), *said)
 
     monkeypatch.setattr(passkey, "follow", follow)
-    assert exact(None, [passkey.Question(texts, 2)]) == {"exact": 1 - 6 / KEYS}  # type: ignore[arg-type]
+    assert exact(None, [passkey.Question(texts, 2)]) == 1 - 6 / KEYS  # type: ignore[arg-type]
 
 
 def test_texts_of_a_model_begin_with_the_end_token() -> None:
@@ -208,7 +209,7 @@ def test_the_page() -> None:
     assert "i8 within 0.1 % of bf16: **hit**: +0.05%" in text
     assert "| i2 | not run: no | | | | | |" in text.replace("|  ", "| ")
     assert "| window 256 | 70 | 3.000 | 3.000 | 3.10 2.90 |" in text
-    assert "| i8 | 0.0% | 50.0% | 0.1000 |  |" in text
+    assert "| i8 | 0.0% | 50.0% | 0.1000 |  |  |" in text
 
 
 def test_the_committed_table_is_that_of_its_figures() -> None:

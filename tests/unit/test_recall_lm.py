@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,3 +89,11 @@ def test_batches_follow_from_the_step(script: ModuleType, tokenizer: PreTrainedT
     assert not torch.equal(ids, batches(4)[0])
     later = 1001
     assert [batches(step)[0].shape for step in (later, later + 1)] == [(32, 64), (4, LENGTH)]
+
+
+def test_the_record_is_of_such_a_model(script: ModuleType) -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "recall_lm.json").read_text())
+    assert record["recipe"].items() >= json.loads(json.dumps(asdict(script.Recipe()))).items()
+    assert record["parameters"] == 5_278_976
+    assert record["tokens_seen"] == record["steps"] * record["recipe"]["batch_tokens"]
+    assert (record["validation"]["window"], record["validation"]["stride"]) == (LENGTH, LENGTH // 2)
