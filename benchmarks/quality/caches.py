@@ -97,7 +97,10 @@ def ring(window: int, sinks: int) -> str:
     return layout(f"dtype=bf16 kind=ring window={window - sinks} chunk=64" + (f" sinks={sinks}" if sinks else ""))
 
 
-SINKS = of_each(CacheRow("attention on the first token", "", "sinks"))
+SINKS = of_each(
+    CacheRow("attention on the first token", "", "sinks"),
+    CacheRow("attention on the first token, texts of 64", "", "sinks", window=64),
+)
 STREAMS = of_each(
     CacheRow("4 sinks + window 252", ring(SEEN, 4), "stream", tokens=LONG),
     CacheRow("window 256", ring(SEEN, 0), "stream", tokens=LONG),

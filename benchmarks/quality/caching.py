@@ -108,7 +108,9 @@ class Caches:
 
     def sinks(self, row: CacheRow) -> Figures:
         """On the first windows."""
-        return dict(first_token(self.settings.folder(row.model), self.windows(row, WINDOW)[:8]))
+        size = row.window or WINDOW
+        texts = self.windows(row, size)[: 8 * WINDOW // size]
+        return dict(first_token(self.settings.folder(row.model), texts))
 
     def compiled(self, row: CacheRow) -> tilewright.Compiled:
         length = WINDOW if row.task == "text" else None

@@ -164,6 +164,7 @@ FORMAT_GOALS = (
 STREAM_GOALS = (
     *for_each(lambda p, say: parks(f"{say}has sinks, a tenth of attention or more goes to the first token",
                                    f"{p}attention on the first token")),
+    *for_each(lambda p, say: parks(f"{say}has sinks in texts of 64", f"{p}attention on the first token, texts of 64")),
     *(goal for size in (256, 64) for goal in for_each(partial(sinks_better, size))),
     *(goal for size in (256, 64) for goal in for_each(partial(sinks_stable, size))),
 )  # fmt: skip
