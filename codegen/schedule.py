@@ -242,10 +242,12 @@ class AttentionSchedule(Schedule):
     def decoding(cls, target: CpuTarget, dtype: str, heads: int, group: int) -> Self:
         """For one query a head over a cache of ``dtype`` with so many heads, each for a group of query heads.
 
-        The hardware fetches ahead well while little is computed between two lines, and along one memory page.
+        The hardware fetches ahead well while little is computed between two lines, and along one memory page. Many rows
+        take their sums from block to block, so blocks are larger.
         """
         parts = next((p for p in (1, 2, 4, 8) if p * heads >= _ENOUGH_TASKS), 16)
         if dtype in ("i8", "i4", "i2"):  # their kernel asks for memory by itself
             return cls(keys=128, parts=parts)
-        busy = group >= 4 and (dtype == "f32" or target.vector_bits < 512)
-        return cls(keys=64, prefetch=8192 if busy else 0, parts=parts)
+        many = group >= 16
+        busy = many or (group >= 4 and (dtype == "f32" or target.vector_bits < 512))
+        return cls(keys=256 if many else 64, prefetch=8192 if busy else 0, parts=parts)

@@ -135,5 +135,7 @@ def refusal(kind: KVType) -> str | None:
         return f"no kernel for {kind}: on a GPU codes have scales by token; give keys=token"
     if kind.keeps_recent:
         return f"no kernel for {kind}: on a GPU all tokens of a cache of codes are codes; give recent=0"
+    if not kind.own_vdim:
+        return f"no kernel for {kind}: on a GPU values are stored beside their keys; leave out latent-cache"
     others = [f.name for f in fields(kind) if f.name not in _KNOWN and getattr(kind, f.name) != f.default]
     return f"no kernel for {kind}: on a GPU caches have no {others[0]}" if others else None

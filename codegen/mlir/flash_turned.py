@@ -4,14 +4,24 @@ Vectors of keys hold one component (or two) of many keys, those of values many c
 both are turned in registers into a small block on the stack, which all rows of a task then meet.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tilewright.codegen.cache import value_panels
+from tilewright.codegen.cache_slots import VALUE_STEP
 from tilewright.codegen.mlir.builder import Buffer, Function, Kernel
 from tilewright.codegen.mlir.flash_rows import Shape
 from tilewright.codegen.mlir.kv_blocks import transpose
 from tilewright.codegen.mlir.microkernel import split_bf16
 from tilewright.codegen.mlir.value import Val, constant, shuffle
+
+Load = Callable[[int, int, int], Val]
+
+# Of rows i and i + 4, and of i + 1 and i + 5, the same two of four pairs of keys, each component's two keys side by side.
+_SIDE_BY_SIDE = [[32 * row + 16 * (lane // 2) + 4 * (2 * part + lane % 2) + word
+                  for lane in range(4) for row in range(2) for word in (0, 2, 1, 3)] for part in range(2)]  # fmt: skip
+# Of two such the one pair of keys, and the other.
+_IN_ORDER = [[8 * row + 2 * (pair + 2 * half) + word for half in range(2) for row in range(2) for word in range(2)]
+             for pair in range(2)]  # fmt: skip
 
 
 class Turned:
@@ -59,25 +69,39 @@ class Turned:
                 slot = slots.index
                 source = k.at(k_at + slot // panel * (panel * self.key_size) + slot % panel * self.pair)
                 target = block.at(block_at + slot * width)
-                for start in range(0, width, 16):
-                    rows = [source.load(c * panel, lanes * self.pair) if c < present else
-                            constant(0, k.dtype, lanes * self.pair) for c in range(start, start + 16, self.pair)]
-                    self._square(rows, start, width, target)
+
+                def load(component: int, first: int, count: int) -> Val:
+                    """So many elements of the keys, from the ``first`` on."""
+                    if component >= present:
+                        return constant(0, k.dtype, count)
+                    return source.load(component * panel + first, count)
+
+                for start in range(0, width, VALUE_STEP):
+                    if self.shape.dot:
+                        self._pairs(load, start, width, target)
+                    else:
+                        self._floats(load, start, width, target)
         return turn
 
-    def _square(self, rows: Sequence[Val], start: int, width: int, target: Buffer) -> None:
-        """``rows`` of 16 components from ``start`` on, one or two in each, as many keys as there are lanes."""
-        if self.shape.dot:
-            order = [place ^ 3 if place % 4 in (1, 2) else place for place in range(2 * self.lanes)]
-            alike = [shuffle(row, row, order).bitcast("i64") for row in rows]  # of two keys each component side by side
-            for step, column in enumerate(transpose(alike)):
-                target.store(column.bitcast("bf16"), step * (2 * width) + 2 * start)
-            return
-        for part, square in enumerate(self._squares(rows)):
-            for key, column in enumerate(transpose(square)):
-                target.store(column, key * width + start + part * self.lanes)
-
-    def _squares(self, rows: Sequence[Val]) -> list[list[Val]]:
-        """f32, as many components as lanes."""
+    def _floats(self, load: Load, start: int, width: int, target: Buffer) -> None:
+        """VALUE_STEP components from ``start`` on, of as many keys as there are lanes, as f32."""
+        lanes = self.lanes
+        rows = [load(start + c, 0, lanes * self.pair) for c in range(0, VALUE_STEP, self.pair)]
         single = [x for row in rows for x in (split_bf16(row) if self.pair == 2 else [row.to("f32")])]
-        return [single[i:i + self.lanes] for i in range(0, len(single), self.lanes)]
+        for column in range(0, VALUE_STEP, lanes):
+            for key, found in enumerate(transpose(single[column:column + lanes])):
+                target.store(found, key * width + start + column)
+
+    def _pairs(self, load: Load, start: int, width: int, target: Buffer) -> None:
+        """16 components from ``start`` on, of 16 keys, as pairs of keys: 8 rows of two components become 8 of two keys.
+
+        What lies in halves of registers is put together by loads: shuffles are what this waits for.
+        """
+        for half in range(2):
+            rows = [shuffle(*(load(start + 2 * row, 16 * half, 16) for row in (first, first + 4)), range(32))
+                    for first in range(4)]
+            for part in range(2):
+                near, far = (shuffle(rows[i], rows[i + 1], _SIDE_BY_SIDE[part]).bitcast("i64") for i in (0, 2))
+                for step, order in enumerate(_IN_ORDER):
+                    pair = 4 * half + 2 * part + step
+                    target.store(shuffle(near, far, order).bitcast("bf16"), pair * (2 * width) + 2 * start)

@@ -12,6 +12,7 @@ from tests.backend.attention_cases import compare
 from tests.backend.harness import TARGETS
 from tests.backend.test_kv_layouts import LENGTH, LIMIT, RULES, Appending, Attending, run, visible_slots
 from tilewright.codegen.cache import cache_layout
+from tilewright.codegen.cuda.cache import refusal
 from tilewright.codegen.target import parse_target
 from tilewright.ir import CONTIGUOUS, DType, KVType, Layout, Paged, Ring
 
@@ -80,3 +81,19 @@ def test_bytes(target: str, layout: Layout) -> None:
     assert kind.bytes_of(1) == 1152
     assert (memory.k_bytes, memory.v_bytes) == (kind.page_bytes or kind.sequence_bytes, 0)
     assert sum(x.nbytes for x in memory.empty(3)) == 3 * memory.k_bytes
+
+
+@pytest.mark.parametrize(("given", "reason"), [
+    ({"vdim": 600}, "values of 600 are not among keys of 576"),
+    ({"dtype": DType.i8}, "values among keys are floats, not i8"),
+    ({"values": "both"}, "values are own or keys, got both"),
+])  # fmt: skip
+def test_refusals(given: dict[str, Any], reason: str) -> None:
+    kind = {"heads": 1, "dim": 576, "vdim": 512, "length": 64, "dtype": DType.bf16, "values": "keys"}
+    with pytest.raises(ValueError, match=reason):
+        KVType(**kind | given)
+
+
+def test_refused_on_a_gpu() -> None:
+    kind = KVType(1, 576, 512, 64, DType.bf16, values="keys")
+    assert "on a GPU values are stored beside their keys; leave out latent-cache" in str(refusal(kind))

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.models.tiny_decoder import D, Decoder
+from tests.models.latent_decoder import RANK, LatentDecoder
+from tests.models.tiny_decoder import Decoder
 from tests.unit.test_kv_layout import cached, forward, prompts
 from tests.unit.test_kv_layout_kinds import Run, last_logits
 from tilewright.ir import Builder, DType, Function, Module, PassError, Return, TensorType, Value, interpret, ops, sym
@@ -107,26 +108,14 @@ def test_the_cut_counts_bytes() -> None:
 def test_a_model_with_its_cache() -> None:
     """Chunks, then token by token, contiguous and in pages; the bytes are those of the latent."""
 
-    def middle(i: int, x: Value, m: Decoder) -> Value:
-        c = m.b(ops.RmsNorm, m.b(ops.Linear, x, m.weight(f"{i}.down", 6, 16)), m.weight(f"{i}.latent", 6))
-        q = m.split(m.b(ops.Linear, x, m.weight(f"{i}.q", 4 * D, 16)), 4)
-        k, v = (m.split(m.b(ops.Linear, c, m.weight(f"{i}.{n}", 4 * D, 6)), 4) for n in "kv")
-        y = m.b(ops.Attention, q, k, v, scale=D**-0.5, causal=True)
-        y = m.b(ops.Reshape, y, (*x.shape[:2], 4 * D))
-        return m.b(ops.Add, x, m.b(ops.Linear, y, m.weight(f"{i}.o", 16, 4 * D)))
-
-    class Latent(Decoder):
-        def layer(self, i: int, x: Value) -> Value:
-            return middle(i, x, self)
-
     ids = prompts(2, 30)
-    want = last_logits(Latent().build(), ids)
+    want = last_logits(LatentDecoder().build(), ids)
     for options in ({}, {"kind": "paged", "page": 16}, {"kind": "ring", "window": 64, "chunk": 8}):
-        module = Latent().build()
+        module = LatentDecoder().build()
         Pipeline.parse("latent-cache,canonicalize,cse,dce").run(module)
         np.testing.assert_allclose(forward(module, ids)[:, -1], want, rtol=1e-4, atol=1e-4)
         module = cached(module, length=32, **options)
-        assert {s.cache.bytes_of(1) for s in module.states.values()} == {4 * 6}
+        assert {s.cache.bytes_of(1) for s in module.states.values()} == {4 * RANK}
         np.testing.assert_allclose(Run(module, 2).feed(ids), want, rtol=1e-4, atol=1e-4)
 
 
