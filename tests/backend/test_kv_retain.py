@@ -35,10 +35,10 @@ class Retaining:
     """``kv.retain`` of ``heads`` queries over a cache of two heads."""
 
     def __init__(self, dtype: str, heads: int, sizes: tuple[int, int], s: int | str, layout: Kept, sinks: bool = False,
-                 **rule: Any) -> None:  # fmt: skip
+                 values: str = "own", **rule: Any) -> None:  # fmt: skip
         self.merges = rule.get("merge", False)
         self.kernel, kind, i64 = Function("k", kind="kernel"), DType(dtype), TensorType(("B",), DType.i64)
-        self.cache = KVType(2, *sizes, ENDLESS, kind, layout)
+        self.cache = KVType(2, *sizes, ENDLESS, kind, layout, values=values)
         add = self.kernel.arg
         given = [add("q", TensorType(("B", s, heads, sizes[0]), kind)), add("cache", self.cache), add("start", i64)]
         more = {"count": add("count", i64)}
@@ -57,7 +57,7 @@ class Retaining:
                 head[0, :live] = rng.random(live) / 2
                 head[1, :live] = rng.permutation(start)[:live]
                 head[0, kv.budget] = self.merges * rng.random() / 2
-        whole = tuple(rng.standard_normal((batch, kv.slots, 2, n)).astype(kv.dtype.np) for n in (kv.dim, kv.vdim))
+        whole = tuple(rng.standard_normal((batch, kv.slots, 2, n)).astype(kv.dtype.np) for n in (kv.dim, kv.own_vdim))
         made = {"cache": (*whole, notes), "start": np.array(starts), "count": np.array(counts)}
         return [made[a.name] if a.name in made
                 else (2 * rng.standard_normal([dims.get(str(d), d) for d in a.shape])).astype(a.dtype.np)
@@ -78,6 +78,15 @@ def check(target: str, case: Retaining, starts: Sequence[int], counts: Sequence[
             compare(mine[b, :live], theirs[b, :live], case.merges * LIMIT[kv.dtype.value])
         if case.merges and start + count > kv.budget:
             compare(after[2][b, :, 0, kv.budget], wanted[2][b, :, 0, kv.budget], 1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_values_among_keys(target: str) -> None:
+    """What is merged and moved are keys, and so values."""
+    case = Retaining("bf16", 6, (48, 20), 1, Kept(150, 70), values="keys", **RULES["h2o merged"])
+    check(target, case, [5, 150, 1000], [1, 1, 1], 1)
+    case = Retaining("f32", 6, (33, 20), "S", Kept(150, 70), values="keys", **RULES["snapkv"])
+    check(target, case, [5, 150, 1000], [21, 20, 21], 21)
 
 
 @pytest.mark.parametrize("target", TARGETS)
