@@ -78,8 +78,8 @@ class Emitter(Protocol):
     def space(self, kernel: Function, target: Target, sizes: Mapping[str, int]) -> Space:
         """The schedules worth trying with dims of ``sizes``: knobs that make no difference there keep their default."""
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: Target) -> Mapping[int, str]:
-        """``KernelCode.packing`` as ``emit`` gives it, without generating any code."""
+    def layouts(self, kernel: Function, target: Target) -> Callable[[Schedule], Mapping[int, str]]:
+        """``KernelCode.packing`` as ``emit`` gives it under a schedule, without generating any code."""
 
     def features(self, kernel: Function, target: Target, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

@@ -68,7 +68,8 @@ def task_of(workload: Workload) -> Task:
 
 def layout_of(kernel: Function, emitter: Emitter, target: Target) -> Callable[[Schedule], str]:
     """A function from a schedule to the text of how ``kernel``'s weights are stored under it."""
-    return cache(lambda schedule: "; ".join(sorted(set(emitter.layouts(kernel, schedule, target).values()))))
+    layouts = emitter.layouts(kernel, target)
+    return cache(lambda schedule: "; ".join(sorted(set(layouts(schedule).values()))))
 
 
 def workload_text(kernel: Function) -> str:
@@ -151,7 +152,7 @@ def shared_weights(module: Module, target: Target) -> dict[str, str]:
 def _packed(kernel: Function, target: Target) -> list[int]:
     """The arguments of ``kernel`` that its family stores in a layout of its own."""
     emitter = choose(kernel, target)
-    return list(emitter.layouts(kernel, emitter.default_schedule(kernel, target), target))
+    return list(emitter.layouts(kernel, target)(emitter.default_schedule(kernel, target)))
 
 
 def _root(group: dict[str, str], name: str) -> str:

@@ -74,8 +74,8 @@ class CudaAttentionEmitter:
         heads = heads_of(op)
         return Space(CudaAttentionSchedule, target, default, domains, lambda s: Tiling(s, heads).refusal(target))
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CudaTarget) -> Mapping[int, str]:
-        return {}
+    def layouts(self, kernel: Function, target: CudaTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        return lambda schedule: {}
 
     def features(self, kernel: Function, target: CudaTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

@@ -62,8 +62,8 @@ class CudaLinearEmitter:
         fixed = {key: () for key in CudaLinearSchedule.domains() if key not in matter}
         return Space(CudaLinearSchedule, target, default, fixed, lambda s: refusal(needed(found, s, target), target))
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CudaTarget) -> Mapping[int, str]:
-        return {}
+    def layouts(self, kernel: Function, target: CudaTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        return lambda schedule: {}
 
     def features(self, kernel: Function, target: CudaTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

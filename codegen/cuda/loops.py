@@ -59,8 +59,8 @@ class CudaLoopsEmitter:
         default = self.default_schedule(kernel, target)
         return Space(CudaLoopsSchedule, target, default, {} if rows_of(kernel) is None else {"elements": (1,)})
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CudaTarget) -> Mapping[int, str]:
-        return {}
+    def layouts(self, kernel: Function, target: CudaTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        return lambda schedule: {}
 
     def features(self, kernel: Function, target: CudaTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

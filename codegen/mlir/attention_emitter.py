@@ -94,8 +94,8 @@ class AttentionEmitter:
             idle = {"rows"}
         return Space(AttentionSchedule, target, default, {key: (getattr(default, key),) for key in idle})
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
-        return {}
+    def layouts(self, kernel: Function, target: CpuTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        return lambda schedule: {}
 
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

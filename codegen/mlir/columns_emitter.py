@@ -47,11 +47,14 @@ class ColumnsEmitter:
             narrow["rows"] = (spec.schedule(target).rows,)
         return Space(ColumnsSchedule, target, spec.schedule(target), narrow)
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
-        assert isinstance(schedule, ColumnsSchedule)
-        found = matched(kernel)
-        args: list[Value] = list(kernel.args)
-        return {args.index(v): packing.text for v, packing in packings(found, schedule, target).items()}
+    def layouts(self, kernel: Function, target: CpuTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        found, args = matched(kernel), list[Value](kernel.args)
+
+        def texts(schedule: Schedule) -> dict[int, str]:
+            assert isinstance(schedule, ColumnsSchedule)
+            return {args.index(v): packing.text for v, packing in packings(found, schedule, target).items()}
+
+        return texts
 
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
@@ -81,7 +84,7 @@ class ColumnsEmitter:
         with Kernel(symbol, target, dims, [*given, *more]) as k:
             y, sums, copy = k.buffers[-3:]
             emit_columns(k, found, spec, schedule, dict(zip(kernel.args, k.buffers)), (y, sums, copy))
-        layouts = self.layouts(kernel, schedule, target)
+        layouts = self.layouts(kernel, target)(schedule)
         tasks, last = spec.tasks(schedule, target), spec.last(schedule, target)
         scratch = spec.scratch(schedule, target)
         return KernelCode(symbol, compile_kernel(k), dims, tasks, packing=layouts, scratch=scratch, last=last)

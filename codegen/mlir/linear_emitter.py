@@ -82,10 +82,10 @@ class LinearEmitter:
         found = matched(kernel)
         return linear_space(spec_of(found), target, eval_dim(found.rows, sizes))
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
+    def layouts(self, kernel: Function, target: CpuTarget) -> Callable[[Schedule], Mapping[int, str]]:
         found = matched(kernel)
-        assert isinstance(schedule, LinearSchedule)
-        return _texts(kernel, packings(found, spec_of(found), schedule, target))
+        spec = spec_of(found)
+        return lambda schedule: _texts(kernel, packings(found, spec, schedule, target))  # type: ignore[arg-type]
 
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

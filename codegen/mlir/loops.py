@@ -73,8 +73,8 @@ class LoopsEmitter:
         sums = any(isinstance(op, (*rd.FOLDS, *rd.ROWS, ops.Quantize)) for op in kernel.body)
         return Space(LoopsSchedule, target, default, {} if sums else {"streams": (default.streams,)})
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
-        return {}
+    def layouts(self, kernel: Function, target: CpuTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        return lambda schedule: {}
 
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

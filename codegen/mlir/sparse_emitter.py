@@ -75,11 +75,12 @@ class SparseEmitter:
     def space(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]) -> Space:
         return Space(SparseSchedule, target, self.default_schedule(kernel, target))
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
+    def layouts(self, kernel: Function, target: CpuTarget) -> Callable[[Schedule], Mapping[int, str]]:
         op, sizes = layer(kernel, target)
         args: list[object] = list(kernel.args)
         weights = (op.values, op.columns)
-        return {args.index(v): Packing(v.dtype.value, sizes.n, sizes.r, target.lanes, 1).text for v in weights}
+        texts = {args.index(v): Packing(v.dtype.value, sizes.n, sizes.r, target.lanes, 1).text for v in weights}
+        return lambda schedule: texts
 
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip
@@ -104,7 +105,7 @@ class SparseEmitter:
             by_value = dict(zip(kernel.args, built.buffers))
             x, values, columns = (by_value[v] for v in op.operands)  # type: ignore[index]
             _Sparse(built, sizes, schedule, x, values, columns, built.buffers[-1]).emit(dim_value(sizes.m, built.dims))
-        layouts = dict(self.layouts(kernel, schedule, target))
+        layouts = dict(self.layouts(kernel, target)(schedule))
         return KernelCode(symbol, compile_kernel(built), dims, sizes.tasks(schedule), packing=layouts)
 
 

@@ -52,8 +52,8 @@ class CudaTvmEmitter:
     def space(self, kernel: Function, target: CudaTarget, sizes: Mapping[str, int]) -> Space:
         return CudaTvmSchedule.space(target)
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CudaTarget) -> Mapping[int, str]:
-        return {}
+    def layouts(self, kernel: Function, target: CudaTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        return lambda schedule: {}
 
     def features(self, kernel: Function, target: CudaTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

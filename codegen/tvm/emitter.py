@@ -76,8 +76,8 @@ class TvmEmitter:
             narrow[key] = [n for n in TvmSchedule.domains()[key] if n and divides(n, size)]
         return Space(TvmSchedule, target, TvmSchedule(), narrow)
 
-    def layouts(self, kernel: Function, schedule: Schedule, target: CpuTarget) -> Mapping[int, str]:
-        return {}
+    def layouts(self, kernel: Function, target: CpuTarget) -> Callable[[Schedule], Mapping[int, str]]:
+        return lambda schedule: {}
 
     def features(self, kernel: Function, target: CpuTarget, sizes: Mapping[str, int]
                  ) -> Callable[[Schedule], dict[str, float]]:  # fmt: skip

@@ -188,7 +188,7 @@ def test_layouts_and_features_are_true() -> None:
     kernel, target = layer(((B, 640), "bf16"), ((1,), "f32"), *codes(600, 640, "i8")), named("native")
     schedule = COLUMNS.default_schedule(kernel, target)
     code = COLUMNS.emit(kernel, schedule, target, "k")
-    assert code.packing == COLUMNS.layouts(kernel, schedule, target)
+    assert code.packing == COLUMNS.layouts(kernel, target)(schedule)
     assert code.packing[2].startswith("columns{")
     assert COLUMNS.features(kernel, target, {"B": 1})(schedule)["tasks"] == eval_dim(code.tasks, {"B": 1})
 

@@ -268,7 +268,7 @@ def test_features_tell_schedules_apart() -> None:
         assert all(math.isfinite(x) for x in first.values())
         assert first.keys() == second.keys()
         assert first != second
-        assert LINEAR.layouts(kernel, default, HOPPER) == {}
+        assert LINEAR.layouts(kernel, HOPPER)(default) == {}
 
 
 def test_schedules_that_do_not_fit() -> None:

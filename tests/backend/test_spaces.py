@@ -84,7 +84,7 @@ def test_schedules_of_a_space_compute_the_same(name: str, target) -> None:
         assert schedule in space
         known.add(schedule.text)
         made = StandaloneKernel(function, target, emitter, schedule)
-        assert made.code.packing == emitter.layouts(function, schedule, target)
+        assert made.code.packing == emitter.layouts(function, target)(schedule)
         (got,) = made(values, sizes)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max(), err_msg=schedule.text)
     assert len(known) > 2, "the space offers something"
