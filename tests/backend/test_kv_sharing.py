@@ -27,11 +27,11 @@ COMMON = {1: 16, 2: 16, 3: 15, 4: 8, 5: 20, 6: 9}
 
 
 def decoding(dtype: str, heads: int, sizes: tuple[int, int] = (20, 33), bias: bool = False, sinks: bool = False,
-             **rule: Any) -> Function:  # fmt: skip
+             stored: str = "own", **rule: Any) -> Function:  # fmt: skip
     kernel, kind = Function("k", kind="kernel"), DType(dtype)
     add = kernel.arg
     values = [add("q", TensorType(("B", 1, heads, sizes[0]), kind)),
-              add("cache", KVType(KV_HEADS, *sizes, LENGTH, kind, Paged(PAGE))),
+              add("cache", KVType(KV_HEADS, *sizes, LENGTH, kind, Paged(PAGE), values=stored)),
               add("start", TensorType(("B",), DType.i64))]  # fmt: skip
     more = {"bias": add("bias", TensorType(("B", heads, 1, LENGTH), DType.f32))} if bias else {}
     more |= {"sinks": add("sinks", TensorType((heads,), DType.f32))} if sinks else {}
@@ -57,7 +57,7 @@ def operands(kernel: Function, table: np.ndarray) -> list[Any]:
     out = []
     for arg in kernel.args:
         if isinstance(kv := arg.type, KVType):
-            shapes = ((table.size, PAGE, kv.heads, n) for n in (kv.dim, kv.vdim))
+            shapes = ((table.size, PAGE, kv.heads, n) for n in (kv.dim, kv.own_vdim))
             out.append(tuple(rng.standard_normal(shape).astype(kv.dtype.np) for shape in shapes))
         else:
             shape = tuple(dims.get(str(d), d) for d in arg.shape)
@@ -86,6 +86,7 @@ def check(target: str, dtype: str, heads: int, schedule: str | None, **rule: Any
 
 
 SHAPES = [("f32", 6, {}), ("bf16", 2, {}), ("bf16", 16, {"sizes": (64, 64)}), ("f16", 26, {"sizes": (8, 16)})]
+SHAPES += [("bf16", 12, {"sizes": (40, 24), "stored": "keys"})]
 
 
 @pytest.mark.parametrize("target", TARGETS)
