@@ -62,14 +62,9 @@ class Slots(ABC):
     @property
     def slots(self) -> int:
         """Slots of a region in memory."""
-        match self.layout:
-            case Paged(page):
-                return page
-            case Ring() as ring:
-                return self.sink_slots + ring.size
-            case Kept() as kept:
-                return kept.size
-        return round_up(self.length, self.step)
+        if isinstance(self.layout, Ring):
+            return self.sink_slots + self.layout.size
+        return self.held if isinstance(self.layout, (Paged, Kept)) else round_up(self.length, self.step)
 
     @property
     def most(self) -> int:
