@@ -83,6 +83,9 @@ FORMATS = of_each(
     gear("i2", 32, "rank=2"),
     gear("i2", 32, "rank=4"),
     gear("i2", 32, "rank=2 outliers=1"),
+    gear("i2", 32, "group=128"),
+    gear("i2", 32, "group=128 rank=2"),
+    gear("i2", 32, "group=128 rank=4"),
     gear("i2", 128, "rank=2"),
     gear("i4", 128, "rank=2"),
 )
