@@ -286,13 +286,13 @@ class CodeLayout(Slots):
 
     def _decode(self, codes: np.ndarray, runs: np.ndarray, first: int, residual: ResidualLayout) -> np.ndarray:
         """The inverse of ``_encode``, for the bytes of runs, whose scales begin at ``first``."""
-        channels, scales = residual.channels, runs[..., first:residual.start]
-        numbers = (codes.view(np.int8) if self.bits == 8 else codes).astype(np.float32)
-        grouped = numbers.reshape(*codes.shape[:3], -1, self.group if channels else 1, codes.shape[-1])
-        held = np.ascontiguousarray(scales).view(_SCALES[self.scales]).astype(np.float32)
-        held = held.reshape(*codes.shape[:3], 1 + self.has_zeros, *grouped.shape[3:4], 1, -1)
-        decoded = grouped * held[:, :, :, 0] + (held[:, :, :, 1] if self.has_zeros else 0)
-        return residual.add(decoded.reshape(codes.shape)[..., :residual.size], runs)
+        numbers, step = codes.view(np.int8) if self.bits == 8 else codes, self.group if residual.channels else 1
+        shape = *codes.shape[:3], self.run // step, step, codes.shape[-1]
+        held = np.ascontiguousarray(runs[..., first:residual.start]).view(_SCALES[self.scales]).astype(np.float32).reshape(
+            *shape[:3], 1 + self.has_zeros, shape[3], 1, -1)
+        grouped = numbers.astype(np.float32).reshape(shape) * held[:, :, :, 0] + (held[:, :, :, 1] if self.has_zeros else 0)
+        numbers = grouped.reshape(codes.shape)[..., :residual.size]
+        return residual.add(numbers, runs) if self.has_residual else numbers
 
     def _rows(self, runs: np.ndarray) -> np.ndarray:
         """Runs ``[regions, heads, runs, run, size]`` -> rows ``[regions, held, heads, size]``."""
