@@ -148,11 +148,13 @@ def named(size: int) -> str:
 
 
 POLICIES = ("h2o", "snapkv", "scissorhands", "keyformer")
-LATELY = "observe=64"
+LATELY, MOSTLY_LAST = "observe=64", f"recent={4 * FIFTH // 5}"
 KEPT = of_each(
     *map(kept, POLICIES),
     kept("h2o", "recent=4"),
     kept("h2o", LATELY),
+    kept("h2o", f"{LATELY} {MOSTLY_LAST}"),
+    kept("snapkv", MOSTLY_LAST),
     kept("snapkv", "merge=true"),
     last(WINDOW),
     CacheRow(f"4 sinks + window {FIFTH - 4}", ring(FIFTH, 4)),
