@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,3 +204,16 @@ def opened(options: argparse.Namespace, schedule: Schedule | None = None) -> Ben
     bench = Bench(parse_target(options.target), options.threads, schedule)
     print(f"{bench.target}, {bench.threads} threads")
     return bench
+
+
+Section = Callable[[Bench, Collection[str]], None]
+
+
+def run_sections(about: str, shapes: Collection[str], sections: Mapping[str, Section]) -> None:
+    """The tables that ``--only`` names, or all, each for the shapes that ``--shape`` names."""
+    options = parser(about, shapes)
+    options.add_argument("--only", choices=sections, action="append")
+    given = options.parse_args()
+    bench = opened(given)
+    for name in given.only or sections:
+        sections[name](bench, given.shape or shapes)

@@ -9,10 +9,10 @@ One head of keys of 512 + 64 components, whose values are the first 512; the att
 and best of interleaved repetitions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
-from attention_bench import Bench, call_all, filled, function, head, measure, opened, parser, peak_run, row
+from attention_bench import Bench, call_all, filled, function, head, measure, peak_run, row, run_sections
 
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.mlir.native import aligned
@@ -61,29 +61,17 @@ def compare(bench: Bench, name: str, queries: int, tokens: int, repeat: int) -> 
             f"{base[0] / median:.2f} ({base[1] / best:.2f})", f"{ideal / (best / calls):.0%}")
 
 
-def decode(bench: Bench, names: list[str]) -> None:
+def decode(bench: Bench, names: Collection[str]) -> None:
     head(f"decode, {DECODED} tokens", "ms", "x twice", "of peak")
     for name in names:
         compare(bench, name, 1, DECODED, 25 if HEADS[name] < 100 else 7)
 
 
-def prefill(bench: Bench, names: list[str]) -> None:
+def prefill(bench: Bench, names: Collection[str]) -> None:
     head(f"{CHUNK} tokens behind {BEHIND}", "ms", "x twice", "of peak")
     for name in names:
         compare(bench, name, CHUNK, BEHIND + CHUNK, 5 if HEADS[name] < 100 else 2)
 
 
-SECTIONS = {"decode": decode, "prefill": prefill}
-
-
-def main() -> None:
-    options = parser(__doc__, HEADS)
-    options.add_argument("--only", choices=SECTIONS, action="append")
-    given = options.parse_args()
-    bench = opened(given)
-    for name in given.only or SECTIONS:
-        SECTIONS[name](bench, given.shape or list(HEADS))
-
-
 if __name__ == "__main__":
-    main()
+    run_sections(__doc__, HEADS, {"decode": decode, "prefill": prefill})

@@ -9,10 +9,10 @@ sharing   16 sequences of 4096 tokens that all begin with and 256 of their own: 
 cost      one sequence of 16,384 tokens in pages, taken in order or scattered over the pool, beside one piece
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
-from attention_bench import SHAPES, Bench, Heads, call_all, filled, function, head, measure, opened, parser, peak_run, row
+from attention_bench import SHAPES, Bench, Heads, call_all, filled, function, head, measure, peak_run, row, run_sections
 
 from tilewright.codegen.cache import cache_layout
 from tilewright.codegen.mlir.native import aligned
@@ -43,7 +43,7 @@ def attending(bench: Bench, heads: Heads, layout: Layout, tokens: int, tables: l
     return call_all(bench, kernel, {"B": batch, "T": tables[0].shape[1]}, sets)
 
 
-def sharing(bench: Bench, shapes: list[Heads]) -> None:
+def sharing(bench: Bench, names: Collection[str]) -> None:
     head(f"{BATCH} x ({COMMON} + {OWN}), pages of {PAGE}", "own pages, ms", "one by one", "together", "x", "of peak")
     common, width = COMMON // PAGE, (COMMON + OWN) // PAGE
     pool = BATCH * width
@@ -52,7 +52,7 @@ def sharing(bench: Bench, shapes: list[Heads]) -> None:
     together[:, :common] = pages[0, :common]
     apart[::2, :common], apart[1::2, :common] = pages[0, :common], pages[1, :common]
     tables = {"own": pages, "one by one": apart, "together": together}
-    for heads in shapes:
+    for heads in map(HEADS.__getitem__, names):
         runs = {name: attending(bench, heads, Paged(PAGE), COMMON + OWN, [table], pool) for name, table in tables.items()}
         rate, work = peak_run(bench, "bf16")
         t = measure({**runs, "peak": rate}, 15)
@@ -63,8 +63,8 @@ def sharing(bench: Bench, shapes: list[Heads]) -> None:
             f"{flops / t['together'][1] / (work / t['peak'][1]):.0%}")
 
 
-def cost(bench: Bench, shapes: list[Heads]) -> None:
-    for heads in shapes:
+def cost(bench: Bench, names: Collection[str]) -> None:
+    for heads in map(HEADS.__getitem__, names):
         head(f"{heads.name} {heads.q}/{heads.kv}x{heads.dim}, {LENGTH} tokens", "us", "x one piece", "best x")
         size = 4 * LENGTH * heads.kv * heads.dim
         copies = max(COLD // size, 2)
@@ -80,17 +80,5 @@ def cost(bench: Bench, shapes: list[Heads]) -> None:
                 f"{best / t['one piece'][1]:.2f}")
 
 
-SECTIONS = {"sharing": sharing, "cost": cost}
-
-
-def main() -> None:
-    options = parser(__doc__, HEADS)
-    options.add_argument("--only", choices=SECTIONS, action="append")
-    given = options.parse_args()
-    bench = opened(given)
-    for name in given.only or SECTIONS:
-        SECTIONS[name](bench, [HEADS[s] for s in given.shape or HEADS])
-
-
 if __name__ == "__main__":
-    main()
+    run_sections(__doc__, HEADS, {"sharing": sharing, "cost": cost})
